@@ -1,0 +1,42 @@
+"""Efficient Maximal Coding Rate Reduction by Variational Forms (V-MCR², CVPR 2022).
+
+    loss = vmcr2.VMCR2Loss(num_classes=100, feature_dim=200)
+    loss.latch_from(model, batches)              # and again now and then
+    loss(model(inputs), labels).backward()       # as any criterion
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from vmcr2.errors import InputError, NotLatchedError, NumericalError
+from vmcr2.losses import MCR2Loss, VMCR2Loss
+from vmcr2.rates import RateReduction, coding_rate, rate_reduction
+from vmcr2.variational import VariationalRates
+
+if TYPE_CHECKING:
+    from vmcr2.sklearn import NearestSubspaceClassifier
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "InputError",
+    "MCR2Loss",
+    "NearestSubspaceClassifier",
+    "NotLatchedError",
+    "NumericalError",
+    "RateReduction",
+    "VMCR2Loss",
+    "VariationalRates",
+    "coding_rate",
+    "rate_reduction",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # scikit-learn takes seconds to import; only those who ask for the estimator pay for it.
+    if name == "NearestSubspaceClassifier":
+        from vmcr2.sklearn import NearestSubspaceClassifier
+
+        return NearestSubspaceClassifier
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,227 @@
+"""The dictionary (Γ, Ã): latching onto the classes' singular vectors (Algorithm 2) and the proximal step (Algorithm 1).
+
+`latched_blocks` and `proximal_step` are the mathematics; `Dictionary` holds the buffers and `MomentStream` gathers
+what latching needs from batches, in memory bounded by k d² however many samples there are.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from vmcr2.linalg import wide_dtype
+from vmcr2.membership import Membership
+from vmcr2.variational import ascent_direction, lipschitz_atoms, lipschitz_codes
+
+_EIGH_ELEMENTS = 2**24  # entries of the d×d matrices decomposed at once
+
+
+def latched_blocks(
+    features: Float[Tensor, "m d"], membership: Membership, atoms_per_class: int
+) -> tuple[Float[Tensor, "k d s"], Float[Tensor, "k s"]]:
+    """Returns every class's top s eigenvectors and eigenvalues of C_j, largest first (Alg. 2).
+
+    A class of rank below s gets orthonormal directions with eigenvalue 0 for the rest; an absent class gets zeros.
+
+    Args:
+        features: Z, (m, d), finite.
+        membership: Π.
+        atoms_per_class: s, at most d.
+    """
+    d, s = features.shape[1], atoms_per_class
+    blocks = features.new_zeros(membership.num_classes, d, s)
+    energies = features.new_zeros(membership.num_classes, s)
+    for group in membership.groups(d):
+        rows = group.take(features)
+        n = rows.shape[1]
+        if n < d:
+            weighted = rows * (group.weights / group.counts[:, None]).sqrt()[..., None]
+            # Rows of zeros let the SVD complete a class of fewer than s samples to s orthonormal directions.
+            weighted = nn.functional.pad(weighted, (0, 0, 0, max(0, s - n)))
+            _, values, vectors = torch.linalg.svd(weighted, full_matrices=False)
+            blocks[group.classes] = vectors[:, :s].mT
+            energies[group.classes] = values[:, :s].square()
+        else:
+            moments = rows.mT @ (rows * group.weights[..., None]) / group.counts[:, None, None]
+            blocks[group.classes], energies[group.classes] = _top_eigen(moments, s)
+    return blocks, energies
+
+
+def _top_eigen(moments: Float[Tensor, "b d d"], s: int) -> tuple[Float[Tensor, "b d s"], Float[Tensor, "b s"]]:
+    values, vectors = torch.linalg.eigh(moments)
+    return vectors[..., -s:].flip(-1), values[..., -s:].flip(-1).clamp_min(0)
+
+
+class MomentStream:
+    """Gathers features batch by batch until latching, in at most about k d² numbers.
+
+    Rows are kept as they come while there are fewer than k d of them, since then they are the smaller side. Beyond
+    that they are folded into the second moments C_j, and forgotten.
+    """
+
+    def __init__(self, num_classes: int, feature_dim: int) -> None:
+        self.num_classes = num_classes
+        self.feature_dim = feature_dim
+        self.rows: list[tuple[Tensor, Membership]] = []
+        self.kept = 0
+        self.sums: Tensor | None = None
+        self.counts: Tensor | None = None
+
+    def add(self, features: Float[Tensor, "m d"], membership: Membership) -> None:
+        """Adds a batch."""
+        self.rows.append((features, membership))
+        self.kept += features.shape[0]
+        limit = self.num_classes * self.feature_dim
+        if self.kept > (limit if self.sums is None else min(limit, 8192)):
+            self._fold()
+
+    def _gathered(self) -> tuple[Tensor, Membership]:
+        features = torch.cat([z for z, _ in self.rows])
+        counts = torch.stack([held.counts for _, held in self.rows]).sum(0)
+        labels = [held.labels for _, held in self.rows if held.labels is not None]
+        if len(labels) == len(self.rows):
+            return features, Membership(torch.cat(labels), None, counts)
+        rows = [_as_rows(held) for _, held in self.rows]
+        return features, Membership(None, torch.cat(rows), counts)
+
+    def _fold(self) -> None:
+        features, membership = self._gathered()
+        if self.sums is None or self.counts is None:
+            self.sums = features.new_zeros(self.num_classes, self.feature_dim, self.feature_dim)
+            self.counts = torch.zeros_like(membership.counts)
+        self.counts += membership.counts
+        for group in membership.groups(self.feature_dim):
+            rows = group.take(features)
+            self.sums.index_add_(0, group.classes, rows.mT @ (rows * group.weights[..., None]))
+        self.rows, self.kept = [], 0
+
+    def blocks(self, atoms_per_class: int) -> tuple[Float[Tensor, "k d s"], Float[Tensor, "k s"], Float[Tensor, " k"]]:
+        """Returns each class's top eigenvectors, eigenvalues (as `latched_blocks`) and the class counts."""
+        if self.sums is None:
+            features, membership = self._gathered()
+            return *latched_blocks(features, membership, atoms_per_class), membership.counts
+        if self.rows:
+            self._fold()
+        assert self.counts is not None
+        at_once = max(1, _EIGH_ELEMENTS // self.feature_dim**2)
+        scale = self.counts.clamp_min(torch.finfo(self.counts.dtype).tiny)
+        parts = [
+            _top_eigen(sums / n[:, None, None], atoms_per_class)
+            for sums, n in zip(self.sums.split(at_once), scale.split(at_once), strict=True)
+        ]
+        return torch.cat([vectors for vectors, _ in parts]), torch.cat([values for _, values in parts]), self.counts
+
+
+def _as_rows(membership: Membership) -> Float[Tensor, "m k"]:
+    if membership.soft is not None:
+        return membership.soft
+    assert membership.labels is not None
+    return nn.functional.one_hot(membership.labels, membership.num_classes).to(membership.counts.dtype)
+
+
+def proximal_step(
+    features: Float[Tensor, "m d"],
+    membership: Membership,
+    atoms: Float[Tensor, "d q"],
+    codes: Float[Tensor, "c k"],
+    *,
+    mu: float,
+    eps_sq: float,
+    step_atoms: float,
+    step_codes: float,
+) -> tuple[Float[Tensor, "d q"], Float[Tensor, "c k"]]:
+    """Returns Γ and Ã after one proximal gradient ascent step on eq. (7) (Alg. 1, lines 6 to 10).
+
+    Both gradients are taken at the old point, both steps scaled by the inverse Lipschitz bounds (eqs. 17 and 19); then
+    the columns of Γ are scaled to norm 1 and the negative codes set to 0. What has no sample, or no energy, stays.
+
+    Args:
+        features: Z, (m, d), unit rows, without gradient.
+        membership: Π.
+        atoms: Γ, (d, q), unit columns.
+        codes: Ã, (q, k) shared or (s, k) block, ≥ 0.
+        mu: µ > 0.
+        eps_sq: ε² > 0.
+        step_atoms: ν_Γ, in units of 1/L_Γ.
+        step_codes: ν_A, in units of 1/L_A, each class by its own.
+    """
+    grad_atoms, grad_codes = ascent_direction(features, membership, atoms, codes, mu, eps_sq)
+    bound_atoms = lipschitz_atoms(features, membership, codes, mu)
+    bound_codes = lipschitz_codes(atoms, codes, membership.counts, mu)
+    moved = atoms + step_atoms * _divide(grad_atoms, bound_atoms)
+    new_codes = (codes + step_codes * _divide(grad_codes, bound_codes)).clamp_min(0)
+    return nn.functional.normalize(moved, dim=0), new_codes
+
+
+def _divide(gradient: Tensor, bound: Tensor) -> Tensor:
+    """Returns gradient / bound, and 0 where the bound is 0: nothing of that class or dictionary is in the batch."""
+    return torch.where(bound > 0, gradient / torch.where(bound > 0, bound, 1), 0)
+
+
+class Dictionary(nn.Module):
+    """Γ and Ã as buffers: in `state_dict`, moved by `.to`, never changed in eval mode.
+
+    Attributes:
+        atoms: Γ, (d, q), unit columns; class j was latched into columns j s to (j+1) s − 1.
+        codes: Ã ≥ 0, (q, k) in shared structure, (s, k) in block structure.
+        latched: (k,), which classes have been latched.
+    """
+
+    atoms: Float[Tensor, "d q"]
+    codes: Float[Tensor, "c k"]
+    latched: Bool[Tensor, " k"]
+
+    def __init__(self, num_classes: int, feature_dim: int, atoms_per_class: int, structure: str) -> None:
+        super().__init__()
+        self.atoms_per_class = atoms_per_class
+        q = num_classes * atoms_per_class
+        # Unit columns from the start, so that a class never seen cannot spoil Γ; they carry no energy.
+        start = torch.zeros(feature_dim, q)
+        start[torch.arange(q) % feature_dim, torch.arange(q)] = 1
+        self.register_buffer("atoms", start)
+        self.register_buffer("codes", torch.zeros(atoms_per_class if structure == "block" else q, num_classes))
+        self.register_buffer("latched", torch.zeros(num_classes, dtype=torch.bool))
+
+    @torch.no_grad()
+    def write(
+        self, blocks: Float[Tensor, "k d s"], energies: Float[Tensor, "k s"], chosen: Bool[Tensor, " k"]
+    ) -> None:
+        """Latches the chosen classes onto their blocks (Alg. 2); the others keep their atoms and codes."""
+        k, d, s = blocks.shape
+        atoms = self.atoms.view(d, k, s)
+        atoms[:, chosen] = blocks.permute(1, 0, 2)[:, chosen].to(atoms.dtype)
+        values = energies.T.to(self.codes.dtype)
+        if self.codes.shape[0] == s and k > 1:
+            self.codes[:, chosen] = values[:, chosen]
+        else:
+            places = torch.arange(k * s, device=values.device).view(k, s).T
+            fresh = torch.zeros_like(self.codes).scatter_(0, places, values)
+            self.codes[:, chosen] = fresh[:, chosen]
+        self.latched |= chosen
+
+    @torch.no_grad()
+    def step(
+        self,
+        features: Float[Tensor, "m d"],
+        membership: Membership,
+        *,
+        mu: float,
+        eps_sq: float,
+        step_atoms: float,
+        step_codes: float,
+    ) -> None:
+        """Moves the buffers by one `proximal_step`."""
+        dtype = wide_dtype(features, self.atoms)
+        atoms, codes = proximal_step(
+            features.to(dtype),
+            membership,
+            self.atoms.to(dtype),
+            self.codes.to(dtype),
+            mu=mu,
+            eps_sq=eps_sq,
+            step_atoms=step_atoms,
+            step_codes=step_codes,
+        )
+        self.atoms.copy_(atoms)
+        self.codes.copy_(codes)

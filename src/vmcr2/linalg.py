@@ -1,0 +1,67 @@
+"""Log-determinants of positive semi-definite matrices, by Cholesky and with their failures reported."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from vmcr2.errors import NumericalError
+
+
+def wide_dtype(*tensors: Tensor) -> torch.dtype:
+    """Returns the dtype that rates are computed in: the widest of the tensors', and float32 at least."""
+    dtype = torch.float32
+    for tensor in tensors:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return dtype
+
+
+class _HalfLogdet(torch.autograd.Function):
+    """½ logdet(I + A) with the closed-form gradient ½ (I + A)⁻¹, cheaper than the Cholesky factor's own."""
+
+    @staticmethod
+    def forward(ctx, matrix: Tensor) -> Tensor:
+        shifted = matrix.clone()
+        shifted.diagonal(dim1=-2, dim2=-1).add_(1)
+        factor, info = torch.linalg.cholesky_ex(shifted)
+        if bool(info.any()):
+            raise NumericalError(_why_cholesky_failed(matrix))
+        ctx.save_for_backward(factor)
+        return factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor) -> Tensor:
+        (factor,) = ctx.saved_tensors
+        return 0.5 * grad[..., None, None] * torch.cholesky_inverse(factor)
+
+
+def _why_cholesky_failed(matrix: Tensor) -> str:
+    if not bool(matrix.isfinite().all()):
+        return (
+            "logdet(I + A) failed: A holds NaN or infinite entries. The features or the dictionary overflowed; "
+            "lower the learning rate or mu."
+        )
+    lowest = float(torch.linalg.eigvalsh(matrix.double()).min())
+    return (
+        f"logdet(I + A) failed: A must be positive semi-definite, and its smallest eigenvalue is {lowest:.3g}. "
+        f"Its precision ({matrix.dtype}) is too low for its scale: raise eps_sq or pass float64 features."
+    )
+
+
+def half_logdet(matrix: Float[Tensor, "*b n n"]) -> Float[Tensor, "*b"]:
+    """Returns ½ logdet(I + A) of symmetric positive semi-definite matrices A.
+
+    Args:
+        matrix: A, float32 or float64, any number of leading batch dimensions.
+
+    Returns:
+        One value a matrix, in nats, ≥ 0. Differentiable once.
+
+    Raises:
+        NumericalError: I + A is not positive definite, or not finite.
+    """
+    result = _HalfLogdet.apply(matrix)
+    assert isinstance(result, Tensor)
+    return result

@@ -1,0 +1,311 @@
+"""The two objectives as PyTorch criteria: `MCR2Loss` (exact, eq. 1) and `VMCR2Loss` (variational, eq. 7).
+
+Under torch.distributed both gather the batch over the ranks and compute one loss of the whole, identical everywhere;
+with DistributedDataParallel's mean over ranks the gradients are those of a single process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int, Shaped
+from torch import Tensor, nn
+
+from vmcr2.dictionary import Dictionary, MomentStream, latched_blocks
+from vmcr2.distributed import gather_rows
+from vmcr2.errors import InputError, NotLatchedError
+from vmcr2.linalg import wide_dtype
+from vmcr2.membership import Membership, as_membership, check_count, check_number
+from vmcr2.rates import compression_rate, expansion_rate
+from vmcr2.variational import VariationalRates, residual, variational_compression, variational_expansion
+
+
+def _gather_checked(
+    features: Tensor, membership: Tensor, num_classes: int, feature_dim: int | None = None
+) -> tuple[Tensor, Membership]:
+    """Checks this rank's batch, so that the rank at fault says so, and returns the batch of all ranks."""
+    checked = as_membership(features, membership, num_classes, feature_dim=feature_dim, unit=True)
+    gathered, gathered_membership = gather_rows(features, membership)
+    if gathered is not features:
+        checked = as_membership(gathered, gathered_membership, num_classes, feature_dim=feature_dim, unit=True)
+    return gathered, checked
+
+
+class MCR2Loss(nn.Module):
+    """−ΔR of eq. (1), to be minimised: exact, on the smaller side of every matrix.
+
+    It is negative where training goes well, since ΔR ≥ 0 is maximised.
+
+    Args:
+        num_classes: k ≥ 1. A batch may lack any of them.
+        eps_sq: the squared precision ε² > 0.
+
+    Raises:
+        InputError: a wrong argument (a ValueError).
+    """
+
+    def __init__(self, num_classes: int, *, eps_sq: float = 0.5) -> None:
+        super().__init__()
+        check_count("num_classes", num_classes)
+        check_number("eps_sq", eps_sq)
+        self.num_classes = num_classes
+        self.eps_sq = eps_sq
+
+    def forward(
+        self, features: Float[Tensor, "m d"], membership: Int[Tensor, " m"] | Shaped[Tensor, "m k"]
+    ) -> Float[Tensor, ""]:
+        """Returns −ΔR of the batch.
+
+        Args:
+            features: Z, (m, d), finite, rows of norm 1 (ΔR is unbounded otherwise).
+            membership: labels (m,) in [0, num_classes), or rows (m, num_classes) ≥ 0 that sum to 1.
+
+        Raises:
+            InputError: a wrong argument (a ValueError).
+            NumericalError: the factorisation failed.
+        """
+        features, checked = _gather_checked(features, membership, self.num_classes)
+        with torch.autocast(features.device.type, enabled=False):
+            widened = features.to(wide_dtype(features))
+            return compression_rate(widened, checked, self.eps_sq) - expansion_rate(widened, self.eps_sq)
+
+    def extra_repr(self) -> str:
+        """Returns the settings, for `repr`."""
+        return f"num_classes={self.num_classes}, eps_sq={self.eps_sq}"
+
+
+class VMCR2Loss(nn.Module):
+    """The variational objective of eq. (7): a dictionary that follows the features, and features that follow it.
+
+    In training mode a call first moves the dictionary by one proximal step (Alg. 1, lines 6 to 10) and returns the
+    residual (µ/2m) M at the moved dictionary, whose gradient in the features is line 12. In eval mode it returns the
+    residual of the dictionary as it stands, and changes nothing.
+
+    A class is latched the first time it is seen: call `latch` or `latch_from` before training so that all classes
+    start from all their samples, or let the first batches do it. In eval mode a dictionary that was never latched
+    raises `NotLatchedError`.
+
+    Args:
+        num_classes: k ≥ 1. A batch may lack any of them.
+        feature_dim: d ≥ 1.
+        atoms_per_class: s = q/k, from 1 to d.
+        mu: the penalty weight µ > 0. Smaller is slower and stabler.
+        eps_sq: the squared precision ε² > 0.
+        step_atoms: ν_Γ > 0, in units of the inverse Lipschitz bound.
+        step_codes: ν_A > 0, likewise.
+        structure: "shared": every class may use every atom, codes (q, k). "block": class j uses its own s atoms only,
+            codes (s, k); classes cost nothing while absent.
+
+    Attributes:
+        dictionary: the `Dictionary`, whose buffers `atoms` and `codes` are part of `state_dict`.
+
+    Raises:
+        InputError: a wrong argument (a ValueError).
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        feature_dim: int,
+        *,
+        atoms_per_class: int = 10,
+        mu: float = 1.0,
+        eps_sq: float = 0.5,
+        step_atoms: float = 5.0,
+        step_codes: float = 5.0,
+        structure: Literal["shared", "block"] = "shared",
+    ) -> None:
+        super().__init__()
+        check_count("num_classes", num_classes)
+        check_count("feature_dim", feature_dim)
+        check_count("atoms_per_class", atoms_per_class, at_most=feature_dim, limit="feature_dim")
+        for name, value in (("mu", mu), ("eps_sq", eps_sq), ("step_atoms", step_atoms), ("step_codes", step_codes)):
+            check_number(name, value)
+        if structure not in ("shared", "block"):
+            raise InputError(f'structure must be "shared" or "block", got {structure!r}')
+        self.num_classes = num_classes
+        self.feature_dim = feature_dim
+        self.atoms_per_class = atoms_per_class
+        self.mu = mu
+        self.eps_sq = eps_sq
+        self.step_atoms = step_atoms
+        self.step_codes = step_codes
+        self.structure = structure
+        self.dictionary = Dictionary(num_classes, feature_dim, atoms_per_class, structure)
+        self._forget_latched()
+        self.register_load_state_dict_post_hook(lambda module, _: module._forget_latched())
+
+    def _forget_latched(self) -> None:
+        # Reading a flag from a GPU waits for it, so which classes are latched is read once and remembered.
+        self._some_latched: bool | None = None
+        self._all_latched: bool | None = None
+
+    def _read_latched(self) -> tuple[bool, bool]:
+        if self._some_latched is None or self._all_latched is None:
+            latched = self.dictionary.latched
+            self._some_latched, self._all_latched = bool(latched.any()), bool(latched.all())
+        return self._some_latched, self._all_latched
+
+    def _checked(self, features: Tensor, membership: Tensor) -> tuple[Tensor, Membership]:
+        """Checks the batch of this rank, gathers it over ranks, and returns it in the dtype to compute in."""
+
+        gathered, checked = _gather_checked(features, membership, self.num_classes, self.feature_dim)
+        if gathered.device != self.dictionary.atoms.device:
+            raise InputError(
+                f"features must be on the loss's device {self.dictionary.atoms.device}, got {gathered.device}; "
+                "move the loss with .to(device)"
+            )
+        return gathered.to(wide_dtype(gathered, self.dictionary.atoms)), checked
+
+    def forward(
+        self, features: Float[Tensor, "m d"], membership: Int[Tensor, " m"] | Shaped[Tensor, "m k"]
+    ) -> Float[Tensor, ""]:
+        """Returns the residual (µ/2m) M ≥ 0 of the batch; in training mode, after one dictionary step.
+
+        Args:
+            features: Z, (m, d), finite, rows of norm 1 (as the unit columns of Γ assume).
+            membership: labels (m,) in [0, num_classes), or rows (m, num_classes) ≥ 0 that sum to 1.
+
+        Raises:
+            InputError: a wrong argument (a ValueError).
+            NotLatchedError: eval mode, and nothing was ever latched (a ValueError too).
+            NumericalError: the factorisation failed.
+        """
+        with torch.autocast(features.device.type, enabled=False):
+            widened, checked = self._checked(features, membership)
+            if self.training:
+                detached = widened.detach()
+                still = Membership(
+                    checked.labels, None if checked.soft is None else checked.soft.detach(), checked.counts.detach()
+                )
+                if not self._read_latched()[1]:
+                    self._latch(detached, still, only_new=True)
+                self.dictionary.step(
+                    detached,
+                    still,
+                    mu=self.mu,
+                    eps_sq=self.eps_sq,
+                    step_atoms=self.step_atoms,
+                    step_codes=self.step_codes,
+                )
+            return residual(widened, checked, *self._dictionary_as(widened), self.mu)
+
+    def _dictionary_as(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns copies of Γ and Ã, since the next step overwrites the buffers while autograd may hold these."""
+        if not self._read_latched()[0]:
+            raise NotLatchedError(
+                "the dictionary was never latched: call loss.latch(features, membership) or "
+                "loss.latch_from(model, batches), or call the loss in training mode first"
+            )
+        return self.dictionary.atoms.to(like.dtype, copy=True), self.dictionary.codes.to(like.dtype, copy=True)
+
+    @torch.no_grad()
+    def rates(
+        self, features: Float[Tensor, "m d"], membership: Int[Tensor, " m"] | Shaped[Tensor, "m k"]
+    ) -> VariationalRates:
+        """Returns R^v, R_c^v and the residual of eq. (7), for logging; changes nothing, in either mode.
+
+        R^v and R_c^v are those of the dictionary at the batch's class weights. Their difference is not ΔR of the
+        features: for that, see `vmcr2.rate_reduction`.
+
+        Args:
+            features: Z, (m, d), finite, rows of norm 1.
+            membership: labels (m,) or rows (m, num_classes) that sum to 1.
+
+        Raises:
+            InputError: a wrong argument (a ValueError).
+            NotLatchedError: nothing was ever latched (a ValueError too).
+        """
+        with torch.autocast(features.device.type, enabled=False):
+            widened, checked = self._checked(features, membership)
+            atoms, codes = self._dictionary_as(widened)
+            return VariationalRates(
+                variational_expansion(atoms, codes, checked.class_weights, self.eps_sq),
+                variational_compression(codes, checked.class_weights, self.feature_dim, self.eps_sq),
+                residual(widened, checked, atoms, codes, self.mu),
+            )
+
+    @torch.no_grad()
+    def latch(self, features: Float[Tensor, "m d"], membership: Int[Tensor, " m"] | Shaped[Tensor, "m k"]) -> None:
+        """Sets the dictionary to each class's top singular vectors and values (Alg. 2).
+
+        A class that is absent keeps what it had. A class of rank below s is completed by orthonormal directions with
+        code 0.
+
+        Args:
+            features: Z, (m, d), finite, rows of norm 1; of as many samples as there are, as training sees them.
+            membership: labels (m,) or rows (m, num_classes) that sum to 1.
+
+        Raises:
+            InputError: a wrong argument (a ValueError).
+        """
+        with torch.autocast(features.device.type, enabled=False):
+            self._latch(*self._checked(features, membership), only_new=False)
+
+    def _latch(self, features: Tensor, membership: Membership, *, only_new: bool) -> None:
+        present = membership.counts > 0
+        chosen = present & ~self.dictionary.latched if only_new else present
+        if bool(chosen.any()):
+            self.dictionary.write(*latched_blocks(features, membership, self.atoms_per_class), chosen)
+            self._forget_latched()
+
+    @torch.no_grad()
+    def latch_from(self, model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """Latches onto the features that a model gives for a stream of batches, which need not fit in memory.
+
+        The model runs as training sees the features: BatchNorm normalises by the batch's own statistics and its
+        running ones are left alone, since before they have settled eval mode shows another network; dropout is off.
+        So the batches should be shuffled, un-augmented, and of about the training batch size. All modes are restored.
+
+        Args:
+            model: maps inputs to features (m, d) with rows of norm 1.
+            batches: pairs (inputs, membership), one pass over the training set. Tensors are moved to the loss's device.
+
+        Raises:
+            InputError: no batch, or a batch that is wrong (a ValueError).
+        """
+        device = self.dictionary.atoms.device
+        stream = MomentStream(self.num_classes, self.feature_dim)
+        with training_statistics(model):
+            for inputs, membership in batches:
+                features = model(inputs.to(device))
+                with torch.autocast(device.type, enabled=False):
+                    stream.add(*self._checked(features, membership.to(device)))
+        if not stream.rows and stream.sums is None:
+            raise InputError("batches must give at least one pair (inputs, membership), got none")
+        with torch.autocast(device.type, enabled=False):
+            blocks, energies, counts = stream.blocks(self.atoms_per_class)
+        self.dictionary.write(blocks, energies, counts > 0)
+        self._forget_latched()
+
+    def extra_repr(self) -> str:
+        """Returns the settings, for `repr`."""
+        return (
+            f"num_classes={self.num_classes}, feature_dim={self.feature_dim}, "
+            f"atoms_per_class={self.atoms_per_class}, mu={self.mu}, eps_sq={self.eps_sq}, "
+            f"step_atoms={self.step_atoms}, step_codes={self.step_codes}, structure={self.structure!r}"
+        )
+
+
+@contextmanager
+def training_statistics(model: nn.Module) -> Iterator[None]:
+    """Runs a model on batch statistics without noise: BatchNorm as in training but frozen, everything else in eval."""
+    modes = [(module, module.training) for module in model.modules()]
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    kept = [(norm, norm.momentum, None if (n := norm.num_batches_tracked) is None else n.clone()) for norm in norms]
+    try:
+        model.eval()
+        for norm in norms:
+            norm.train()
+            norm.momentum = 0.0
+        yield
+    finally:
+        for norm, momentum, tracked in kept:
+            norm.momentum = momentum
+            if tracked is not None and norm.num_batches_tracked is not None:
+                norm.num_batches_tracked.copy_(tracked)
+        for module, mode in modes:
+            module.training = mode

@@ -1,0 +1,265 @@
+"""Class membership Π: checked once at the border, then read in the two forms the mathematics needs.
+
+Inside the package a membership is a `Membership`: labels or soft rows, plus the class counts. Per-class work goes
+through `Membership.groups`, which packs classes of similar size into one padded batch, so that nothing here ever
+builds the k×m×m matrices of eq. (1) and only classes with a sample are touched.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from vmcr2.errors import InputError
+from vmcr2.linalg import wide_dtype
+
+UNIT_NORM_TOLERANCE = 0.02  # bf16 normalisation is off by up to 2⁻⁸ in the norm and as much in each entry
+ROW_SUM_TOLERANCE = 1e-2  # a softmax in bf16 sums to one within this
+_GROUP_ELEMENTS = 2**25  # entries of the largest padded tensor a group may give rise to
+
+# Pairs of a 0-d bool tensor, true where the value is wrong, and a function that says how.
+Condition = tuple[Tensor, Callable[[], str]]
+
+
+@dataclass(frozen=True)
+class ClassGroup:
+    """Classes of similar size: which rows belong to each, padded to the largest with weight 0."""
+
+    classes: Int[Tensor, " b"]
+    rows: Int[Tensor, "b n"]
+    weights: Float[Tensor, "b n"]
+    counts: Float[Tensor, " b"]
+
+    def take(self, features: Float[Tensor, "m d"]) -> Float[Tensor, "b n d"]:
+        """Returns each class's rows; the padding repeats a row, to be weighted by 0."""
+        return features.index_select(0, self.rows.flatten()).view(*self.rows.shape, features.shape[1])
+
+
+@dataclass(frozen=True)
+class Membership:
+    """Π as labels (hard) or as rows that sum to one (soft), with n_j = ⟨1, Π_j⟩; exactly one form is not None."""
+
+    labels: Int[Tensor, " m"] | None
+    soft: Float[Tensor, "m k"] | None
+    counts: Float[Tensor, " k"]
+
+    @property
+    def num_classes(self) -> int:
+        """The number of classes k, the absent ones included."""
+        return self.counts.shape[0]
+
+    @property
+    def num_samples(self) -> int:
+        """The number of samples m."""
+        held = self.soft if self.labels is None else self.labels
+        assert held is not None
+        return held.shape[0]
+
+    @property
+    def class_weights(self) -> Float[Tensor, " k"]:
+        """γ_j = n_j / m."""
+        return self.counts / self.num_samples
+
+    def spread(self, codes: Float[Tensor, "q k"]) -> Float[Tensor, "m q"]:
+        """Returns Π Ãᵀ: for each sample the codes of its class."""
+        if self.labels is not None:
+            return codes.T.index_select(0, self.labels)
+        assert self.soft is not None
+        return self.soft.to(codes.dtype) @ codes.T
+
+    def collect(self, values: Float[Tensor, "m q"]) -> Float[Tensor, "q k"]:
+        """Returns valuesᵀ Π: the sum over each class's samples."""
+        if self.labels is not None:
+            sums = values.new_zeros(self.num_classes, values.shape[1])
+            return sums.index_add(0, self.labels, values).T
+        assert self.soft is not None
+        return values.T @ self.soft.to(values.dtype)
+
+    def groups(self, width: int) -> Iterator[ClassGroup]:
+        """Yields the classes that have a sample, in padded batches of classes of similar size.
+
+        A batch holds classes whose sizes lie within a factor of two, so padding at most doubles the work however
+        unbalanced the classes are. Rows of weight 0 are left out, unless the membership itself is being learned.
+
+        Args:
+            width: entries each row brings along (the feature dimension); bounds the memory a batch may take.
+        """
+        if self.labels is not None:
+            order = torch.argsort(self.labels, stable=True)
+            weights = None
+            sizes = torch.bincount(self.labels, minlength=self.num_classes)
+        else:
+            assert self.soft is not None
+            kept = torch.ones_like(self.soft, dtype=torch.bool) if self.soft.requires_grad else self.soft > 0
+            classes, order = kept.T.nonzero(as_tuple=True)
+            weights = self.soft[order, classes]
+            sizes = kept.sum(0)
+        ends = sizes.cumsum(0)
+        by_bucket: dict[int, list[int]] = {}
+        sizes_list = sizes.tolist()
+        for j, size in enumerate(sizes_list):
+            if size:
+                by_bucket.setdefault(size.bit_length(), []).append(j)
+        for members in by_bucket.values():
+            n = max(sizes_list[j] for j in members)
+            at_once = max(1, _GROUP_ELEMENTS // (n * width))
+            for start in range(0, len(members), at_once):
+                chosen = torch.tensor(members[start : start + at_once], device=sizes.device)
+                steps = torch.arange(n, device=sizes.device)
+                inside = steps < sizes[chosen, None]
+                places = torch.where(inside, (ends - sizes)[chosen, None] + steps, 0)
+                packed = inside.to(self.counts.dtype)
+                if weights is not None:
+                    packed = packed * weights[places]
+                yield ClassGroup(chosen, order[places], packed, self.counts[chosen])
+
+
+def check_number(name: str, value: float, *, positive: bool = True) -> None:
+    """Raises InputError unless the value is a finite number, above 0 (or at least 0 where positive is false)."""
+    ok = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not ok or value < 0 or (positive and value == 0):
+        raise InputError(f"{name} must be a finite number {'> 0' if positive else '>= 0'}, got {value!r}")
+
+
+def check_count(name: str, value: int, *, at_least: int = 1, at_most: int | None = None, limit: str = "") -> None:
+    """Raises InputError unless the value is an integer in the range; `limit` names what the upper end is."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < at_least:
+        raise InputError(f"{name} must be an integer >= {at_least}, got {value!r}")
+    if at_most is not None and value > at_most:
+        raise InputError(f"{name} must be at most {at_most}{f' ({limit})' if limit else ''}, got {value}")
+
+
+def raise_first(conditions: Sequence[Condition]) -> None:
+    """Raises InputError for the first condition that holds; one synchronisation with the device for all of them."""
+    for wrong, (_, say) in zip(torch.stack([flag for flag, _ in conditions]).tolist(), conditions, strict=True):
+        if wrong:
+            raise InputError(say())
+
+
+def feature_conditions(features: Tensor, *, feature_dim: int | None = None, unit: bool = False) -> list[Condition]:
+    """Checks type and shape of features at once and returns what remains to be checked of their values.
+
+    Args:
+        features: (m, d), floating point.
+        feature_dim: the d that is required, or None.
+        unit: whether rows must have norm 1 (within 2 %, so that bf16 features pass).
+    """
+    if not isinstance(features, Tensor):
+        raise InputError(f"features must be a torch.Tensor of shape (m, d), got {type(features).__name__}")
+    if features.ndim != 2 or 0 in features.shape:
+        raise InputError(f"features must have shape (m, d) with m, d >= 1, got {tuple(features.shape)}")
+    if not features.is_floating_point():
+        raise InputError(f"features must be floating point, got {features.dtype}")
+    if feature_dim is not None and features.shape[1] != feature_dim:
+        raise InputError(f"features must have feature_dim = {feature_dim} columns, got shape {tuple(features.shape)}")
+    detached = features.detach()
+    finite = detached.isfinite().all()
+    conditions: list[Condition] = [
+        (~finite, lambda: f"features must be finite, got {int((~detached.isfinite()).sum())} NaN or infinite entries")
+    ]
+    if unit:
+        norms = torch.linalg.vector_norm(detached, dim=1, dtype=wide_dtype(detached))
+        off = (norms - 1).abs().max() > UNIT_NORM_TOLERANCE
+        conditions.append(
+            (
+                off,
+                lambda: (
+                    f"features must have rows of norm 1 (the objective is unbounded otherwise), got norms from "
+                    f"{float(norms.min()):.3g} to {float(norms.max()):.3g}; "
+                    "end the network with torch.nn.functional.normalize(z, dim=1)"
+                ),
+            )
+        )
+    return conditions
+
+
+def as_membership(
+    features: Tensor,
+    membership: Tensor,
+    num_classes: int | None,
+    *,
+    feature_dim: int | None = None,
+    unit: bool = False,
+) -> Membership:
+    """Checks features and membership together and returns the membership in the form used inside the package.
+
+    Args:
+        features: (m, d), floating point and finite; with `unit`, rows of norm 1.
+        membership: integer labels (m,) in [0, k), or rows (m, k) ≥ 0 that sum to one.
+        num_classes: k, or None to take it from the membership (labels: the largest + 1).
+        feature_dim: the d that is required, or None.
+        unit: whether rows must have norm 1.
+
+    Raises:
+        InputError: names the argument, what it got and what it takes.
+    """
+    conditions = feature_conditions(features, feature_dim=feature_dim, unit=unit)
+    if num_classes is not None:
+        check_count("num_classes", num_classes)
+    if not isinstance(membership, Tensor):
+        raise InputError(
+            f"membership must be a torch.Tensor of labels (m,) or rows (m, k), got {type(membership).__name__}"
+        )
+    m = features.shape[0]
+    if membership.ndim not in (1, 2) or membership.shape[0] != m:
+        raise InputError(
+            f"membership must have shape ({m},) or ({m}, k) to match features {tuple(features.shape)}, "
+            f"got {tuple(membership.shape)}"
+        )
+    if membership.device != features.device:
+        raise InputError(f"membership must be on the features' device {features.device}, got {membership.device}")
+    if membership.dtype == torch.bool or membership.is_complex():
+        raise InputError(f"membership must hold integer labels or real rows, got {membership.dtype}")
+    if membership.ndim == 1:
+        return _from_labels(membership, num_classes, conditions, wide_dtype(features))
+    return _from_rows(membership, num_classes, conditions, wide_dtype(features))
+
+
+def _from_labels(
+    labels: Tensor, num_classes: int | None, conditions: list[Condition], dtype: torch.dtype
+) -> Membership:
+    if labels.is_floating_point():
+        raise InputError(
+            f"membership as labels must be of an integer dtype, got {labels.dtype}; "
+            "soft membership has shape (m, k), one row a sample"
+        )
+    labels = labels.long()
+    lowest, highest = labels.min(), labels.max()
+    limit = torch.iinfo(torch.long).max if num_classes is None else num_classes
+    conditions.append(
+        (
+            (lowest < 0) | (highest >= limit),
+            lambda: (
+                f"membership labels must lie in [0, {'num_classes' if num_classes is None else num_classes}), "
+                f"got labels from {int(lowest)} to {int(highest)}"
+            ),
+        )
+    )
+    raise_first(conditions)
+    k = int(highest) + 1 if num_classes is None else num_classes
+    return Membership(labels, None, torch.bincount(labels, minlength=k).to(dtype))
+
+
+def _from_rows(rows: Tensor, num_classes: int | None, conditions: list[Condition], dtype: torch.dtype) -> Membership:
+    if rows.shape[1] == 0 or (num_classes is not None and rows.shape[1] != num_classes):
+        raise InputError(
+            f"membership rows must have num_classes = {num_classes or 'at least 1'} entries, got shape {tuple(rows.shape)}"
+        )
+    rows = rows.to(dtype)
+    detached = rows.detach()
+    sums = detached.sum(1)
+    conditions += [
+        (~detached.isfinite().all(), lambda: "membership rows must be finite, got NaN or infinite entries"),
+        (detached.min() < 0, lambda: f"membership rows must be >= 0, got entries down to {float(detached.min()):.3g}"),
+        (
+            (sums - 1).abs().max() > ROW_SUM_TOLERANCE,
+            lambda: f"membership rows must sum to 1, got sums from {float(sums.min()):.3g} to {float(sums.max()):.3g}",
+        ),
+    ]
+    raise_first(conditions)
+    return Membership(None, rows, rows.sum(0))

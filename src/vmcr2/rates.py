@@ -1,0 +1,102 @@
+"""Coding rates R, R_c and ΔR = R − R_c of eq. (1), exact, on the smaller side of every matrix.
+
+With β = d/ε², γ_j = n_j/m and C_j = Zᵀ Diag(Π_j) Z / n_j the rates are R = ½ logdet(I + β ZᵀZ/m) and
+R_c = Σ_j γ_j ½ logdet(I + β C_j). Because logdet(I_d + c ZᵀZ) = logdet(I_n + c ZZᵀ), a class of n_j samples costs
+min(d, n_j)³, and classes of similar size are factorised in one batch.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int, Shaped
+from torch import Tensor
+
+from vmcr2.linalg import half_logdet, wide_dtype
+from vmcr2.membership import Membership, as_membership, check_number, feature_conditions, raise_first
+
+
+class RateReduction(NamedTuple):
+    """R and R_c, in nats; both are rates: ≥ 0 and the larger, the more volume."""
+
+    expansion: Float[Tensor, ""]
+    compression: Float[Tensor, ""]
+
+    @property
+    def reduction(self) -> Float[Tensor, ""]:
+        """ΔR = R − R_c, which MCR² maximises; ≥ 0 for labels and soft membership alike."""
+        return self.expansion - self.compression
+
+
+def coding_rate(features: Float[Tensor, "m d"], *, eps_sq: float = 0.5) -> Float[Tensor, ""]:
+    """Returns the coding rate R = ½ logdet(I + d/(m ε²) ZᵀZ) of eq. (1).
+
+    Args:
+        features: Z, (m, d), rows are samples; finite, any floating dtype. Rows need not have norm 1 here.
+        eps_sq: the squared precision ε² > 0.
+
+    Returns:
+        A scalar in nats, float32 or wider also under autocast. Differentiable.
+
+    Raises:
+        InputError: a wrong argument (a ValueError).
+        NumericalError: the factorisation failed.
+    """
+    check_number("eps_sq", eps_sq)
+    raise_first(feature_conditions(features))
+    with torch.autocast(features.device.type, enabled=False):
+        return expansion_rate(features.to(wide_dtype(features)), eps_sq)
+
+
+def rate_reduction(
+    features: Float[Tensor, "m d"],
+    membership: Int[Tensor, " m"] | Shaped[Tensor, "m k"],
+    *,
+    num_classes: int | None = None,
+    eps_sq: float = 0.5,
+) -> RateReduction:
+    """Returns R and R_c of eq. (1), and through `.reduction` their difference ΔR.
+
+    Args:
+        features: Z, (m, d), rows are samples; finite, any floating dtype. Rows need not have norm 1 here.
+        membership: Π as integer labels (m,) in [0, k), or as rows (m, k) ≥ 0 that sum to 1. Classes may be absent.
+        num_classes: k; by default what the membership shows.
+        eps_sq: the squared precision ε² > 0.
+
+    Returns:
+        Scalars in nats, float32 or wider also under autocast. Differentiable in features and soft membership.
+
+    Raises:
+        InputError: a wrong argument (a ValueError).
+        NumericalError: the factorisation failed.
+    """
+    check_number("eps_sq", eps_sq)
+    checked = as_membership(features, membership, num_classes)
+    with torch.autocast(features.device.type, enabled=False):
+        widened = features.to(wide_dtype(features))
+        return RateReduction(expansion_rate(widened, eps_sq), compression_rate(widened, checked, eps_sq))
+
+
+def expansion_rate(features: Float[Tensor, "m d"], eps_sq: float) -> Float[Tensor, ""]:
+    """Returns R of eq. (1) for features that have been checked, in their own dtype."""
+    m, d = features.shape
+    gram = features.T @ features if d <= m else features @ features.T
+    return half_logdet(gram * (d / (m * eps_sq)))
+
+
+def compression_rate(features: Float[Tensor, "m d"], membership: Membership, eps_sq: float) -> Float[Tensor, ""]:
+    """Returns R_c of eq. (1) for features that have been checked, in their own dtype."""
+    m, d = features.shape
+    total = features.new_zeros(())
+    for group in membership.groups(d):
+        rows = group.take(features)
+        scale = d / (group.counts * eps_sq)
+        # √w has no gradient at w = 0, so a membership that is being learned stays on the d side, linear in w.
+        if rows.shape[1] < d and not group.weights.requires_grad:
+            weighted = rows * group.weights.sqrt()[..., None]
+            gram = weighted @ weighted.mT
+        else:
+            gram = rows.mT @ (rows * group.weights[..., None])
+        total = total + (group.counts / m * half_logdet(gram * scale[:, None, None])).sum()
+    return total

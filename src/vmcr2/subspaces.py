@@ -1,0 +1,75 @@
+"""The nearest-subspace classifier of eq. (8), as functions on tensors; batched, so cheap enough for every epoch."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from vmcr2.dictionary import latched_blocks
+from vmcr2.linalg import wide_dtype
+from vmcr2.membership import as_membership, check_count, feature_conditions, raise_first
+
+
+def default_components(feature_dim: int, num_classes: int) -> int:
+    """Returns ⌊d/k⌋, the paper's number of components, and 1 where there are more classes than dimensions."""
+    return max(1, feature_dim // num_classes)
+
+
+@torch.no_grad()
+def class_subspaces(
+    features: Float[Tensor, "m d"],
+    membership: Tensor,
+    num_classes: int,
+    n_components: int | None = None,
+) -> Float[Tensor, "k d r"]:
+    """Returns an orthonormal basis V^(j) of each class's top principal directions (uncentred, as in eq. 8).
+
+    A class of rank below r fills the remaining columns with zeros, so that only directions its samples really span
+    count; an absent class has zeros only.
+
+    Args:
+        features: Z of the training set, (m, d), finite.
+        membership: labels (m,) in [0, num_classes), or rows (m, num_classes) that sum to 1.
+        num_classes: k.
+        n_components: r, from 1 to d; None means ⌊d/k⌋, 1 at least.
+
+    Raises:
+        InputError: a wrong argument (a ValueError).
+    """
+    checked = as_membership(features, membership, num_classes)
+    d = features.shape[1]
+    if n_components is None:
+        n_components = default_components(d, num_classes)
+    check_count("n_components", n_components, at_most=d, limit="the number of features")
+    widened = features.to(wide_dtype(features))
+    bases, energies = latched_blocks(widened, checked, n_components)
+    # Eigenvalues of a Gram matrix are known to about eps relative to the largest.
+    floor = energies.amax(1, keepdim=True) * torch.finfo(widened.dtype).eps * d
+    return bases * (energies > floor)[:, None, :]
+
+
+@torch.no_grad()
+def subspace_energies(features: Float[Tensor, "m d"], bases: Float[Tensor, "k d r"]) -> Float[Tensor, "m k"]:
+    """Returns ‖V^(j)ᵀ z‖² for every sample and class; the residual of eq. (8) is ‖z‖² minus that."""
+    k, d, r = bases.shape
+    flat = bases.permute(1, 0, 2).reshape(d, k * r)
+    at_once = max(1, 2**25 // (k * r))
+    parts = [(rows @ flat).square().view(-1, k, r).sum(2) for rows in features.to(bases.dtype).split(at_once)]
+    return torch.cat(parts)
+
+
+@torch.no_grad()
+def nearest_subspace(features: Float[Tensor, "m d"], bases: Float[Tensor, "k d r"]) -> Int[Tensor, " m"]:
+    """Returns the class whose subspace is nearest to each sample, eq. (8); never a class without a basis.
+
+    Args:
+        features: (m, d), finite.
+        bases: V^(j), (k, d, r), from `class_subspaces`.
+
+    Raises:
+        InputError: a wrong argument (a ValueError).
+    """
+    raise_first(feature_conditions(features, feature_dim=bases.shape[1]))
+    absent = (bases == 0).all(2).all(1)
+    return subspace_energies(features, bases).masked_fill(absent, -1).argmax(1)
