@@ -1,0 +1,105 @@
+"""Several objectives and seeds of one recipe side by side, as the paper's Table 2."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from vmcr2 import plot, train
+from vmcr2.errors import InputError
+from vmcr2.recipes import Objective, Recipe, differences
+from vmcr2.report import markdown_table
+from vmcr2.run import RunFolder, write_atomically
+
+COLUMNS = ("objective", "R", "R_c", "ΔR", "test accuracy", "own head", "s/epoch")
+
+
+def compare(
+    recipe: Recipe,
+    objectives: Sequence[Objective],
+    seeds: Sequence[int],
+    out: Path,
+    data_root: Path | None = None,
+    console: Console | None = None,
+) -> list[RunFolder]:
+    """Trains every objective on every seed, going on with what is there, and writes the table and the figures.
+
+    Args:
+        recipe: the recipe; its own objective and seed are not used.
+        objectives: which to run.
+        seeds: which to run each with.
+        out: a folder that holds one run folder for each.
+        data_root: where named data sets lie.
+        console: where progress is shown.
+
+    Returns:
+        The run folders, complete.
+
+    Raises:
+        InputError: the folder holds runs of another recipe; nothing was changed (a ValueError).
+    """
+    if not objectives or not seeds:
+        raise InputError("objectives and seeds must each name at least one")
+    planned = [
+        (out / f"{objective}-seed{seed}", replace(recipe, objective=objective, seed=seed))
+        for seed in seeds
+        for objective in objectives
+    ]
+    for path, wanted in planned:
+        if (path / "recipe.json").is_file():
+            differing = differences(RunFolder.open(path).recipe(), wanted)
+            if differing:
+                raise InputError(f"{path} belongs to another recipe (there, here): {'; '.join(differing)}")
+        elif path.exists() and any(path.iterdir()):
+            raise InputError(f"{path} exists and is no run folder; choose another --out")
+    runs = []
+    for path, wanted in planned:
+        if (path / "recipe.json").is_file():
+            runs.append(train.resume(RunFolder.open(path), wanted, data_root, console))
+        else:
+            runs.append(train.start(wanted, path, data_root, console))
+    summaries = [run.summary() for run in runs]
+    write_atomically(out / "comparison.json", (json.dumps(summaries, indent=2) + "\n").encode())
+    heading = f"{recipe.name}, {recipe.epochs} epochs, seeds {', '.join(map(str, seeds))}, {hardware(summaries[0])}"
+    text = f"{heading}\n\n{markdown_table(COLUMNS, rows(summaries))}"
+    write_atomically(out / "comparison.md", text.encode())
+    plot.draw_comparison(runs, out / "figures")
+    return runs
+
+
+def hardware(summary: dict[str, Any]) -> str:
+    """Returns what a run ran on, in words."""
+    return f"{summary['device']}, {summary['threads']} threads, torch {summary['torch']}"
+
+
+def rows(summaries: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """Returns the table's rows, one an objective: mean ± standard deviation over seeds."""
+    table = []
+    for objective in dict.fromkeys(summary["objective"] for summary in summaries):
+        members = [summary for summary in summaries if summary["objective"] == objective]
+        row = [plot.OBJECTIVE_NAMES[objective]]
+        for key, digits in (
+            ("train_expansion", 2),
+            ("train_compression", 2),
+            ("train_reduction", 2),
+            ("test_accuracy", 4),
+            ("head_accuracy", 4),
+            ("seconds_per_epoch", 2),
+        ):
+            row.append(_mean([summary[key] for summary in members], digits))
+        table.append(row)
+    return table
+
+
+def _mean(values: list[float | None], digits: int) -> str:
+    known = [value for value in values if value is not None]
+    if not known:
+        return "–"
+    spread = f" ± {statistics.stdev(known):.{digits}f}" if len(known) > 1 else ""
+    return f"{statistics.mean(known):.{digits}f}{spread}"

@@ -1,0 +1,390 @@
+"""Data sources: each gives whole data sets as tensors, to be kept on the training device and augmented there.
+
+    digits                                       ships with scikit-learn
+    mnist, fashion-mnist, cifar10, cifar100      torchvision's layout under the data root, downloaded if missing
+    omniglot                                     <data root>/omniglot.npz, or built from torchvision's archive
+    a folder                                     train/<class>/*.png and test/<class>/*.png
+    a .npz file                                  x_train, y_train, x_test, y_test: images or ready embeddings
+"""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int, Shaped, UInt8
+from torch import Tensor
+from torch.nn import functional
+
+from vmcr2._torchvision import import_torchvision
+from vmcr2.errors import InputError
+from vmcr2.membership import check_count
+
+DATA_ROOT_VARIABLE = "VMCR2_DATA_ROOT"
+_IMAGE_ENDINGS = {".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".pgm", ".webp", ".tif", ".tiff"}
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """Which data, and how much of it.
+
+    Attributes:
+        source: a name (digits, mnist, fashion-mnist, cifar10, cifar100, omniglot) or the path of a .npz file or of a
+            folder of images by class.
+        classes: keep the first so many classes only.
+        train_size: keep the first so many training samples only.
+        image_size: scale a folder's images to so many pixels a side; needed where they differ in size.
+    """
+
+    source: str = "digits"
+    classes: int | None = None
+    train_size: int | None = None
+    image_size: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, least in (("classes", 2), ("train_size", 1), ("image_size", 1)):
+            value = getattr(self, name)
+            if value is not None:
+                check_count(f"data.{name}", value, at_least=least)
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Random crops and flips, drawn anew for each image of a batch.
+
+    Attributes:
+        crop: side of the square cut out; None keeps the image's size.
+        padding: zeros put around the image first, so shifts go up to padding + (size − crop)/2 pixels.
+        flip: mirror half of the images.
+    """
+
+    crop: int | None = None
+    padding: int = 0
+    flip: bool = False
+
+    def __post_init__(self) -> None:
+        if self.crop is not None:
+            check_count("augmentation.crop", self.crop)
+        check_count("augmentation.padding", self.padding, at_least=0)
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A data set as tensors: images are uint8 (n, c, h, w), embeddings float32 (n, d); labels are int64."""
+
+    train_inputs: Shaped[Tensor, "m ..."]
+    train_labels: Int[Tensor, " m"]
+    test_inputs: Shaped[Tensor, "t ..."]
+    test_labels: Int[Tensor, " t"]
+    class_names: tuple[str, ...]
+
+    @property
+    def num_classes(self) -> int:
+        """The number of classes k."""
+        return len(self.class_names)
+
+    def to(self, device: torch.device) -> Self:
+        """Returns the data set on a device."""
+        names = ("train_inputs", "train_labels", "test_inputs", "test_labels")
+        return replace(self, **{name: getattr(self, name).to(device) for name in names})
+
+
+def default_data_root() -> Path:
+    """Returns $VMCR2_DATA_ROOT, or ./data."""
+    return Path(os.environ.get(DATA_ROOT_VARIABLE) or "data")
+
+
+def load(settings: DataSettings, data_root: Path | None = None) -> Dataset:
+    """Returns a data set.
+
+    Args:
+        settings: what to load.
+        data_root: the folder of named data sets; by default $VMCR2_DATA_ROOT or ./data.
+
+    Raises:
+        InputError: the source is unknown, or its files are missing, damaged or of the wrong form (a ValueError).
+    """
+    root = default_data_root() if data_root is None else data_root
+    path = Path(settings.source)
+    if settings.source in _NAMED:
+        dataset = _NAMED[settings.source](root)
+    elif path.suffix == ".npz":
+        dataset = _npz(path if path.is_file() or path.is_absolute() else root / path)
+    elif path.is_dir():
+        dataset = _folder(path, settings.image_size)
+    else:
+        raise InputError(
+            f"data.source must be one of {', '.join(_NAMED)}, a .npz file or a folder of images by class, "
+            f"got {settings.source!r}, which is neither"
+        )
+    return _subset(dataset, settings)
+
+
+def _subset(dataset: Dataset, settings: DataSettings) -> Dataset:
+    if settings.classes is not None:
+        check_count("data.classes", settings.classes, at_most=dataset.num_classes, limit=f"in {settings.source}")
+        train, test = dataset.train_labels < settings.classes, dataset.test_labels < settings.classes
+        dataset = Dataset(
+            dataset.train_inputs[train],
+            dataset.train_labels[train],
+            dataset.test_inputs[test],
+            dataset.test_labels[test],
+            dataset.class_names[: settings.classes],
+        )
+    if settings.train_size is not None:
+        m = len(dataset.train_labels)
+        check_count("data.train_size", settings.train_size, at_most=m, limit=f"samples in {settings.source}")
+        dataset = replace(
+            dataset,
+            train_inputs=dataset.train_inputs[: settings.train_size].clone(),
+            train_labels=dataset.train_labels[: settings.train_size].clone(),
+        )
+    return dataset
+
+
+def _digits(_: Path) -> Dataset:
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    bunch: Any = load_digits()
+    images = np.round(bunch.images * (255 / 16)).astype(np.uint8)
+    split = train_test_split(images, bunch.target, test_size=0.2, stratify=bunch.target, random_state=0)
+    x_train, x_test, y_train, y_test = split
+    return _from_arrays("digits", x_train, y_train, x_test, y_test, [str(j) for j in range(10)])
+
+
+def _torchvision_source(name: str) -> Callable[[Path], Dataset]:
+    def read(root: Path) -> Dataset:
+        datasets = import_torchvision().datasets
+        kinds = {
+            "mnist": datasets.MNIST,
+            "fashion-mnist": datasets.FashionMNIST,
+            "cifar10": datasets.CIFAR10,
+            "cifar100": datasets.CIFAR100,
+        }
+        train, test = (_present_or_downloaded(name, kinds[name], root, train=part) for part in (True, False))
+        y_train, y_test = np.asarray(train.targets), np.asarray(test.targets)
+        return _from_arrays(name, np.asarray(train.data), y_train, np.asarray(test.data), y_test, list(train.classes))
+
+    return read
+
+
+def _present_or_downloaded(name: str, kind: Callable[..., Any], root: Path, **which: bool) -> Any:
+    """Reads a torchvision data set; goes to the network only where its files are missing or fail their checksum."""
+    try:
+        return kind(root=str(root), download=False, **which)
+    except RuntimeError:
+        pass  # torchvision's word for "not there, or not what its checksum says"
+    except Exception as error:
+        raise InputError(
+            f"{name} under the data root {root} is damaged: {error or type(error).__name__}. "
+            "Delete its files to have them fetched again."
+        ) from error
+    try:
+        return kind(root=str(root), download=True, **which)
+    except Exception as error:
+        raise InputError(
+            f"{name} is not under the data root {root} (or fails its checksum), and could not be downloaded: {error}. "
+            f"Name the folder that holds it with --data-root or {DATA_ROOT_VARIABLE}."
+        ) from error
+
+
+def _omniglot(root: Path) -> Dataset:
+    packed = root / "omniglot.npz"
+    if packed.is_file():
+        return _npz(packed)
+    datasets = import_torchvision().datasets
+    source = _present_or_downloaded("omniglot", datasets.Omniglot, root, background=True)
+    arrays = _pack_omniglot(Path(source.target_folder))
+    part = packed.with_suffix(".part.npz")
+    np.savez_compressed(part, **arrays)
+    part.replace(packed)
+    return _npz(packed)
+
+
+def _pack_omniglot(folder: Path) -> dict[str, np.ndarray]:
+    """Returns the background set at 28×28, ink 255: drawers 1 to 15 of each character for training, 16 to 20 for test."""
+    from PIL import Image
+
+    characters = sorted(path for path in folder.glob("*/*") if path.is_dir())
+    if not characters:
+        raise InputError(f"omniglot: no characters under {folder}")
+    arrays: dict[str, list[Any]] = {"x_train": [], "y_train": [], "x_test": [], "y_test": []}
+    for label, character in enumerate(characters):
+        for file in sorted(character.glob("*.png")):
+            drawer = int(file.stem.split("_")[1])
+            with Image.open(file) as image:
+                small = np.asarray(image.convert("L").resize((28, 28), Image.Resampling.BOX))
+            part = "train" if drawer <= 15 else "test"
+            arrays[f"x_{part}"].append(255 - small)
+            arrays[f"y_{part}"].append(label)
+    names = [f"{character.parent.name}/{character.name}" for character in characters]
+    return {name: np.asarray(values) for name, values in arrays.items()} | {"class_names": np.asarray(names)}
+
+
+def _npz(path: Path) -> Dataset:
+    if not path.is_file():
+        raise InputError(f"data.source: there is no file {path}")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            held = {name: file[name] for name in file.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise InputError(f"{path} is no readable .npz file (truncated or damaged?): {error}") from error
+    missing = [name for name in ("x_train", "y_train", "x_test", "y_test") if name not in held]
+    if missing:
+        raise InputError(f"{path} must hold x_train, y_train, x_test, y_test; it lacks {', '.join(missing)}")
+    names = [str(name) for name in held["class_names"]] if "class_names" in held else None
+    return _from_arrays(str(path), held["x_train"], held["y_train"], held["x_test"], held["y_test"], names)
+
+
+def _folder(root: Path, image_size: int | None) -> Dataset:
+    parts = {}
+    for part in ("train", "test"):
+        if not (root / part).is_dir():
+            raise InputError(f"{root} must hold folders train/<class> and test/<class> of images, it has no {part}/")
+        parts[part] = {path.name: path for path in sorted((root / part).iterdir()) if path.is_dir()}
+    names = sorted(parts["train"])
+    unknown = sorted(set(parts["test"]) - set(names))
+    if not names or unknown:
+        raise InputError(f"{root}: test/ has classes that train/ lacks: {unknown}" if names else f"{root}/train is empty")
+    arrays = []
+    for part in ("train", "test"):
+        files = [
+            (file, label)
+            for label, name in enumerate(names)
+            if name in parts[part]
+            for file in sorted(parts[part][name].iterdir())
+            if file.suffix.lower() in _IMAGE_ENDINGS
+        ]
+        images = [_decode(file, image_size) for file, _ in files]
+        sizes = {image.shape for image in images}
+        if len(sizes) != 1:
+            found = f"sizes {sorted(sizes)[:3]}; set data.image_size" if sizes else "no image"
+            raise InputError(f"{root}/{part} must hold images of one size, got {found}")
+        arrays += [np.stack(images), np.asarray([label for _, label in files])]
+    return _from_arrays(str(root), *arrays, names)
+
+
+def _decode(file: Path, image_size: int | None) -> np.ndarray:
+    from PIL import Image
+
+    try:
+        with Image.open(file) as image:
+            colour = image.convert("RGB")
+    except OSError as error:
+        raise InputError(f"{file} is no readable image (truncated or damaged?): {error}") from error
+    if image_size is not None:
+        colour = colour.resize((image_size, image_size), Image.Resampling.BILINEAR)
+    return np.asarray(colour)
+
+
+def _from_arrays(
+    name: str,
+    x_train: np.ndarray,
+    y_train: np.ndarray,
+    x_test: np.ndarray,
+    y_test: np.ndarray,
+    class_names: list[str] | None,
+) -> Dataset:
+    """Checks arrays and returns them as a data set."""
+    for part, x, y in (("train", x_train, y_train), ("test", x_test, y_test)):
+        if y.ndim != 1 or not np.issubdtype(y.dtype, np.integer) or len(x) != len(y) or not len(y):
+            raise InputError(
+                f"{name}: y_{part} must hold one integer label a sample of x_{part} {x.shape}, got {y.dtype} {y.shape}"
+            )
+    k = int(y_train.max()) + 1 if class_names is None else len(class_names)
+    lowest, highest = min(y_train.min(), y_test.min()), max(y_train.max(), y_test.max())
+    if lowest < 0 or highest >= k:
+        raise InputError(f"{name}: labels must lie in [0, {k}), got labels from {lowest} to {highest}")
+    names = [str(j) for j in range(k)] if class_names is None else class_names
+    inputs = [_as_inputs(f"{name}: x_{part}", x) for part, x in (("train", x_train), ("test", x_test))]
+    if inputs[0].shape[1:] != inputs[1].shape[1:]:
+        raise InputError(f"{name}: x_train and x_test must agree, got {x_train.shape} and {x_test.shape}")
+    labels = [torch.from_numpy(y.astype(np.int64)) for y in (y_train, y_test)]
+    return Dataset(inputs[0], labels[0], inputs[1], labels[1], tuple(names))
+
+
+def _as_inputs(name: str, array: np.ndarray) -> Tensor:
+    if array.ndim == 2 and np.issubdtype(array.dtype, np.floating):
+        if not np.isfinite(array).all():
+            raise InputError(f"{name} must be finite, it holds NaN or infinite entries")
+        return torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))
+    if array.ndim in (3, 4) and array.dtype == np.uint8:
+        if array.ndim == 3:
+            array = array[:, None]
+        elif array.shape[-1] in (1, 3) and array.shape[1] not in (1, 3):
+            array = array.transpose(0, 3, 1, 2)
+        return torch.from_numpy(np.ascontiguousarray(array))
+    raise InputError(
+        f"{name} must hold uint8 images (n, h, w), (n, h, w, c) or (n, c, h, w), or float embeddings (n, d), "
+        f"got {array.dtype} {array.shape}"
+    )
+
+
+_NAMED: dict[str, Callable[[Path], Dataset]] = {
+    "digits": _digits,
+    "mnist": _torchvision_source("mnist"),
+    "fashion-mnist": _torchvision_source("fashion-mnist"),
+    "cifar10": _torchvision_source("cifar10"),
+    "cifar100": _torchvision_source("cifar100"),
+    "omniglot": _omniglot,
+}
+
+
+def augmented(
+    inputs: Shaped[Tensor, "b ..."], settings: Augmentation, generator: torch.Generator
+) -> Float[Tensor, "b ..."]:
+    """Returns a batch as float32, each image with a crop and a mirroring of its own; embeddings as they are.
+
+    Args:
+        inputs: uint8 images (b, c, h, w), or float embeddings (b, d).
+        settings: the augmentation.
+        generator: the source of randomness, on the inputs' device.
+    """
+    if inputs.ndim == 2:
+        return inputs
+    b, c = inputs.shape[:2]
+    height, width = _crop_size(inputs, settings)
+    padded = functional.pad(inputs, (settings.padding,) * 4)
+    device = inputs.device
+
+    def starts(room: int) -> Tensor:
+        return torch.randint(room + 1, (b, 1), generator=generator, device=device)
+
+    rows = starts(padded.shape[2] - height) + torch.arange(height, device=device)
+    columns = starts(padded.shape[3] - width) + torch.arange(width, device=device)
+    if settings.flip:
+        mirrored = torch.rand(b, 1, generator=generator, device=device) < 0.5
+        columns = torch.where(mirrored, columns.flip(1), columns)
+    samples = torch.arange(b, device=device)[:, None, None, None]
+    channels = torch.arange(c, device=device)[None, :, None, None]
+    return _to_float(padded[samples, channels, rows[:, None, :, None], columns[:, None, None, :]])
+
+
+def plain(inputs: Shaped[Tensor, "b ..."], settings: Augmentation) -> Float[Tensor, "b ..."]:
+    """Returns a batch as float32 without augmentation: the middle of the padded image, at the crop's size."""
+    if inputs.ndim == 2:
+        return inputs
+    height, width = _crop_size(inputs, settings)
+    top, left = inputs.shape[2] - height, inputs.shape[3] - width
+    # A negative pad cuts, a positive one adds zeros: either way the image stays in the middle.
+    return _to_float(functional.pad(inputs, (-(left // 2), -(left - left // 2), -(top // 2), -(top - top // 2))))
+
+
+def _crop_size(inputs: UInt8[Tensor, "b c h w"], settings: Augmentation) -> tuple[int, int]:
+    height, width = inputs.shape[2:]
+    if settings.crop is None:
+        return height, width
+    limit = min(height, width) + 2 * settings.padding
+    check_count("augmentation.crop", settings.crop, at_most=limit, limit="the padded image")
+    return settings.crop, settings.crop
+
+
+def _to_float(images: UInt8[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+    return images.float().div_(255)

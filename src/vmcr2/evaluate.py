@@ -1,0 +1,111 @@
+"""What a run is judged by: exact ΔR of the training set, nearest-subspace accuracy, spectra."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float, Shaped
+from torch import Tensor, nn
+
+from vmcr2.data import Augmentation, Dataset, plain
+from vmcr2.dictionary import latched_blocks
+from vmcr2.featurizers import CrossEntropyHead
+from vmcr2.membership import as_membership
+from vmcr2.rates import RateReduction, rate_reduction
+from vmcr2.subspaces import class_subspaces, nearest_subspace
+
+
+@dataclass(frozen=True)
+class Features:
+    """Features of a whole data set, in eval mode and without augmentation."""
+
+    train: Float[Tensor, "m d"]
+    test: Float[Tensor, "t d"]
+
+
+@torch.no_grad()
+def extract(model: nn.Module, dataset: Dataset, augmentation: Augmentation, batch_size: int) -> Features:
+    """Returns the features of a data set; the model's mode is restored."""
+    training = model.training
+    model.eval()
+    try:
+        parts = [
+            torch.cat([model(plain(batch, augmentation)) for batch in inputs.split(batch_size)])
+            for inputs in (dataset.train_inputs, dataset.test_inputs)
+        ]
+    finally:
+        model.train(training)
+    return Features(*parts)
+
+
+@dataclass(frozen=True)
+class Measures:
+    """Rates of the whole training set in nats, and accuracies on the test set."""
+
+    train_expansion: float
+    train_compression: float
+    train_reduction: float
+    test_accuracy: float
+    head_accuracy: float | None
+
+
+@torch.no_grad()
+def measure(features: Features, dataset: Dataset, eps_sq: float, head: CrossEntropyHead | None) -> Measures:
+    """Returns exact R, R_c, ΔR on the training set, and the accuracy of nearest subspaces (eq. 8) on the test set.
+
+    Args:
+        features: of the data set.
+        dataset: its labels.
+        eps_sq: ε².
+        head: cross-entropy's linear layer, whose accuracy is given beside, or None.
+    """
+    k = dataset.num_classes
+    rates: RateReduction = rate_reduction(features.train, dataset.train_labels, num_classes=k, eps_sq=eps_sq)
+    bases = class_subspaces(features.train, dataset.train_labels, k)
+    predicted = nearest_subspace(features.test, bases)
+    return Measures(
+        float(rates.expansion),
+        float(rates.compression),
+        float(rates.reduction),
+        accuracy(predicted, dataset.test_labels),
+        None if head is None else accuracy(head.predict(features.test), dataset.test_labels),
+    )
+
+
+def accuracy(predicted: Shaped[Tensor, " t"], labels: Shaped[Tensor, " t"]) -> float:
+    """Returns the share of labels predicted right."""
+    return float((predicted == labels).double().mean())
+
+
+@torch.no_grad()
+def accuracy_by_components(features: Features, dataset: Dataset, components: list[int]) -> dict[int, float]:
+    """Returns the nearest-subspace test accuracy for each dimension of the subspaces."""
+    found = {}
+    for r in components:
+        bases = class_subspaces(features.train, dataset.train_labels, dataset.num_classes, r)
+        found[r] = accuracy(nearest_subspace(features.test, bases), dataset.test_labels)
+    return found
+
+
+@torch.no_grad()
+def for_figures(features: Features, dataset: Dataset, shown_classes: int = 10) -> dict[str, np.ndarray]:
+    """Returns what the figures need: features of a few classes sorted by class, and every class's spectrum.
+
+    Of more than ten classes ten are shown, evenly spread; of each at most 100 samples.
+    """
+    k = dataset.num_classes
+    chosen = torch.linspace(0, k - 1, min(k, shown_classes)).long().tolist()
+    rows = [(dataset.train_labels == j).nonzero()[:100, 0] for j in chosen]
+    picked = torch.cat(rows)
+    checked = as_membership(features.train, dataset.train_labels, k)
+    d = features.train.shape[1]
+    depth = min(d, int(checked.counts.max()))
+    _, spectra = latched_blocks(features.train, checked, depth)
+    return {
+        "features": features.train[picked].cpu().numpy().astype(np.float16),
+        "labels": dataset.train_labels[picked].cpu().numpy(),
+        "spectra": spectra.cpu().numpy().astype(np.float32),
+        "class_names": np.asarray(dataset.class_names),
+    }

@@ -1,0 +1,134 @@
+"""The networks: maps from inputs to features of norm 1. Each name here is a value of a recipe's `network`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float, Shaped
+from torch import Tensor, nn
+from torch.nn import functional
+
+from vmcr2._torchvision import import_torchvision
+from vmcr2.errors import InputError
+
+
+class Normalize(nn.Module):
+    """Scales every row to norm 1, in float32 or wider: the constraint Z ∈ S of eq. (1)."""
+
+    def forward(self, features: Float[Tensor, "m d"]) -> Float[Tensor, "m d"]:
+        """Returns the rows at norm 1."""
+        return functional.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=1)
+
+
+def reshaping_head(width: int, feature_dim: int) -> list[nn.Module]:
+    """Returns Architecture 2's head from `width` to unit features; the paper has width 512."""
+    return [
+        nn.Linear(width, width, bias=False),
+        nn.BatchNorm1d(width),
+        nn.ReLU(),
+        nn.Linear(width, feature_dim),
+        Normalize(),
+    ]
+
+
+def _mlp(input_shape: tuple[int, ...], feature_dim: int) -> nn.Module:
+    """Two hidden layers of 512 with BatchNorm, then the reshaping head: for embeddings and very small images."""
+    width = 512
+    layers: list[nn.Module] = [nn.Flatten(), nn.Linear(torch.Size(input_shape).numel(), width, bias=False)]
+    layers += [nn.BatchNorm1d(width), nn.ReLU(), *reshaping_head(width, feature_dim)]
+    return nn.Sequential(*layers)
+
+
+def _conv4(input_shape: tuple[int, ...], feature_dim: int) -> nn.Module:
+    """Four stride-2 convolutions with BatchNorm, flattened, then the reshaping head: Omniglot-sized images."""
+    channels = [_channels(input_shape), 64, 64, 128, 128]
+    layers: list[nn.Module] = []
+    for before, after in zip(channels, channels[1:], strict=False):
+        layers += [nn.Conv2d(before, after, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(after), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Flatten(), *_head_for(layers, input_shape, feature_dim))
+
+
+def _head_for(layers: list[nn.Module], input_shape: tuple[int, ...], feature_dim: int) -> list[nn.Module]:
+    with torch.no_grad():
+        body = nn.Sequential(*layers).eval()
+        width = body(torch.zeros(1, *input_shape)).numel()
+    body.train()
+    return reshaping_head(width, feature_dim)
+
+
+def _cnn(input_shape: tuple[int, ...], feature_dim: int) -> nn.Module:
+    """Architecture 1 of the paper, for MNIST at 32×32: two convolutions, no BatchNorm, dropout."""
+    height, width = input_shape[1] - 4, input_shape[2] - 4
+    return nn.Sequential(
+        nn.Conv2d(_channels(input_shape), 32, 3),
+        nn.ReLU(),
+        nn.Conv2d(32, 64, 3),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Dropout(0.25),
+        nn.Flatten(),
+        nn.Linear(64 * (height // 2) * (width // 2), feature_dim),
+        nn.ReLU(),
+        nn.Dropout(0.5),
+        nn.Linear(feature_dim, feature_dim),
+        Normalize(),
+    )
+
+
+def _resnet18(input_shape: tuple[int, ...], feature_dim: int) -> nn.Module:
+    """Architecture 2 of the paper: torchvision's ResNet-18 with its 7×7 stride-2 stem, and the reshaping head."""
+    network = import_torchvision().models.resnet18(weights=None)
+    if _channels(input_shape) != 3:
+        network.conv1 = nn.Conv2d(_channels(input_shape), 64, 7, stride=2, padding=3, bias=False)
+    network.fc = nn.Sequential(*reshaping_head(512, feature_dim))
+    return network
+
+
+def _channels(input_shape: tuple[int, ...]) -> int:
+    if len(input_shape) != 3:
+        raise InputError(f"this network takes images (c, h, w), got inputs of shape {input_shape}; use network = mlp")
+    return input_shape[0]
+
+
+NETWORKS: dict[str, Callable[[tuple[int, ...], int], nn.Module]] = {
+    "mlp": _mlp,
+    "conv4": _conv4,
+    "cnn": _cnn,
+    "resnet18": _resnet18,
+}
+
+
+def build(network: str, input_shape: tuple[int, ...], feature_dim: int) -> nn.Module:
+    """Returns a freshly initialised featurizer.
+
+    Args:
+        network: one of `NETWORKS`.
+        input_shape: of one input: (c, h, w) or (d,).
+        feature_dim: d, the dimension of the features.
+
+    Raises:
+        InputError: the network is unknown or does not take such inputs (a ValueError).
+    """
+    if network not in NETWORKS:
+        raise InputError(f"network must be one of {', '.join(NETWORKS)}, got {network!r}")
+    try:
+        return NETWORKS[network](input_shape, feature_dim)
+    except RuntimeError as error:
+        raise InputError(f"network {network} cannot take inputs of shape {input_shape}: {error}") from error
+
+
+class CrossEntropyHead(nn.Module):
+    """The linear layer on top of the featurizer and its cross-entropy loss (Section 7.2)."""
+
+    def __init__(self, feature_dim: int, num_classes: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(feature_dim, num_classes)
+
+    def forward(self, features: Float[Tensor, "m d"], labels: Shaped[Tensor, "m ..."]) -> Float[Tensor, ""]:
+        """Returns the mean cross-entropy."""
+        return functional.cross_entropy(self.linear(features), labels)
+
+    def predict(self, features: Float[Tensor, "m d"]) -> Shaped[Tensor, " m"]:
+        """Returns the most likely labels."""
+        return self.linear(features).argmax(1)

@@ -1,0 +1,238 @@
+"""Recipes: everything that decides what a run computes, as frozen dataclasses that check themselves.
+
+`RECIPES` holds the named ones. A recipe is written to recipe.json in its run folder and read back strictly.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from vmcr2.data import Augmentation, DataSettings
+from vmcr2.errors import InputError
+from vmcr2.featurizers import NETWORKS
+from vmcr2.membership import check_count, check_number
+
+Objective = Literal["vmcr2", "mcr2", "ce"]
+OBJECTIVES: tuple[Objective, ...] = ("vmcr2", "mcr2", "ce")
+
+
+@dataclass(frozen=True)
+class VMCR2Settings:
+    """Settings of the V-MCR² objective.
+
+    Attributes:
+        lr: learning rate of the network.
+        mu: penalty weight µ > 0.
+        atoms_per_class: s = q/k, at most the feature dimension.
+        step_atoms: ν_Γ, in units of the inverse Lipschitz bound.
+        step_codes: ν_A, likewise.
+        structure: shared: every class may use every atom; block: its own s only.
+        latch_every: epochs between latchings; the first is before the first epoch.
+    """
+
+    lr: float = 1e-2
+    mu: float = 0.1
+    atoms_per_class: int = 10
+    step_atoms: float = 5.0
+    step_codes: float = 5.0
+    structure: Literal["shared", "block"] = "shared"
+    latch_every: int = 50
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "mu", "step_atoms", "step_codes"):
+            check_number(f"vmcr2.{name}", getattr(self, name))
+        check_count("vmcr2.atoms_per_class", self.atoms_per_class)
+        check_count("vmcr2.latch_every", self.latch_every)
+
+
+@dataclass(frozen=True)
+class MCR2Settings:
+    """Settings of the exact MCR² objective.
+
+    Attributes:
+        lr: learning rate of the network.
+    """
+
+    lr: float = 1e-2
+
+    def __post_init__(self) -> None:
+        check_number("mcr2.lr", self.lr)
+
+
+@dataclass(frozen=True)
+class CESettings:
+    """Settings of cross-entropy.
+
+    Attributes:
+        lr: learning rate of the network and its linear head.
+    """
+
+    lr: float = 1e-1
+
+    def __post_init__(self) -> None:
+        check_number("ce.lr", self.lr)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One training run, but for where its data and its results lie.
+
+    Attributes:
+        name: what the recipe is called.
+        about: one line on what it is for.
+        objective: vmcr2, mcr2 or ce.
+        seed: of the initial weights, the order of the data, augmentation and dropout.
+        epochs: passes over the training set.
+        batch_size: at most so many samples a step; the batches of an epoch are as equal as can be.
+        network: mlp, conv4, cnn or resnet18.
+        feature_dim: d.
+        eps_sq: the squared precision ε² of the coding rates.
+        momentum: of SGD.
+        weight_decay: of SGD.
+        evaluate_every: epochs between evaluations on the whole training and test set.
+        checkpoint_seconds: the least time between two checkpoints; the last epoch always writes one.
+        device: auto, cpu, cuda or any accelerator that Lightning Fabric knows.
+        precision: of the network, as Lightning Fabric names it (32-true, bf16-mixed); rates are float32 at least.
+        data: what to train on.
+        augmentation: what is done to its images.
+        vmcr2: settings of V-MCR².
+        mcr2: settings of MCR².
+        ce: settings of cross-entropy.
+    """
+
+    name: str = "digits"
+    about: str = ""
+    objective: Objective = "vmcr2"
+    seed: int = 0
+    epochs: int = 100
+    batch_size: int = 500
+    network: str = "mlp"
+    feature_dim: int = 128
+    eps_sq: float = 0.5
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    evaluate_every: int = 1
+    checkpoint_seconds: float = 10.0
+    device: str = "auto"
+    precision: Literal["32-true", "bf16-mixed"] = "32-true"
+    data: DataSettings = field(default_factory=DataSettings)
+    augmentation: Augmentation = field(default_factory=Augmentation)
+    vmcr2: VMCR2Settings = field(default_factory=VMCR2Settings)
+    mcr2: MCR2Settings = field(default_factory=MCR2Settings)
+    ce: CESettings = field(default_factory=CESettings)
+
+    def __post_init__(self) -> None:
+        if self.objective not in OBJECTIVES:
+            raise InputError(f"objective must be one of {', '.join(OBJECTIVES)}, got {self.objective!r}")
+        if self.network not in NETWORKS:
+            raise InputError(f"network must be one of {', '.join(NETWORKS)}, got {self.network!r}")
+        check_count("seed", self.seed, at_least=0)
+        for name in ("epochs", "feature_dim", "evaluate_every"):
+            check_count(name, getattr(self, name))
+        check_count("batch_size", self.batch_size, at_least=2)
+        check_number("eps_sq", self.eps_sq)
+        for name in ("momentum", "weight_decay", "checkpoint_seconds"):
+            check_number(name, getattr(self, name), positive=False)
+        check_count("vmcr2.atoms_per_class", self.vmcr2.atoms_per_class, at_most=self.feature_dim, limit="feature_dim")
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of this recipe's objective."""
+        settings: VMCR2Settings | MCR2Settings | CESettings = getattr(self, self.objective)
+        return settings.lr
+
+
+RECIPES: dict[str, Recipe] = {
+    recipe.name: recipe
+    for recipe in (
+        Recipe(
+            name="digits",
+            about="8×8 handwritten digits from scikit-learn, seconds on a laptop",
+            epochs=100,
+            batch_size=500,
+            network="mlp",
+            feature_dim=128,
+            augmentation=Augmentation(padding=1, crop=8),
+            vmcr2=VMCR2Settings(lr=1e-2, mu=0.1, atoms_per_class=10),
+            mcr2=MCR2Settings(lr=1e-2),
+            ce=CESettings(lr=1e-1),
+        ),
+        Recipe(
+            name="omniglot100",
+            about="100 handwritten characters, 15 drawers for training and 5 for test",
+            epochs=60,
+            batch_size=500,
+            network="conv4",
+            feature_dim=200,
+            evaluate_every=5,
+            data=DataSettings(source="omniglot", classes=100),
+            augmentation=Augmentation(padding=2, crop=28),
+            vmcr2=VMCR2Settings(lr=1e-2, mu=0.1, atoms_per_class=2),
+            mcr2=MCR2Settings(lr=1e-2),
+            ce=CESettings(lr=3e-2),
+        ),
+    )
+}
+
+
+def find(name: str) -> Recipe:
+    """Returns a recipe by name, or from a .json file such as a run folder's recipe.json.
+
+    Raises:
+        InputError: there is no such recipe, or the file is no recipe (a ValueError).
+    """
+    if name in RECIPES:
+        return RECIPES[name]
+    if name.endswith(".json"):
+        return from_json(Path(name))
+    near = difflib.get_close_matches(name, RECIPES, n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    raise InputError(f"recipe must be one of {', '.join(RECIPES)} or a .json file, got {name!r}{hint}")
+
+
+def to_json(recipe: Recipe) -> str:
+    """Returns the recipe as JSON with all its fields."""
+    import cattrs
+
+    return json.dumps(cattrs.unstructure(recipe), indent=2, ensure_ascii=False) + "\n"
+
+
+def from_json(file: Path) -> Recipe:
+    """Returns the recipe in a file.
+
+    Raises:
+        InputError: the file is missing, is no JSON, or has an unknown key or a wrong value (a ValueError).
+    """
+    try:
+        fields = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(f"there is no recipe file {file}") from error
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file} is no readable recipe: {error}") from error
+    return _structured(fields, str(file))
+
+
+def _structured(fields: Any, name: str) -> Recipe:
+    import cattrs
+
+    converter = cattrs.Converter(forbid_extra_keys=True)
+    try:
+        return converter.structure(fields, Recipe)
+    except cattrs.BaseValidationError as error:
+        raise InputError(f"{name} is no valid recipe: " + "; ".join(cattrs.transform_error(error))) from error
+
+
+def differences(one: Recipe, other: Recipe) -> list[str]:
+    """Returns the fields in which two recipes differ, each as "name: this, that"."""
+    import cattrs
+
+    def walk(a: Any, b: Any, path: str) -> list[str]:
+        if isinstance(a, dict) and isinstance(b, dict):
+            return [line for key in a for line in walk(a[key], b.get(key), f"{path}.{key}" if path else key)]
+        return [] if a == b else [f"{path}: {a!r}, {b!r}"]
+
+    return walk(cattrs.unstructure(one), cattrs.unstructure(other), "")

@@ -1,0 +1,79 @@
+"""What a person sees of long work: a progress bar on a terminal, plain lines elsewhere, and tables."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+_PLAIN_SECONDS = 10.0
+
+
+class EpochProgress:
+    """Shows epochs as they pass: a bar with the latest figures and the time left, or a line every ten seconds."""
+
+    def __init__(self, title: str, epochs: int, done: int = 0, console: Console | None = None) -> None:
+        self.console = Console() if console is None else console
+        self.title = title
+        self.epochs = epochs
+        self.start_epoch = done
+        self.started = self.said = time.monotonic()
+        self.figures: dict[str, str] = {}
+        self.bar: Progress | None = None
+        if self.console.is_terminal:
+            self.bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[figures]}"),
+                TimeRemainingColumn(),
+                console=self.console,
+            )
+            self.task = self.bar.add_task(title, total=epochs, completed=done, figures="")
+
+    def __enter__(self) -> Self:
+        if self.bar is not None:
+            self.bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+
+    def update(self, epoch: int, figures: dict[str, str]) -> None:
+        """Reports that an epoch has passed; figures not named keep their last value."""
+        self.figures.update(figures)
+        text = "  ".join(f"{name} {value}" for name, value in self.figures.items())
+        if self.bar is not None:
+            self.bar.update(self.task, completed=epoch, figures=text)
+            return
+        now = time.monotonic()
+        if epoch in (self.start_epoch + 1, self.epochs) or now - self.said >= _PLAIN_SECONDS:
+            self.said = now
+            left = (now - self.started) / (epoch - self.start_epoch) * (self.epochs - epoch)
+            self.console.print(
+                f"{self.title}  epoch {epoch}/{self.epochs}  {text}  {left:.0f} s left", highlight=False, soft_wrap=True
+            )
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """Returns a table for the terminal, the first column to the left and the others to the right."""
+    made = Table(title=title, title_justify="left")
+    for place, column in enumerate(columns):
+        made.add_column(column, justify="left" if place == 0 else "right")
+    for row in rows:
+        made.add_row(*row)
+    return made
+
+
+def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Returns the same table in Markdown."""
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)

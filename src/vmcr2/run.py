@@ -1,0 +1,212 @@
+"""The run folder: what a run leaves behind, written so that a kill at any moment leaves it whole.
+
+    recipe.json      the resolved recipe
+    metrics.jsonl    one line an epoch
+    checkpoint.pt    the latest state, tensors and primitives only; checkpoint.previous.pt the one before
+    features.npz     features for the figures
+    summary.json     the final numbers; there once the run is complete
+    figures/*.png
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+
+from vmcr2 import recipes
+from vmcr2.errors import InputError
+from vmcr2.recipes import Recipe
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Writes a file so that at any moment its old or its new content is there, whole."""
+    part = path.with_name(f".{path.name}.part")
+    with part.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A run folder and the files in it."""
+
+    path: Path
+
+    @property
+    def recipe_file(self) -> Path:
+        """recipe.json."""
+        return self.path / "recipe.json"
+
+    @property
+    def metrics_file(self) -> Path:
+        """metrics.jsonl."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoint_file(self) -> Path:
+        """checkpoint.pt."""
+        return self.path / "checkpoint.pt"
+
+    @property
+    def previous_checkpoint_file(self) -> Path:
+        """checkpoint.previous.pt."""
+        return self.path / "checkpoint.previous.pt"
+
+    @property
+    def features_file(self) -> Path:
+        """features.npz."""
+        return self.path / "features.npz"
+
+    @property
+    def summary_file(self) -> Path:
+        """summary.json."""
+        return self.path / "summary.json"
+
+    @property
+    def figures(self) -> Path:
+        """The folder of figures."""
+        return self.path / "figures"
+
+    @classmethod
+    def create(cls, path: Path, recipe: Recipe) -> Self:
+        """Makes a new run folder.
+
+        Raises:
+            InputError: the path is taken, by a run or by anything else (a ValueError).
+        """
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            what = "a run is there already; go on with --resume" if (path / "recipe.json").is_file() else "it is taken"
+            raise InputError(f"out must be a new or empty folder, got {path}: {what}, or choose another --out")
+        path.mkdir(parents=True, exist_ok=True)
+        run = cls(path)
+        run.write_recipe(recipe)
+        return run
+
+    @classmethod
+    def open(cls, path: Path) -> Self:
+        """Opens a run folder that exists.
+
+        Raises:
+            InputError: the folder is missing, or has no recipe.json (a ValueError).
+        """
+        run = cls(path)
+        if not path.is_dir():
+            raise InputError(f"there is no run folder {path}")
+        if not run.recipe_file.is_file():
+            raise InputError(
+                f"{path} is no run folder: it has no recipe.json (the run died before it began, or this is another "
+                "kind of folder); start it anew"
+            )
+        return run
+
+    def write_recipe(self, recipe: Recipe) -> None:
+        """Writes recipe.json."""
+        write_atomically(self.recipe_file, recipes.to_json(recipe).encode())
+
+    def recipe(self) -> Recipe:
+        """Returns the recipe of the run."""
+        return recipes.from_json(self.recipe_file)
+
+    def is_complete(self) -> bool:
+        """Whether the run has reached its end."""
+        return self.summary_file.is_file()
+
+    def save_checkpoint(self, state: dict[str, Any]) -> None:
+        """Writes checkpoint.pt, keeping the one before as checkpoint.previous.pt; both are whole at any moment."""
+        part = self.path / ".checkpoint.part"
+        with part.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        if self.checkpoint_file.exists():
+            spare = self.path / ".checkpoint.previous.part"
+            spare.unlink(missing_ok=True)
+            try:
+                os.link(self.checkpoint_file, spare)
+            except OSError:  # a file system without hard links
+                shutil.copyfile(self.checkpoint_file, spare)
+            spare.replace(self.previous_checkpoint_file)
+        part.replace(self.checkpoint_file)
+
+    def load_checkpoint(self, device: torch.device | str = "cpu") -> dict[str, Any] | None:
+        """Returns the latest checkpoint, or None where none was written yet.
+
+        Raises:
+            InputError: checkpoint.pt is damaged; it and the previous one are left as they are (a ValueError).
+        """
+        if not self.checkpoint_file.exists():
+            return None
+        try:
+            # The zip's checksums find what loading would not notice: flipped bits inside a tensor.
+            with zipfile.ZipFile(self.checkpoint_file) as archive:
+                broken = archive.testzip()
+            if broken is not None:
+                raise ValueError(f"checksum of {broken} is wrong")
+            return torch.load(self.checkpoint_file, map_location=device, weights_only=True)
+        except Exception as error:
+            previous = self.previous_checkpoint_file
+            cure = (
+                f"the checkpoint before it is whole or not by itself: to go on from there, move {previous.name} "
+                f"over {self.checkpoint_file.name}"
+                if previous.exists()
+                else "there is no checkpoint before it; start the run anew"
+            )
+            raise InputError(f"{self.checkpoint_file} is damaged ({error}); {cure}") from error
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """Returns the lines of metrics.jsonl; a last line that was cut off by a kill is left out."""
+        if not self.metrics_file.exists():
+            return []
+        lines = self.metrics_file.read_text(encoding="utf-8").split("\n")
+        return [json.loads(line) for line in lines[:-1]]
+
+    def truncate_metrics(self, epochs: int) -> None:
+        """Drops the lines after an epoch, which a resumed run will write again."""
+        kept = [line for line in self.metrics() if line["epoch"] <= epochs]
+        write_atomically(self.metrics_file, "".join(json.dumps(line) + "\n" for line in kept).encode())
+
+    def add_metrics(self, line: dict[str, Any]) -> None:
+        """Appends one line."""
+        with self.metrics_file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def save_features(self, arrays: dict[str, np.ndarray]) -> None:
+        """Writes features.npz."""
+        part = self.path / ".features.part.npz"
+        np.savez_compressed(part, **arrays)
+        part.replace(self.features_file)
+
+    def features(self) -> dict[str, np.ndarray]:
+        """Returns the arrays of features.npz.
+
+        Raises:
+            InputError: the run has not got so far (a ValueError).
+        """
+        if not self.features_file.is_file():
+            raise InputError(f"{self.path} has no {self.features_file.name}: the run is not complete; --resume it first")
+        with np.load(self.features_file, allow_pickle=False) as file:
+            return {name: file[name] for name in file.files}
+
+    def save_summary(self, summary: dict[str, Any]) -> None:
+        """Writes summary.json."""
+        write_atomically(self.summary_file, (json.dumps(summary, indent=2) + "\n").encode())
+
+    def summary(self) -> dict[str, Any]:
+        """Returns summary.json.
+
+        Raises:
+            InputError: the run is not complete (a ValueError).
+        """
+        if not self.is_complete():
+            raise InputError(f"{self.path} has no summary.json: the run is not complete; --resume it first")
+        return json.loads(self.summary_file.read_text(encoding="utf-8"))

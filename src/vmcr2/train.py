@@ -1,0 +1,329 @@
+"""The one training loop, for V-MCR² (Algorithms 1 and 2), exact MCR² and cross-entropy on the same network and data."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+from vmcr2 import data, featurizers, recipes
+from vmcr2.data import Dataset
+from vmcr2.errors import InputError, NumericalError
+from vmcr2.evaluate import Measures, extract, for_figures, measure
+from vmcr2.featurizers import CrossEntropyHead
+from vmcr2.losses import MCR2Loss, VMCR2Loss
+from vmcr2.rates import rate_reduction
+from vmcr2.recipes import Recipe
+from vmcr2.report import EpochProgress
+from vmcr2.run import RunFolder
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
+Criterion = VMCR2Loss | MCR2Loss | CrossEntropyHead
+
+
+def start(recipe: Recipe, out: Path, data_root: Path | None = None, console: Console | None = None) -> RunFolder:
+    """Trains a recipe into a new run folder.
+
+    Args:
+        recipe: what to do.
+        out: the run folder, new or empty.
+        data_root: where named data sets lie.
+        console: where progress is shown.
+
+    Returns:
+        The run folder, complete.
+
+    Raises:
+        InputError: the data or the folder is not as it must be; nothing was written (a ValueError).
+        NumericalError: training diverged; the checkpoints before are there.
+    """
+    dataset = _load(recipe, data_root)
+    run = RunFolder.create(out, recipe)
+    _train(recipe, dataset, run, console)
+    return run
+
+
+def resume(
+    run: RunFolder, recipe: Recipe | None = None, data_root: Path | None = None, console: Console | None = None
+) -> RunFolder:
+    """Goes on with a run from its last checkpoint, or from its beginning where it has none; a complete run is left.
+
+    On one machine's CPU the result is, bit for bit, that of a run that was never broken off.
+
+    Args:
+        run: the run folder.
+        recipe: must be the run's own but for `epochs`, which may be more than the run has; None takes the run's own.
+        data_root: where named data sets lie.
+        console: where progress is shown.
+
+    Raises:
+        InputError: the folder belongs to another recipe, or its checkpoint is damaged (a ValueError).
+        NumericalError: training diverged; the checkpoints before are there.
+    """
+    stored = run.recipe()
+    recipe = stored if recipe is None else recipe
+    differing = recipes.differences(stored, replace(recipe, epochs=stored.epochs))
+    if differing:
+        raise InputError(
+            f"{run.path} belongs to another recipe (there, here): {'; '.join(differing)}. "
+            "Take another --out, or leave these flags away"
+        )
+    if run.is_complete() and recipe.epochs <= stored.epochs:
+        return run
+    state = run.load_checkpoint()
+    if state is not None and recipe.epochs < state["epoch"]:
+        raise InputError(f"epochs must be at least the {state['epoch']} that {run.path} has, got {recipe.epochs}")
+    dataset = _load(recipe, data_root)
+    if recipe != stored:
+        run.summary_file.unlink(missing_ok=True)
+        run.write_recipe(recipe)
+    _train(recipe, dataset, run, console, state)
+    return run
+
+
+def _load(recipe: Recipe, data_root: Path | None) -> Dataset:
+    """Returns the recipe's data, after everything that can be wrong with the two together was checked."""
+    dataset = data.load(recipe.data, data_root)
+    m = len(dataset.train_labels)
+    if m < 2:
+        raise InputError(f"data must have at least 2 training samples, got {m}")
+    data.plain(dataset.train_inputs[:1], recipe.augmentation)
+    return dataset
+
+
+def _epoch_generator(recipe: Recipe, epoch: int, device: torch.device) -> torch.Generator:
+    """Returns the source of data order and augmentation of one epoch: no state to save between epochs."""
+    return torch.Generator(device).manual_seed(recipe.seed * 1_000_003 + epoch)
+
+
+def _batches(dataset: Dataset, recipe: Recipe, generator: torch.Generator) -> Iterator[Tensor]:
+    """Yields the indices of one epoch's batches, as equal in size as can be, so that none is too small for BatchNorm."""
+    m = len(dataset.train_labels)
+    order = torch.randperm(m, generator=generator, device=generator.device)
+    yield from order.tensor_split(-(-m // recipe.batch_size))
+
+
+def build_model(recipe: Recipe, dataset: Dataset) -> tuple[nn.Module, Criterion]:
+    """Returns the featurizer and the criterion of a recipe, initialised from its seed."""
+    torch.manual_seed(recipe.seed)
+    example = data.plain(dataset.train_inputs[:1], recipe.augmentation)
+    model = featurizers.build(recipe.network, tuple(example.shape[1:]), recipe.feature_dim)
+    k, d = dataset.num_classes, recipe.feature_dim
+    match recipe.objective:
+        case "ce":
+            return model, CrossEntropyHead(d, k)
+        case "mcr2":
+            return model, MCR2Loss(k, eps_sq=recipe.eps_sq)
+        case "vmcr2":
+            chosen = recipe.vmcr2
+            return model, VMCR2Loss(
+                k,
+                d,
+                atoms_per_class=chosen.atoms_per_class,
+                mu=chosen.mu,
+                eps_sq=recipe.eps_sq,
+                step_atoms=chosen.step_atoms,
+                step_codes=chosen.step_codes,
+                structure=chosen.structure,
+            )
+
+
+def _train(
+    recipe: Recipe, dataset: Dataset, run: RunFolder, console: Console | None, state: dict[str, Any] | None = None
+) -> None:
+    from lightning_fabric import Fabric
+
+    fabric = Fabric(accelerator=recipe.device, devices=1, precision=recipe.precision)
+    model, criterion = build_model(recipe, dataset)
+    dataset = dataset.to(fabric.device)
+    parameters = [*model.parameters(), *criterion.parameters()]
+    optimizer = torch.optim.SGD(parameters, recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
+    criterion.to(fabric.device)
+    model, optimizer = fabric.setup(model, optimizer)
+    done, seconds = 0, 0.0
+    if state is not None:
+        done, seconds = state["epoch"], state["seconds"]
+        model.load_state_dict(state["model"])
+        criterion.load_state_dict(state["criterion"])
+        optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["rng"].cpu())
+        if fabric.device.type == "cuda" and "cuda_rng" in state:
+            torch.cuda.set_rng_state(state["cuda_rng"].cpu(), fabric.device)
+    run.truncate_metrics(done)
+    saved = time.monotonic()
+    title = f"{recipe.name} {recipe.objective} seed {recipe.seed}"
+    with EpochProgress(title, recipe.epochs, done, console) as progress:
+        for epoch in range(done + 1, recipe.epochs + 1):
+            began = time.perf_counter()
+            line = {"epoch": epoch} | _train_epoch(recipe, dataset, fabric, model, criterion, optimizer, epoch)
+            seconds += time.perf_counter() - began
+            line["seconds"] = time.perf_counter() - began
+            if epoch % recipe.evaluate_every == 0 or epoch == recipe.epochs:
+                line |= asdict(_measure(recipe, dataset, model, criterion))
+            run.add_metrics(line)
+            if epoch == recipe.epochs or time.monotonic() - saved >= recipe.checkpoint_seconds:
+                run.save_checkpoint(_state(epoch, seconds, model, criterion, optimizer, fabric))
+                saved = time.monotonic()
+            progress.update(epoch, _figures(line))
+    _finish(recipe, dataset, run, model, criterion, seconds, fabric)
+
+
+def _state(
+    epoch: int, seconds: float, model: nn.Module, criterion: Criterion, optimizer: Any, fabric: Fabric
+) -> dict[str, Any]:
+    state = {
+        "epoch": epoch,
+        "seconds": seconds,
+        "model": model.state_dict(),
+        "criterion": criterion.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "rng": torch.get_rng_state(),
+    }
+    if fabric.device.type == "cuda":
+        state["cuda_rng"] = torch.cuda.get_rng_state(fabric.device)
+    return state
+
+
+def _train_epoch(
+    recipe: Recipe, dataset: Dataset, fabric: Fabric, model: nn.Module, criterion: Criterion, optimizer: Any, epoch: int
+) -> dict[str, float]:
+    """Runs one epoch, latching first where it is due, and returns the figures of its batches."""
+    generator = _epoch_generator(recipe, epoch, fabric.device)
+    if isinstance(criterion, VMCR2Loss) and (epoch - 1) % recipe.vmcr2.latch_every == 0:
+        criterion.latch_from(
+            model,
+            (
+                (data.plain(dataset.train_inputs[rows], recipe.augmentation), dataset.train_labels[rows])
+                for rows in _batches(dataset, recipe, generator)
+            ),
+        )
+    model.train()
+    criterion.train()
+    total = torch.zeros((), device=fabric.device, dtype=torch.float64)
+    steps, features, labels = 0, None, None
+    for rows in _batches(dataset, recipe, generator):
+        labels = dataset.train_labels[rows]
+        features = model(data.augmented(dataset.train_inputs[rows], recipe.augmentation, generator))
+        try:
+            loss = criterion(features, labels)
+        except (InputError, NumericalError) as error:
+            raise _diverged(recipe, epoch, steps, str(error)) from error
+        optimizer.zero_grad()
+        fabric.backward(loss)
+        optimizer.step()
+        total += loss.detach()
+        steps += 1
+    mean = float(total / steps)
+    if not torch.isfinite(total):
+        raise _diverged(recipe, epoch, steps, f"the mean loss is {mean}")
+    assert features is not None and labels is not None
+    line = {"loss": mean}
+    rates = rate_reduction(features.detach(), labels, num_classes=dataset.num_classes, eps_sq=recipe.eps_sq)
+    line |= {"batch_expansion": float(rates.expansion), "batch_compression": float(rates.compression)}
+    if isinstance(criterion, VMCR2Loss):
+        variational = criterion.rates(features.detach(), labels)
+        line |= {
+            "residual": float(variational.residual),
+            "variational_expansion": float(variational.expansion),
+            "variational_compression": float(variational.compression),
+        }
+    return line
+
+
+def _diverged(recipe: Recipe, epoch: int, step: int, why: str) -> NumericalError:
+    cure = "Lower vmcr2.lr or vmcr2.mu" if recipe.objective == "vmcr2" else f"Lower {recipe.objective}.lr"
+    return NumericalError(f"training diverged in epoch {epoch}, step {step + 1}: {why}. {cure} (lr is {recipe.lr:g}).")
+
+
+def _head(criterion: Criterion) -> CrossEntropyHead | None:
+    return criterion if isinstance(criterion, CrossEntropyHead) else None
+
+
+def _measure(recipe: Recipe, dataset: Dataset, model: nn.Module, criterion: Criterion) -> Measures:
+    features = extract(model, dataset, recipe.augmentation, recipe.batch_size)
+    return measure(features, dataset, recipe.eps_sq, _head(criterion))
+
+
+def _figures(line: dict[str, Any]) -> dict[str, str]:
+    """Returns what the progress bar shows of an epoch: ΔR of the training set where measured, else of the batch."""
+    shown = {}
+    if "train_reduction" in line:
+        shown["ΔR"] = f"{line['train_reduction']:.2f}"
+        shown["accuracy"] = f"{line['test_accuracy']:.4f}"
+    if "residual" in line:
+        shown["residual"] = f"{line['residual']:.3g}"
+    else:
+        shown["loss"] = f"{line['loss']:.3g}"
+    return shown
+
+
+def _finish(
+    recipe: Recipe,
+    dataset: Dataset,
+    run: RunFolder,
+    model: nn.Module,
+    criterion: Criterion,
+    seconds: float,
+    fabric: Fabric,
+) -> None:
+    """Writes what the figures need and, last, the summary, whose presence says that the run is complete."""
+    from vmcr2 import plot
+
+    features = extract(model, dataset, recipe.augmentation, recipe.batch_size)
+    measures = measure(features, dataset, recipe.eps_sq, _head(criterion))
+    arrays = for_figures(features, dataset)
+    if isinstance(criterion, VMCR2Loss):
+        arrays["codes"] = criterion.dictionary.codes.float().cpu().numpy()
+    run.save_features(arrays)
+    plot.draw_run(run)
+    device = fabric.device
+    run.save_summary(
+        {
+            "recipe": recipe.name,
+            "objective": recipe.objective,
+            "seed": recipe.seed,
+            "epochs": recipe.epochs,
+            **asdict(measures),
+            "seconds_per_epoch": seconds / recipe.epochs,
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+            "threads": torch.get_num_threads(),
+            "precision": recipe.precision,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        }
+    )
+
+
+def _processor() -> str:
+    """Returns the processor's name."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine() or "cpu"
+
+
+def load_trained(run: RunFolder, data_root: Path | None = None) -> tuple[Recipe, Dataset, nn.Module, Criterion]:
+    """Returns the recipe, data, featurizer and criterion of a run as its last checkpoint has them, on the CPU.
+
+    Raises:
+        InputError: the run has no checkpoint, or a damaged one; the data is missing (a ValueError).
+    """
+    recipe = run.recipe()
+    state = run.load_checkpoint()
+    if state is None:
+        raise InputError(f"{run.path} has no checkpoint yet; go on with --resume")
+    dataset = _load(recipe, data_root)
+    model, criterion = build_model(recipe, dataset)
+    model.load_state_dict(state["model"])
+    criterion.load_state_dict(state["criterion"])
+    return recipe, dataset, model.eval(), criterion.eval()
