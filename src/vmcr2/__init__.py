@@ -1,8 +1,8 @@
 """Efficient Maximal Coding Rate Reduction by Variational Forms (V-MCR², CVPR 2022).
 
-    loss = vmcr2.VMCR2Loss(num_classes=100, feature_dim=200)
-    loss.latch_from(model, batches)              # and again now and then
-    loss(model(inputs), labels).backward()       # as any criterion
+loss = vmcr2.VMCR2Loss(num_classes=100, feature_dim=200)
+loss.latch_from(model, batches)              # and again now and then
+loss(model(inputs), labels).backward()       # as any criterion
 """
 
 from __future__ import annotations

@@ -129,7 +129,9 @@ def _evaluate(arguments: list[str], console: Console) -> None:
     from vmcr2.run import RunFolder, write_atomically
     from vmcr2.subspaces import default_components
 
-    options = tyro.cli(_EvaluateOptions, args=arguments, prog="vmcr2 evaluate", config=(tyro.conf.PositionalRequiredArgs,))
+    options = tyro.cli(
+        _EvaluateOptions, args=arguments, prog="vmcr2 evaluate", config=(tyro.conf.PositionalRequiredArgs,)
+    )
     run = RunFolder.open(options.run)
     recipe, dataset, model, criterion = train.load_trained(run, options.data_root)
     features = extract(model, dataset, recipe.augmentation, recipe.batch_size)

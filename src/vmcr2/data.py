@@ -1,10 +1,10 @@
 """Data sources: each gives whole data sets as tensors, to be kept on the training device and augmented there.
 
-    digits                                       ships with scikit-learn
-    mnist, fashion-mnist, cifar10, cifar100      torchvision's layout under the data root, downloaded if missing
-    omniglot                                     <data root>/omniglot.npz, or built from torchvision's archive
-    a folder                                     train/<class>/*.png and test/<class>/*.png
-    a .npz file                                  x_train, y_train, x_test, y_test: images or ready embeddings
+digits                                       ships with scikit-learn
+mnist, fashion-mnist, cifar10, cifar100      torchvision's layout under the data root, downloaded if missing
+omniglot                                     <data root>/omniglot.npz, or built from torchvision's archive
+a folder                                     train/<class>/*.png and test/<class>/*.png
+a .npz file                                  x_train, y_train, x_test, y_test: images or ready embeddings
 """
 
 from __future__ import annotations
@@ -179,13 +179,13 @@ def _present_or_downloaded(name: str, kind: Callable[..., Any], root: Path, **wh
     """Reads a torchvision data set; goes to the network only where its files are missing or fail their checksum."""
     try:
         return kind(root=str(root), download=False, **which)
-    except RuntimeError:
-        pass  # torchvision's word for "not there, or not what its checksum says"
     except Exception as error:
-        raise InputError(
-            f"{name} under the data root {root} is damaged: {error or type(error).__name__}. "
-            "Delete its files to have them fetched again."
-        ) from error
+        # torchvision's words for "not there, or not what its checksum says"; anything else is a file it choked on.
+        if not (isinstance(error, RuntimeError) and "not found" in str(error)):
+            raise InputError(
+                f"{name} under the data root {root} is damaged (truncated?): {str(error) or type(error).__name__}. "
+                "Delete its files to have them fetched again."
+            ) from error
     try:
         return kind(root=str(root), download=True, **which)
     except Exception as error:
@@ -203,13 +203,13 @@ def _omniglot(root: Path) -> Dataset:
     source = _present_or_downloaded("omniglot", datasets.Omniglot, root, background=True)
     arrays = _pack_omniglot(Path(source.target_folder))
     part = packed.with_suffix(".part.npz")
-    np.savez_compressed(part, **arrays)
+    np.savez_compressed(part, allow_pickle=False, **arrays)
     part.replace(packed)
     return _npz(packed)
 
 
 def _pack_omniglot(folder: Path) -> dict[str, np.ndarray]:
-    """Returns the background set at 28×28, ink 255: drawers 1 to 15 of each character for training, 16 to 20 for test."""
+    """Returns the background set at 28×28, ink 255: of each character drawers 1 to 15 for training, the rest for test."""
     from PIL import Image
 
     characters = sorted(path for path in folder.glob("*/*") if path.is_dir())
@@ -252,8 +252,10 @@ def _folder(root: Path, image_size: int | None) -> Dataset:
     names = sorted(parts["train"])
     unknown = sorted(set(parts["test"]) - set(names))
     if not names or unknown:
-        raise InputError(f"{root}: test/ has classes that train/ lacks: {unknown}" if names else f"{root}/train is empty")
-    arrays = []
+        raise InputError(
+            f"{root}: test/ has classes that train/ lacks: {unknown}" if names else f"{root}/train is empty"
+        )
+    arrays: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     for part in ("train", "test"):
         files = [
             (file, label)
@@ -267,8 +269,8 @@ def _folder(root: Path, image_size: int | None) -> Dataset:
         if len(sizes) != 1:
             found = f"sizes {sorted(sizes)[:3]}; set data.image_size" if sizes else "no image"
             raise InputError(f"{root}/{part} must hold images of one size, got {found}")
-        arrays += [np.stack(images), np.asarray([label for _, label in files])]
-    return _from_arrays(str(root), *arrays, names)
+        arrays[part] = np.stack(images), np.asarray([label for _, label in files])
+    return _from_arrays(str(root), *arrays["train"], *arrays["test"], names)
 
 
 def _decode(file: Path, image_size: int | None) -> np.ndarray:

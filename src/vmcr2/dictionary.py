@@ -184,9 +184,7 @@ class Dictionary(nn.Module):
         self.register_buffer("latched", torch.zeros(num_classes, dtype=torch.bool))
 
     @torch.no_grad()
-    def write(
-        self, blocks: Float[Tensor, "k d s"], energies: Float[Tensor, "k s"], chosen: Bool[Tensor, " k"]
-    ) -> None:
+    def write(self, blocks: Float[Tensor, "k d s"], energies: Float[Tensor, "k s"], chosen: Bool[Tensor, " k"]) -> None:
         """Latches the chosen classes onto their blocks (Alg. 2); the others keep their atoms and codes."""
         k, d, s = blocks.shape
         atoms = self.atoms.view(d, k, s)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -20,7 +22,7 @@ class _Gather(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, rows: Tensor, start: int, total: int) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, start: int, total: int) -> Tensor:
         ctx.start, ctx.size = start, rows.shape[0]
         gathered = rows.new_zeros(total, *rows.shape[1:])
         gathered[start : start + rows.shape[0]] = rows
@@ -28,8 +30,8 @@ class _Gather(torch.autograd.Function):
         return gathered
 
     @staticmethod
-    def backward(ctx, *grads: Tensor) -> tuple[Tensor, None, None]:
-        summed = grads[0].contiguous().clone()
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
+        summed = grad_outputs[0].contiguous().clone()
         dist.all_reduce(summed)
         return summed[ctx.start : ctx.start + ctx.size], None, None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from jaxtyping import Float, Shaped
@@ -44,7 +45,7 @@ def _conv4(input_shape: tuple[int, ...], feature_dim: int) -> nn.Module:
     """Four stride-2 convolutions with BatchNorm, flattened, then the reshaping head: Omniglot-sized images."""
     channels = [_channels(input_shape), 64, 64, 128, 128]
     layers: list[nn.Module] = []
-    for before, after in zip(channels, channels[1:], strict=False):
+    for before, after in pairwise(channels):
         layers += [nn.Conv2d(before, after, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(after), nn.ReLU()]
     return nn.Sequential(*layers, nn.Flatten(), *_head_for(layers, input_shape, feature_dim))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -21,7 +23,7 @@ class _HalfLogdet(torch.autograd.Function):
     """½ logdet(I + A) with the closed-form gradient ½ (I + A)⁻¹, cheaper than the Cholesky factor's own."""
 
     @staticmethod
-    def forward(ctx, matrix: Tensor) -> Tensor:
+    def forward(ctx: Any, matrix: Tensor) -> Tensor:
         shifted = matrix.clone()
         shifted.diagonal(dim1=-2, dim2=-1).add_(1)
         factor, info = torch.linalg.cholesky_ex(shifted)
@@ -32,9 +34,9 @@ class _HalfLogdet(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: Tensor) -> Tensor:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:  # pyrefly: ignore[bad-override]
         (factor,) = ctx.saved_tensors
-        return 0.5 * grad[..., None, None] * torch.cholesky_inverse(factor)
+        return 0.5 * grad_outputs[0][..., None, None] * torch.cholesky_inverse(factor)
 
 
 def _why_cholesky_failed(matrix: Tensor) -> str:

@@ -151,7 +151,6 @@ class VMCR2Loss(nn.Module):
 
     def _checked(self, features: Tensor, membership: Tensor) -> tuple[Tensor, Membership]:
         """Checks the batch of this rank, gathers it over ranks, and returns it in the dtype to compute in."""
-
         gathered, checked = _gather_checked(features, membership, self.num_classes, self.feature_dim)
         if gathered.device != self.dictionary.atoms.device:
             raise InputError(
@@ -174,8 +173,8 @@ class VMCR2Loss(nn.Module):
             NotLatchedError: eval mode, and nothing was ever latched (a ValueError too).
             NumericalError: the factorisation failed.
         """
+        widened, checked = self._checked(features, membership)
         with torch.autocast(features.device.type, enabled=False):
-            widened, checked = self._checked(features, membership)
             if self.training:
                 detached = widened.detach()
                 still = Membership(
@@ -219,8 +218,8 @@ class VMCR2Loss(nn.Module):
             InputError: a wrong argument (a ValueError).
             NotLatchedError: nothing was ever latched (a ValueError too).
         """
+        widened, checked = self._checked(features, membership)
         with torch.autocast(features.device.type, enabled=False):
-            widened, checked = self._checked(features, membership)
             atoms, codes = self._dictionary_as(widened)
             return VariationalRates(
                 variational_expansion(atoms, codes, checked.class_weights, self.eps_sq),
@@ -242,8 +241,9 @@ class VMCR2Loss(nn.Module):
         Raises:
             InputError: a wrong argument (a ValueError).
         """
+        widened, checked = self._checked(features, membership)
         with torch.autocast(features.device.type, enabled=False):
-            self._latch(*self._checked(features, membership), only_new=False)
+            self._latch(widened, checked, only_new=False)
 
     def _latch(self, features: Tensor, membership: Membership, *, only_new: bool) -> None:
         present = membership.counts > 0
@@ -271,9 +271,9 @@ class VMCR2Loss(nn.Module):
         stream = MomentStream(self.num_classes, self.feature_dim)
         with training_statistics(model):
             for inputs, membership in batches:
-                features = model(inputs.to(device))
+                widened, checked = self._checked(model(inputs.to(device)), membership.to(device))
                 with torch.autocast(device.type, enabled=False):
-                    stream.add(*self._checked(features, membership.to(device)))
+                    stream.add(widened, checked)
         if not stream.rows and stream.sums is None:
             raise InputError("batches must give at least one pair (inputs, membership), got none")
         with torch.autocast(device.type, enabled=False):

@@ -248,7 +248,8 @@ def _from_labels(
 def _from_rows(rows: Tensor, num_classes: int | None, conditions: list[Condition], dtype: torch.dtype) -> Membership:
     if rows.shape[1] == 0 or (num_classes is not None and rows.shape[1] != num_classes):
         raise InputError(
-            f"membership rows must have num_classes = {num_classes or 'at least 1'} entries, got shape {tuple(rows.shape)}"
+            f"membership rows must have num_classes = {num_classes or 'at least 1'} entries, "
+            f"got shape {tuple(rows.shape)}"
         )
     rows = rows.to(dtype)
     detached = rows.detach()

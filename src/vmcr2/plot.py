@@ -33,11 +33,12 @@ def draw_rates(axes: Axes, metrics: Sequence[dict[str, Any]]) -> Axes:
     measured = [line for line in metrics if "train_reduction" in line]
     epochs = [line["epoch"] for line in measured]
     marker = "o" if len(measured) < 2 else None
-    for key, label, style in (
+    styles: tuple[tuple[str, str, dict[str, Any]], ...] = (
         ("train_expansion", "expansion R", {"color": "#3a7d44", "linestyle": "--"}),
         ("train_compression", "compression $R_c$", {"color": "#d1495b", "linestyle": ":"}),
         ("train_reduction", "reduction ΔR = R − $R_c$", {"color": "#0b6e99", "linewidth": 2.2}),
-    ):
+    )
+    for key, label, style in styles:
         axes.plot(epochs, [line[key] for line in measured], label=label, marker=marker, **style)
     axes.set(xlabel="epoch", ylabel="rate of the training set (nats)")
     axes.set_ylim(bottom=0)
@@ -45,7 +46,7 @@ def draw_rates(axes: Axes, metrics: Sequence[dict[str, Any]]) -> Axes:
     return axes
 
 
-def draw_similarity(axes: Axes, features: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> Axes:
+def draw_similarity(axes: Axes, features: np.ndarray, labels: np.ndarray, names: np.ndarray) -> Axes:
     """Draws |z_i · z_i'| between training samples sorted by class (the paper's Figure 2); returns the Axes."""
     z = features.astype(np.float32)
     axes.imshow(np.abs(z @ z.T), vmin=0, vmax=1, cmap="magma_r", interpolation="nearest")

@@ -157,7 +157,7 @@ RECIPES: dict[str, Recipe] = {
             network="mlp",
             feature_dim=128,
             augmentation=Augmentation(padding=1, crop=8),
-            vmcr2=VMCR2Settings(lr=1e-2, mu=0.1, atoms_per_class=10),
+            vmcr2=VMCR2Settings(lr=3e-3, mu=1.0, atoms_per_class=20, step_atoms=20.0),
             mcr2=MCR2Settings(lr=1e-2),
             ce=CESettings(lr=1e-1),
         ),
@@ -171,9 +171,9 @@ RECIPES: dict[str, Recipe] = {
             evaluate_every=5,
             data=DataSettings(source="omniglot", classes=100),
             augmentation=Augmentation(padding=2, crop=28),
-            vmcr2=VMCR2Settings(lr=1e-2, mu=0.1, atoms_per_class=2),
+            vmcr2=VMCR2Settings(lr=5e-2, mu=0.02, atoms_per_class=2),
             mcr2=MCR2Settings(lr=1e-2),
-            ce=CESettings(lr=3e-2),
+            ce=CESettings(lr=1.0),
         ),
     )
 }
@@ -219,11 +219,15 @@ def from_json(file: Path) -> Recipe:
 def _structured(fields: Any, name: str) -> Recipe:
     import cattrs
 
+    def say(error: BaseException, kind: type | None) -> str:
+        return str(error) if isinstance(error, InputError) else cattrs.v.format_exception(error, kind)
+
     converter = cattrs.Converter(forbid_extra_keys=True)
     try:
         return converter.structure(fields, Recipe)
     except cattrs.BaseValidationError as error:
-        raise InputError(f"{name} is no valid recipe: " + "; ".join(cattrs.transform_error(error))) from error
+        lines = cattrs.transform_error(error, format_exception=say)
+        raise InputError(f"{name} is no valid recipe: {'; '.join(lines)}") from error
 
 
 def differences(one: Recipe, other: Recipe) -> list[str]:

@@ -1,11 +1,11 @@
 """The run folder: what a run leaves behind, written so that a kill at any moment leaves it whole.
 
-    recipe.json      the resolved recipe
-    metrics.jsonl    one line an epoch
-    checkpoint.pt    the latest state, tensors and primitives only; checkpoint.previous.pt the one before
-    features.npz     features for the figures
-    summary.json     the final numbers; there once the run is complete
-    figures/*.png
+recipe.json      the resolved recipe
+metrics.jsonl    one line an epoch
+checkpoint.pt    the latest state, tensors and primitives only; checkpoint.previous.pt the one before
+features.npz     features for the figures
+summary.json     the final numbers; there once the run is complete
+figures/*.png
 """
 
 from __future__ import annotations
@@ -183,7 +183,7 @@ class RunFolder:
     def save_features(self, arrays: dict[str, np.ndarray]) -> None:
         """Writes features.npz."""
         part = self.path / ".features.part.npz"
-        np.savez_compressed(part, **arrays)
+        np.savez_compressed(part, allow_pickle=False, **arrays)
         part.replace(self.features_file)
 
     def features(self) -> dict[str, np.ndarray]:
@@ -193,7 +193,9 @@ class RunFolder:
             InputError: the run has not got so far (a ValueError).
         """
         if not self.features_file.is_file():
-            raise InputError(f"{self.path} has no {self.features_file.name}: the run is not complete; --resume it first")
+            raise InputError(
+                f"{self.path} has no {self.features_file.name}: the run is not complete; --resume it first"
+            )
         with np.load(self.features_file, allow_pickle=False) as file:
             return {name: file[name] for name in file.files}
 

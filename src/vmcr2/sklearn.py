@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.utils.multiclass import check_classification_targets
-from sklearn.utils.validation import check_is_fitted, validate_data
+from sklearn.utils.validation import check_is_fitted, validate_data  # pyrefly: ignore[missing-module-attribute]
 
 from vmcr2.errors import InputError
 from vmcr2.subspaces import class_subspaces, default_components, subspace_energies
@@ -33,7 +33,7 @@ class NearestSubspaceClassifier(ClassifierMixin, BaseEstimator):
     def __init__(self, n_components: int | None = None) -> None:
         self.n_components = n_components
 
-    def fit(self, X: Any, y: Any) -> Self:  # noqa: N803
+    def fit(self, X: Any, y: Any) -> Self:
         """Finds the classes' subspaces.
 
         Args:
@@ -54,7 +54,7 @@ class NearestSubspaceClassifier(ClassifierMixin, BaseEstimator):
         self.components_ = bases.numpy()
         return self
 
-    def decision_function(self, X: Any) -> np.ndarray:  # noqa: N803
+    def decision_function(self, X: Any) -> np.ndarray:
         """Returns minus the squared distance to each subspace, (m, k); for two classes the difference (m,)."""
         check_is_fitted(self)
         X = validate_data(self, X, dtype=[np.float64, np.float32], reset=False)
@@ -64,7 +64,7 @@ class NearestSubspaceClassifier(ClassifierMixin, BaseEstimator):
             return energies[:, 1] - energies[:, 0]
         return energies - np.square(X.astype(dtype)).sum(1, keepdims=True)
 
-    def predict(self, X: Any) -> np.ndarray:  # noqa: N803
+    def predict(self, X: Any) -> np.ndarray:
         """Returns the label of the nearest subspace, (m,)."""
         scores = self.decision_function(X)
         nearest = (scores > 0).astype(int) if scores.ndim == 1 else scores.argmax(1)
@@ -72,7 +72,7 @@ class NearestSubspaceClassifier(ClassifierMixin, BaseEstimator):
 
     def __sklearn_tags__(self) -> Any:
         """Returns scikit-learn's tags: subspaces through the origin suit no cloud of points away from it."""
-        tags = super().__sklearn_tags__()
+        tags = super().__sklearn_tags__()  # pyrefly: ignore[missing-attribute]
         tags.classifier_tags.poor_score = True
         return tags
 

@@ -106,7 +106,7 @@ def _epoch_generator(recipe: Recipe, epoch: int, device: torch.device) -> torch.
 
 
 def _batches(dataset: Dataset, recipe: Recipe, generator: torch.Generator) -> Iterator[Tensor]:
-    """Yields the indices of one epoch's batches, as equal in size as can be, so that none is too small for BatchNorm."""
+    """Yields the indices of one epoch's batches, as equal as can be, so that none is too small for BatchNorm."""
     m = len(dataset.train_labels)
     order = torch.randperm(m, generator=generator, device=generator.device)
     yield from order.tensor_split(-(-m // recipe.batch_size))
@@ -225,7 +225,8 @@ def _train_epoch(
     mean = float(total / steps)
     if not torch.isfinite(total):
         raise _diverged(recipe, epoch, steps, f"the mean loss is {mean}")
-    assert features is not None and labels is not None
+    assert features is not None
+    assert labels is not None
     line = {"loss": mean}
     rates = rate_reduction(features.detach(), labels, num_classes=dataset.num_classes, eps_sq=recipe.eps_sq)
     line |= {"batch_expansion": float(rates.expansion), "batch_compression": float(rates.compression)}

@@ -1,0 +1,221 @@
+"""Sources, and what is said when they are missing or damaged; augmentation image by image."""
+
+import urllib.request
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from vmcr2 import data
+from vmcr2.data import Augmentation, DataSettings
+from vmcr2.errors import InputError
+
+
+def write_npz(path, **changed):
+    generator = np.random.default_rng(0)
+    arrays = {
+        "x_train": generator.integers(0, 256, (20, 6, 5), dtype=np.uint8),
+        "y_train": np.arange(20) % 4,
+        "x_test": generator.integers(0, 256, (8, 6, 5), dtype=np.uint8),
+        "y_test": np.arange(8) % 4,
+    } | changed
+    np.savez(path, **{name: array for name, array in arrays.items() if array is not None})
+    return path
+
+
+def write_folder(root, size=(8, 8)):
+    for part, count in (("train", 3), ("test", 2)):
+        for j, name in enumerate(("ash", "oak")):
+            (root / part / name).mkdir(parents=True)
+            for i in range(count):
+                Image.new("RGB", size, (100 * j, 10 * i, 0)).save(root / part / name / f"{i}.png")
+    return root
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    def refuse(*_, **__):
+        raise OSError("no network in this test")
+
+    monkeypatch.setattr(urllib.request, "urlopen", refuse)
+
+
+def test_digits_ship_with_scikit_learn():
+    digits = data.load(DataSettings())
+    assert digits.train_inputs.shape == (1437, 1, 8, 8)
+    assert digits.train_inputs.dtype == torch.uint8
+    assert digits.test_inputs.shape == (360, 1, 8, 8)
+    assert digits.num_classes == 10
+    assert int(digits.train_inputs.max()) == 255
+    assert torch.bincount(digits.test_labels).min() >= 34  # the split is stratified
+
+
+@pytest.mark.parametrize(
+    ("source", "shape", "train", "test", "classes"),
+    [
+        ("mnist", (1, 28, 28), 60000, 10000, 10),
+        ("cifar100", (3, 32, 32), 50000, 10000, 100),
+        ("omniglot", (1, 28, 28), 14460, 4820, 964),
+    ],
+)
+def test_named_sources(data_root, no_network, source, shape, train, test, classes):
+    """Files that are there are read without a word to the network."""
+    if not any(data_root.glob({"mnist": "MNIST", "cifar100": "cifar-100*", "omniglot": "omniglot.npz"}[source])):
+        pytest.skip(f"needs {source} under {data_root}")
+    read = data.load(DataSettings(source=source), data_root)
+    assert read.train_inputs.shape == (train, *shape)
+    assert read.test_inputs.shape == (test, *shape)
+    assert read.num_classes == classes
+    assert torch.equal(read.train_labels.unique(), torch.arange(classes))
+
+
+def test_omniglot_from_the_original_archive(tmp_path, no_network):
+    """Two characters drawn by three people, laid out as torchvision unpacks them."""
+    for character in ("character01", "character02"):
+        folder = tmp_path / "omniglot-py" / "images_background" / "Greek" / character
+        folder.mkdir(parents=True)
+        for drawer in (1, 15, 16):
+            image = Image.new("1", (105, 105), 1)
+            image.paste(0, (0, 0, 105, 30))
+            image.save(folder / f"0001_{drawer:02d}.png")
+    arrays = data._pack_omniglot(tmp_path / "omniglot-py" / "images_background")
+    assert arrays["x_train"].shape == (4, 28, 28)
+    assert arrays["y_train"].tolist() == [0, 0, 1, 1]
+    assert arrays["x_test"].shape == (2, 28, 28)
+    assert arrays["class_names"].tolist() == ["Greek/character01", "Greek/character02"]
+    assert arrays["x_train"][0, 0, 0] == 255
+    assert arrays["x_train"][0, -1, -1] == 0
+
+
+def test_subsets(tmp_path):
+    path = write_npz(tmp_path / "some.npz")
+    some = data.load(DataSettings(source=str(path), classes=3, train_size=7))
+    assert some.num_classes == 3
+    assert len(some.train_labels) == 7
+    assert some.test_labels.max() == 2
+    with pytest.raises(InputError, match=r"data.classes must be at most 4 .*got 9"):
+        data.load(DataSettings(source=str(path), classes=9))
+    with pytest.raises(InputError, match=r"data.train_size must be at most 20 .*got 21"):
+        data.load(DataSettings(source=str(path), train_size=21))
+    with pytest.raises(InputError, match=r"data.train_size must be an integer >= 1"):
+        DataSettings(train_size=0)
+
+
+def test_npz_of_images_and_of_embeddings(tmp_path):
+    images = data.load(DataSettings(source=str(write_npz(tmp_path / "images.npz"))))
+    assert images.train_inputs.shape == (20, 1, 6, 5)
+    colour = np.zeros((20, 6, 5, 3), np.uint8), np.zeros((8, 6, 5, 3), np.uint8)
+    path = write_npz(tmp_path / "colour.npz", x_train=colour[0], x_test=colour[1])
+    assert data.load(DataSettings(source=str(path))).train_inputs.shape == (20, 3, 6, 5)
+    embeddings = {"x_train": np.ones((20, 7)), "x_test": np.ones((8, 7))}
+    write_npz(tmp_path / "vectors.npz", **embeddings)
+    vectors = data.load(DataSettings(source="vectors.npz"), tmp_path)
+    assert vectors.train_inputs.dtype == torch.float32
+    assert vectors.train_inputs.shape == (20, 7)
+
+
+@pytest.mark.parametrize(
+    ("message", "changed"),
+    [
+        ("lacks y_test", {"y_test": None}),
+        ("y_train must hold one integer label", {"y_train": np.arange(19)}),
+        ("y_train must hold one integer label", {"y_train": np.arange(20) / 2}),
+        (r"labels must lie in \[0, 4\), got labels from -1", {"y_test": np.arange(8) % 4 - 1}),
+        ("x_train must hold uint8 images", {"x_train": np.zeros((20, 6, 5))}),
+        ("must be finite", {"x_train": np.full((20, 3), np.nan), "x_test": np.ones((8, 3))}),
+        ("x_train and x_test must agree", {"x_test": np.zeros((8, 9, 9), np.uint8)}),
+    ],
+)
+def test_wrong_npz(tmp_path, message, changed):
+    with pytest.raises(InputError, match=message):
+        data.load(DataSettings(source=str(write_npz(tmp_path / "wrong.npz", **changed))))
+
+
+def test_truncated_files(tmp_path, data_root, no_network):
+    path = write_npz(tmp_path / "cut.npz")
+    path.write_bytes(path.read_bytes()[:300])
+    with pytest.raises(InputError, match=r"cut\.npz is no readable \.npz file \(truncated"):
+        data.load(DataSettings(source=str(path)))
+    raw = tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for file in (data_root / "MNIST" / "raw").iterdir():
+        (raw / file.name).write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(InputError, match="mnist under the data root .* is damaged"):
+        data.load(DataSettings(source="mnist"), tmp_path)
+    (tmp_path / "cifar-100-python").mkdir()
+    for name in ("train", "test", "meta"):
+        (tmp_path / "cifar-100-python" / name).write_bytes(b"cut")
+    with pytest.raises(InputError, match=r"cifar100 is not under the data root .*\(or fails its checksum\)"):
+        data.load(DataSettings(source="cifar100"), tmp_path)
+
+
+@pytest.mark.parametrize("source", ["mnist", "fashion-mnist", "cifar10", "cifar100", "omniglot"])
+def test_a_data_root_without_the_data(tmp_path, no_network, source):
+    with pytest.raises(InputError, match=f"{source} is not under the data root .*--data-root or VMCR2_DATA_ROOT"):
+        data.load(DataSettings(source=source), tmp_path)
+
+
+def test_unknown_sources(tmp_path):
+    with pytest.raises(InputError, match="data.source must be one of digits, mnist"):
+        data.load(DataSettings(source="cifar-10"))
+    with pytest.raises(InputError, match=r"there is no file .*gone\.npz"):
+        data.load(DataSettings(source="gone.npz"), tmp_path)
+
+
+def test_folder_of_images_by_class(tmp_path):
+    read = data.load(DataSettings(source=str(write_folder(tmp_path))))
+    assert read.train_inputs.shape == (6, 3, 8, 8)
+    assert read.class_names == ("ash", "oak")
+    assert read.train_labels.tolist() == [0, 0, 0, 1, 1, 1]
+    assert read.train_inputs[4, :, 0, 0].tolist() == [100, 10, 0]
+    assert data.load(DataSettings(source=str(tmp_path), image_size=4)).test_inputs.shape == (4, 3, 4, 4)
+
+
+def test_wrong_folders(tmp_path):
+    root = write_folder(tmp_path / "a")
+    Image.new("RGB", (9, 9)).save(root / "train" / "oak" / "large.png")
+    with pytest.raises(InputError, match="images of one size, got sizes .* set data.image_size"):
+        data.load(DataSettings(source=str(root)))
+    cut = root / "train" / "oak" / "large.png"
+    cut.write_bytes(cut.read_bytes()[:40])
+    with pytest.raises(InputError, match=r"large\.png is no readable image"):
+        data.load(DataSettings(source=str(root)))
+    (root / "test" / "elm").mkdir()
+    with pytest.raises(InputError, match=r"classes that train/ lacks: \['elm'\]"):
+        data.load(DataSettings(source=str(root)))
+    (tmp_path / "b").mkdir()
+    with pytest.raises(InputError, match="train/<class> and test/<class>"):
+        data.load(DataSettings(source=str(tmp_path / "b")))
+
+
+def positions():
+    """Images whose pixels tell their own place."""
+    return torch.arange(1, 50, dtype=torch.uint8).view(1, 1, 7, 7).expand(400, 1, 7, 7)
+
+
+def test_each_image_gets_a_crop_and_a_mirroring_of_its_own():
+    images = positions()
+    given = Augmentation(crop=6, padding=1, flip=True)
+    got = (data.augmented(images, given, torch.Generator().manual_seed(0)) * 255).round().to(torch.uint8)
+    assert got.shape == (400, 1, 6, 6)
+    padded = torch.nn.functional.pad(images[0, 0], (1, 1, 1, 1))
+    possible = [padded[top : top + 6, left : left + 6] for top in range(4) for left in range(4)]
+    possible += [window.flip(1) for window in possible]
+    found = [next(i for i, window in enumerate(possible) if torch.equal(window, image[0])) for image in got]
+    assert len(set(found)) == 32  # every window and its mirror image occurs
+    again = data.augmented(images, given, torch.Generator().manual_seed(0))
+    assert torch.equal(again, data.augmented(images, given, torch.Generator().manual_seed(0)))
+
+
+def test_plain_takes_the_middle():
+    images = positions()[:1]
+    assert torch.equal(data.plain(images, Augmentation()), images.float() / 255)
+    larger = data.plain(images, Augmentation(crop=9, padding=3))
+    assert torch.equal(larger[:, :, 1:8, 1:8], images.float() / 255)
+    assert (larger > 0).sum() == 49
+    assert torch.equal(data.plain(images, Augmentation(crop=5)), images[:, :, 1:6, 1:6].float() / 255)
+    with pytest.raises(InputError, match=r"augmentation.crop must be at most 9 \(the padded image\), got 12"):
+        data.plain(images, Augmentation(crop=12, padding=1))
+    embeddings = torch.ones(3, 5)
+    assert data.plain(embeddings, Augmentation(crop=9)) is embeddings

@@ -1,0 +1,45 @@
+"""The shape annotations hold along the whole path: everything runs once with jaxtyping checked by beartype."""
+
+import subprocess
+import sys
+
+PROGRAM = """
+import sys
+from dataclasses import replace
+from pathlib import Path
+from jaxtyping import install_import_hook
+
+with install_import_hook("vmcr2", "beartype.beartype"):
+    import torch
+    import vmcr2
+    from vmcr2 import evaluate, train
+    from vmcr2.data import DataSettings
+    from vmcr2.recipes import OBJECTIVES, RECIPES, VMCR2Settings
+
+z = torch.nn.functional.normalize(torch.randn(30, 8), dim=1)
+labels = torch.arange(30) % 3
+for membership in (labels, torch.nn.functional.one_hot(labels, 3), torch.full((30, 3), 1 / 3)):
+    vmcr2.rate_reduction(z, membership)
+    for structure in ("shared", "block"):
+        loss = vmcr2.VMCR2Loss(3, 8, atoms_per_class=2, structure=structure)
+        loss(z, membership)
+        loss.latch_from(torch.nn.Identity(), zip(z.split(6), membership.split(6)))
+        loss.rates(z, membership)
+vmcr2.NearestSubspaceClassifier().fit(z.numpy(), labels.numpy()).predict(z.numpy())
+small = replace(RECIPES["digits"], epochs=1, data=DataSettings(train_size=200), vmcr2=VMCR2Settings(atoms_per_class=2))
+for objective in OBJECTIVES:
+    run = train.start(replace(small, objective=objective), Path(sys.argv[1]) / objective)
+    recipe, dataset, model, criterion = train.load_trained(run)
+    evaluate.accuracy_by_components(evaluate.extract(model, dataset, recipe.augmentation, 100), dataset, [1, 2])
+try:
+    vmcr2.rates.expansion_rate(z[0], 0.5)
+except Exception as error:
+    assert "jaxtyping" in type(error).__module__
+    print("checked")
+"""
+
+
+def test_annotated_shapes_hold(tmp_path):
+    done = subprocess.run([sys.executable, "-c", PROGRAM, tmp_path], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "checked"

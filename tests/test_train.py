@@ -1,0 +1,285 @@
+"""The training loop, the run folder, and what is left after a kill."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from vmcr2 import recipes, train
+from vmcr2.data import DataSettings
+from vmcr2.errors import InputError, NumericalError
+from vmcr2.recipes import RECIPES, Recipe, VMCR2Settings
+from vmcr2.run import RunFolder
+
+# Dropout, augmentation and latching in mid-run: everything that draws on randomness or state.
+SMALL = replace(
+    RECIPES["digits"],
+    network="cnn",
+    epochs=6,
+    data=DataSettings(train_size=300),
+    batch_size=100,
+    feature_dim=32,
+    checkpoint_seconds=0.0,
+    device="cpu",
+    vmcr2=VMCR2Settings(lr=1e-2, mu=0.1, atoms_per_class=3, latch_every=4),
+)
+
+
+def without_times(lines):
+    return [{name: value for name, value in line.items() if "seconds" not in name} for line in lines]
+
+
+@pytest.mark.parametrize("objective", recipes.OBJECTIVES)
+def test_a_run_leaves_what_it_promises(tmp_path, objective):
+    recipe = replace(SMALL, objective=objective, epochs=3, evaluate_every=2)
+    run = train.start(recipe, tmp_path / "run")
+    assert run.recipe() == recipe
+    summary = run.summary()
+    expected = "recipe objective seed epochs train_reduction train_expansion train_compression test_accuracy"
+    for name in [*expected.split(), "head_accuracy", "seconds_per_epoch", "device", "torch"]:
+        assert name in summary
+    assert summary["train_reduction"] == pytest.approx(
+        summary["train_expansion"] - summary["train_compression"], rel=1e-4
+    )
+    assert (summary["head_accuracy"] is None) == (objective != "ce")
+    assert 0 < summary["test_accuracy"] <= 1
+    lines = run.metrics()
+    assert [line["epoch"] for line in lines] == [1, 2, 3]
+    assert ["train_reduction" in line for line in lines] == [False, True, True]
+    assert ("residual" in lines[0]) == (objective == "vmcr2")
+    state = torch.load(run.checkpoint_file, weights_only=True)
+    assert state["epoch"] == 3
+    figures = {path.name for path in run.figures.iterdir()}
+    assert figures == {"rates.png", "similarity.png", "spectra.png"} | (
+        {"codes.png"} if objective == "vmcr2" else set()
+    )
+    *_, model, _ = train.load_trained(run)
+    assert not model.training
+
+
+def test_training_learns(tmp_path):
+    recipe = replace(RECIPES["digits"], epochs=8, device="cpu")
+    summary = train.start(recipe, tmp_path / "run").summary()
+    assert summary["test_accuracy"] >= 0.97
+    assert summary["train_reduction"] > 12
+
+
+def test_embeddings_train_too(tmp_path):
+    generator = np.random.default_rng(0)
+    centres = generator.normal(size=(3, 16))
+    y = np.arange(120) % 3
+    x = centres[y] + 0.3 * generator.normal(size=(120, 16))
+    np.savez(tmp_path / "e.npz", x_train=x[:90], y_train=y[:90], x_test=x[90:], y_test=y[90:])
+    source = DataSettings(source=str(tmp_path / "e.npz"))
+    recipe = replace(SMALL, network="mlp", data=source, batch_size=45, epochs=10)
+    assert train.start(recipe, tmp_path / "run").summary()["test_accuracy"] > 0.9
+
+
+def launch(*arguments):
+    return subprocess.Popen(
+        [sys.executable, "-m", "vmcr2.cli", *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+
+
+def test_kill_and_resume_equal_an_unbroken_run(tmp_path):
+    unbroken = train.start(SMALL, tmp_path / "unbroken")
+    broken = RunFolder(tmp_path / "broken")
+    recipe_file = tmp_path / "recipe.json"
+    recipe_file.write_text(recipes.to_json(SMALL))
+    command = ["train", str(recipe_file), "--out", str(broken.path)]
+    for lines in (2, 4):
+        process = launch(*command)
+        deadline = time.monotonic() + 120
+        while len(broken.metrics()) < lines and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.002)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        assert not broken.is_complete(), process.stderr.read()
+        assert len(broken.metrics()) >= lines
+        command = ["train", "--resume", str(broken.path)]
+    process = launch(*command)
+    assert process.wait() == 0, process.stderr.read()
+    assert without_times([broken.summary()]) == without_times([unbroken.summary()])
+    assert without_times(broken.metrics()) == without_times(unbroken.metrics())
+    first, second = (torch.load(run.checkpoint_file, weights_only=True) for run in (unbroken, broken))
+    for part in ("model", "criterion"):
+        for name, tensor in first[part].items():
+            assert torch.equal(tensor, second[part][name]), name
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize(
+    "moment", ["before_recipe", "torch_save", "link", "replace_previous", "replace_latest", "metrics"]
+)
+def test_a_kill_at_any_moment_of_writing(tmp_path, monkeypatch, moment):
+    """The process dies in the midst of writing in epoch 4; what is on the disk can be gone on with."""
+    unbroken = train.start(SMALL, tmp_path / "unbroken")
+    run = RunFolder(tmp_path / "run")
+    with monkeypatch.context() as patched:
+        if moment == "before_recipe":
+            patched.setattr(recipes, "to_json", raising)
+        elif moment == "metrics":
+            patched.setattr(RunFolder, "add_metrics", half_a_line)
+        else:
+            patched.setattr(RunFolder, "save_checkpoint", dying(moment, RunFolder.save_checkpoint, patched))
+        with pytest.raises(Killed):
+            train.start(SMALL, run.path)
+    if moment == "before_recipe":
+        with pytest.raises(InputError, match=r"has no recipe\.json"):
+            RunFolder.open(run.path)
+        train.start(SMALL, run.path)
+    else:
+        assert len(run.metrics()) >= 3
+        train.resume(RunFolder.open(run.path))
+    assert without_times([run.summary()]) == without_times([unbroken.summary()])
+    assert without_times(run.metrics()) == without_times(unbroken.metrics())
+
+
+def raising(*_):
+    raise Killed
+
+
+def half_a_line(run, line):
+    text = json.dumps(line) + "\n"
+    with run.metrics_file.open("a") as file:
+        file.write(text if line["epoch"] < 4 else text[: len(text) // 2])
+    if line["epoch"] == 4:
+        raise Killed
+
+
+def dying(moment, save, patched):
+    def save_or_die(run, state):
+        if state["epoch"] == 4:
+            if moment == "torch_save":
+                patched.setattr(torch, "save", lambda _, file: (file.write(b"half a checkpoint"), raising()))
+            elif moment == "link":
+                patched.setattr(os, "link", raising)
+            else:
+                last = "checkpoint.previous.pt" if moment == "replace_previous" else "checkpoint.pt"
+                replace_file = Path.replace
+
+                def replaced(path, target):
+                    if Path(target).name == last:
+                        raise Killed
+                    return replace_file(path, target)
+
+                patched.setattr(Path, "replace", replaced)
+        save(run, state)
+
+    return save_or_die
+
+
+def test_a_damaged_checkpoint_is_refused(tmp_path):
+    run = train.start(replace(SMALL, epochs=3), tmp_path / "run")
+    longer = replace(SMALL, epochs=5)
+    good = run.checkpoint_file.read_bytes()
+    with zipfile.ZipFile(run.checkpoint_file) as archive:
+        largest = max(archive.infolist(), key=lambda entry: entry.file_size)
+    header = largest.header_offset
+    begin = header + 30 + sum(int.from_bytes(good[header + at : header + at + 2], "little") for at in (26, 28))
+    flipped = bytearray(good)
+    flipped[begin + largest.file_size // 2] ^= 1  # one bit within a tensor
+    for damaged in (good[: len(good) // 2], bytes(flipped), b""):
+        run.checkpoint_file.write_bytes(damaged)
+        before = {path.name: path.read_bytes() for path in run.path.iterdir() if path.is_file()}
+        with pytest.raises(
+            InputError, match=r"checkpoint\.pt is damaged .*move checkpoint\.previous\.pt over checkpoint\.pt"
+        ):
+            train.resume(run, longer)
+        assert before == {path.name: path.read_bytes() for path in run.path.iterdir() if path.is_file()}
+    run.previous_checkpoint_file.replace(run.checkpoint_file)
+    assert run.load_checkpoint()["epoch"] == 2
+    train.resume(run, longer)
+    unbroken = train.start(longer, tmp_path / "unbroken")
+    assert without_times([run.summary()]) == without_times([unbroken.summary()])
+
+
+def test_resuming_with_more_epochs_and_with_another_recipe(tmp_path):
+    run = train.start(replace(SMALL, epochs=2), tmp_path / "run")
+    before = run.summary_file.read_bytes()
+    assert train.resume(run).summary_file.read_bytes() == before  # a complete run is left alone
+    with pytest.raises(InputError, match=r"belongs to another recipe \(there, here\): vmcr2.mu: 0.1, 0.5"):
+        train.resume(run, replace(SMALL, vmcr2=replace(SMALL.vmcr2, mu=0.5)))
+    assert run.summary_file.read_bytes() == before
+    train.resume(run, replace(SMALL, epochs=3))
+    assert run.recipe().epochs == run.summary()["epochs"] == 3
+
+
+def test_folders_that_are_taken(tmp_path):
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "thesis.txt").write_text("years of work")
+    with pytest.raises(InputError, match=r"out must be a new or empty folder, got .*taken"):
+        train.start(SMALL, tmp_path / "taken")
+    assert [path.name for path in (tmp_path / "taken").iterdir()] == ["thesis.txt"]
+    with pytest.raises(InputError, match="there is no run folder"):
+        RunFolder.open(tmp_path / "nowhere")
+    with pytest.raises(InputError, match=r"no recipe\.json"):
+        RunFolder.open(tmp_path / "taken")
+    RunFolder.create(tmp_path / "run", SMALL)
+    with pytest.raises(InputError, match="a run is there already; go on with --resume"):
+        train.start(SMALL, tmp_path / "run")
+    with pytest.raises(InputError, match=r"has no summary\.json: the run is not complete"):
+        RunFolder.open(tmp_path / "run").summary()
+
+
+def test_missing_data_leaves_no_folder(tmp_path):
+    with pytest.raises(InputError, match="there is no file"):
+        train.start(replace(SMALL, data=DataSettings(source="gone.npz")), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_divergence_is_said(tmp_path):
+    recipe = replace(SMALL, network="mlp", objective="ce", ce=replace(SMALL.ce, lr=1e30))
+    with pytest.raises(NumericalError, match=r"training diverged in epoch 1, step \d+: .* Lower ce.lr"):
+        train.start(recipe, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("message", "change"),
+    [
+        (r"extra fields found \(momentun\)", {"momentun": 0.9}),
+        (r"extra fields found \(nu\).*\$.vmcr2", {"vmcr2": {"nu": 5}}),
+        ("vmcr2.mu must be a finite number > 0, got -1", {"vmcr2": {"mu": -1}}),
+        ("epochs must be an integer >= 1, got 0", {"epochs": 0}),
+        ("batch_size must be an integer >= 2", {"batch_size": 1}),
+        ("network must be one of mlp", {"network": "transformer"}),
+        ("mse not in literal.*\\$\\.objective", {"objective": "mse"}),
+        (r"vmcr2.atoms_per_class must be at most 128 \(feature_dim\), got 500", {"vmcr2": {"atoms_per_class": 500}}),
+    ],
+)
+def test_wrong_recipes(tmp_path, message, change):
+    fields = json.loads(recipes.to_json(Recipe()))
+    for name, value in change.items():
+        if isinstance(value, dict):
+            fields[name] |= value
+        else:
+            fields[name] = value
+    file = tmp_path / "recipe.json"
+    file.write_text(json.dumps(fields))
+    with pytest.raises(InputError, match=message):
+        recipes.from_json(file)
+
+
+def test_recipes_survive_json(tmp_path):
+    for recipe in RECIPES.values():
+        file = tmp_path / f"{recipe.name}.json"
+        file.write_text(recipes.to_json(recipe))
+        assert recipes.find(str(file)) == recipe
+        assert recipes.differences(recipe, replace(recipe, seed=3)) == ["seed: 0, 3"]
+    (tmp_path / "cut.json").write_text("{")
+    with pytest.raises(InputError, match="no readable recipe"):
+        recipes.find(str(tmp_path / "cut.json"))
+    with pytest.raises(InputError, match="did you mean omniglot100"):
+        recipes.find("omniglot10")
