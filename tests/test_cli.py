@@ -7,7 +7,8 @@ import pytest
 from vmcr2 import __version__
 from vmcr2.cli import main
 
-QUICK = ["--epochs", "2", "--data.train-size", "200", "--feature-dim", "24", "--vmcr2.atoms-per-class", "2", "--device", "cpu"]
+QUICK = ["--epochs", "2", "--data.train-size", "200", "--feature-dim", "24", "--device", "cpu"]
+QUICK += ["--vmcr2.atoms-per-class", "2"]
 
 
 def test_train_evaluate_plot(tmp_path, capsys):

@@ -255,7 +255,7 @@ def test_divergence_is_said(tmp_path):
         ("epochs must be an integer >= 1, got 0", {"epochs": 0}),
         ("batch_size must be an integer >= 2", {"batch_size": 1}),
         ("network must be one of mlp", {"network": "transformer"}),
-        ("mse not in literal.*\\$\\.objective", {"objective": "mse"}),
+        (r"mse not in literal.*\$\.objective", {"objective": "mse"}),
         (r"vmcr2.atoms_per_class must be at most 128 \(feature_dim\), got 500", {"vmcr2": {"atoms_per_class": 500}}),
     ],
 )

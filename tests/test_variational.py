@@ -180,8 +180,9 @@ def test_small_residuals_keep_their_precision(distance):
         atoms[:, 2 * j : 2 * j + 2], codes[2 * j : 2 * j + 2, j] = vectors[:, -2:], values[-2:]
     narrow = atoms.float(), codes.float()
     checked = as_membership(z, labels, 4)
-    exact = sum(
-        ((z[labels == j].double().T @ z[labels == j].double() / 50 - narrow[0].double() * narrow[1][:, j].double() @ narrow[0].double().T) ** 2).sum() * 50 / 2
-        for j in range(4)
-    )  # fmt: skip
-    assert float(residual(z, checked, *narrow, 1.0)) == pytest.approx(float(exact), rel=1e-5)
+    exact = 0.0
+    for j in range(4):
+        own = z[labels == j].double()
+        model = narrow[0].double() * narrow[1][:, j].double() @ narrow[0].double().T
+        exact += 50 / 2 * float((own.T @ own / 50 - model).square().sum())
+    assert float(residual(z, checked, *narrow, 1.0)) == pytest.approx(exact, rel=1e-5)

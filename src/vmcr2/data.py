@@ -14,7 +14,7 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
@@ -89,7 +89,7 @@ class Dataset:
         """The number of classes k."""
         return len(self.class_names)
 
-    def to(self, device: torch.device) -> Self:
+    def to(self, device: torch.device) -> Dataset:
         """Returns the data set on a device."""
         names = ("train_inputs", "train_labels", "test_inputs", "test_labels")
         return replace(self, **{name: getattr(self, name).to(device) for name in names})
@@ -209,7 +209,7 @@ def _omniglot(root: Path) -> Dataset:
 
 
 def _pack_omniglot(folder: Path) -> dict[str, np.ndarray]:
-    """Returns the background set at 28×28, ink 255: of each character drawers 1 to 15 for training, the rest for test."""
+    """Returns the background set at 28×28, ink 255: drawers 1 to 15 for training, the rest for test."""
     from PIL import Image
 
     characters = sorted(path for path in folder.glob("*/*") if path.is_dir())

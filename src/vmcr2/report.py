@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from types import TracebackType
-from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -36,7 +35,7 @@ class EpochProgress:
             )
             self.task = self.bar.add_task(title, total=epochs, completed=done, figures="")
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> EpochProgress:
         if self.bar is not None:
             self.bar.start()
         return self

@@ -16,7 +16,7 @@ import shutil
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
@@ -78,7 +78,7 @@ class RunFolder:
         return self.path / "figures"
 
     @classmethod
-    def create(cls, path: Path, recipe: Recipe) -> Self:
+    def create(cls, path: Path, recipe: Recipe) -> RunFolder:
         """Makes a new run folder.
 
         Raises:
@@ -93,7 +93,7 @@ class RunFolder:
         return run
 
     @classmethod
-    def open(cls, path: Path) -> Self:
+    def open(cls, path: Path) -> RunFolder:
         """Opens a run folder that exists.
 
         Raises:
