@@ -1,6 +1,7 @@
 """The two criteria: latching, modes, gradients, state, and what training loops do to them."""
 
 import copy
+import pickle
 
 import numpy as np
 import pytest
@@ -175,6 +176,7 @@ def test_state_dict_dtype_and_device_do_what_they_do_elsewhere():
         other(z, labels)
     other.load_state_dict(loss.state_dict())
     assert float(other(z, labels)) == float(loss.eval()(z, labels))
+    assert float(pickle.loads(pickle.dumps(loss))(z, labels)) == float(loss(z, labels))
     single = loss.float()
     assert single.dictionary.atoms.dtype == torch.float32
     assert single.dictionary.latched.dtype == torch.bool

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from vmcr2 import recipes, train
+from vmcr2 import plot, recipes, train
 from vmcr2.data import DataSettings
 from vmcr2.errors import InputError, NumericalError
 from vmcr2.recipes import RECIPES, Recipe, VMCR2Settings
@@ -58,7 +58,7 @@ def test_a_run_leaves_what_it_promises(tmp_path, objective):
     assert ("residual" in lines[0]) == (objective == "vmcr2")
     state = torch.load(run.checkpoint_file, weights_only=True)
     assert state["epoch"] == 3
-    figures = {path.name for path in run.figures.iterdir()}
+    figures = {path.name for path in plot.draw_run(run)}
     assert figures == {"rates.png", "similarity.png", "spectra.png"} | (
         {"codes.png"} if objective == "vmcr2" else set()
     )

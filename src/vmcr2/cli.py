@@ -69,7 +69,7 @@ class _CompareOptions(_Options):
 
 
 def _train(arguments: list[str], console: Console) -> None:
-    from vmcr2 import train
+    from vmcr2 import plot, train
     from vmcr2.run import RunFolder
 
     name, flags = _recipe_name(arguments)
@@ -86,6 +86,7 @@ def _train(arguments: list[str], console: Console) -> None:
         recipe, options = _parse("train", _needed(name, "train", flags), _TrainOptions, flags)
         out = options.out or Path("runs") / f"{recipe.name}-{recipe.objective}-seed{recipe.seed}"
         run = train.start(recipe, out, options.data_root, console)
+    plot.draw_run(run)
     summary = run.summary()
     _show(console, f"{summary['recipe']}, {summary['epochs']} epochs", [summary])
     console.print(f"run folder: {run.path}", highlight=False, soft_wrap=True)

@@ -64,6 +64,7 @@ def compare(
             runs.append(train.resume(RunFolder.open(path), wanted, data_root, console))
         else:
             runs.append(train.start(wanted, path, data_root, console))
+        plot.draw_run(runs[-1])
     summaries = [run.summary() for run in runs]
     write_atomically(out / "comparison.json", (json.dumps(summaries, indent=2) + "\n").encode())
     heading = f"{recipe.name}, {recipe.epochs} epochs, seeds {', '.join(map(str, seeds))}, {hardware(summaries[0])}"

@@ -6,6 +6,8 @@ what latching needs from batches, in memory bounded by k d² however many sample
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
@@ -182,6 +184,17 @@ class Dictionary(nn.Module):
         self.register_buffer("atoms", start)
         self.register_buffer("codes", torch.zeros(atoms_per_class if structure == "block" else q, num_classes))
         self.register_buffer("latched", torch.zeros(num_classes, dtype=torch.bool))
+        self._num_latched: int | None = 0
+
+    def num_latched(self) -> int:
+        """Returns how many classes have been latched; remembered, since reading a flag from a GPU waits for it."""
+        if self._num_latched is None:
+            self._num_latched = int(self.latched.sum())
+        return self._num_latched
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._num_latched = None
 
     @torch.no_grad()
     def write(self, blocks: Float[Tensor, "k d s"], energies: Float[Tensor, "k s"], chosen: Bool[Tensor, " k"]) -> None:
@@ -197,6 +210,7 @@ class Dictionary(nn.Module):
             fresh = torch.zeros_like(self.codes).scatter_(0, places, values)
             self.codes[:, chosen] = fresh[:, chosen]
         self.latched |= chosen
+        self._num_latched = None
 
     @torch.no_grad()
     def step(

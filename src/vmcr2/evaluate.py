@@ -93,11 +93,11 @@ def accuracy_by_components(features: Features, dataset: Dataset, components: lis
 def for_figures(features: Features, dataset: Dataset, shown_classes: int = 10) -> dict[str, np.ndarray]:
     """Returns what the figures need: features of a few classes sorted by class, and every class's spectrum.
 
-    Of more than ten classes ten are shown, evenly spread; of each at most 100 samples.
+    Of more than ten classes ten are shown, evenly spread; of each at most 50 samples.
     """
     k = dataset.num_classes
     chosen = torch.linspace(0, k - 1, min(k, shown_classes)).long().tolist()
-    rows = [(dataset.train_labels == j).nonzero()[:100, 0] for j in chosen]
+    rows = [(dataset.train_labels == j).nonzero()[:50, 0] for j in chosen]
     picked = torch.cat(rows)
     checked = as_membership(features.train, dataset.train_labels, k)
     d = features.train.shape[1]

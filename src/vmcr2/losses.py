@@ -6,7 +6,7 @@ with DistributedDataParallel's mean over ranks the gradients are those of a sing
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Literal
 
@@ -135,19 +135,6 @@ class VMCR2Loss(nn.Module):
         self.step_codes = step_codes
         self.structure = structure
         self.dictionary = Dictionary(num_classes, feature_dim, atoms_per_class, structure)
-        self._forget_latched()
-        self.register_load_state_dict_post_hook(lambda module, _: module._forget_latched())
-
-    def _forget_latched(self) -> None:
-        # Reading a flag from a GPU waits for it, so which classes are latched is read once and remembered.
-        self._some_latched: bool | None = None
-        self._all_latched: bool | None = None
-
-    def _read_latched(self) -> tuple[bool, bool]:
-        if self._some_latched is None or self._all_latched is None:
-            latched = self.dictionary.latched
-            self._some_latched, self._all_latched = bool(latched.any()), bool(latched.all())
-        return self._some_latched, self._all_latched
 
     def _checked(self, features: Tensor, membership: Tensor) -> tuple[Tensor, Membership]:
         """Checks the batch of this rank, gathers it over ranks, and returns it in the dtype to compute in."""
@@ -180,7 +167,7 @@ class VMCR2Loss(nn.Module):
                 still = Membership(
                     checked.labels, None if checked.soft is None else checked.soft.detach(), checked.counts.detach()
                 )
-                if not self._read_latched()[1]:
+                if self.dictionary.num_latched() < self.num_classes:
                     self._latch(detached, still, only_new=True)
                 self.dictionary.step(
                     detached,
@@ -194,7 +181,7 @@ class VMCR2Loss(nn.Module):
 
     def _dictionary_as(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """Returns copies of Γ and Ã, since the next step overwrites the buffers while autograd may hold these."""
-        if not self._read_latched()[0]:
+        if not self.dictionary.num_latched():
             raise NotLatchedError(
                 "the dictionary was never latched: call loss.latch(features, membership) or "
                 "loss.latch_from(model, batches), or call the loss in training mode first"
@@ -250,10 +237,9 @@ class VMCR2Loss(nn.Module):
         chosen = present & ~self.dictionary.latched if only_new else present
         if bool(chosen.any()):
             self.dictionary.write(*latched_blocks(features, membership, self.atoms_per_class), chosen)
-            self._forget_latched()
 
     @torch.no_grad()
-    def latch_from(self, model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
+    def latch_from(self, model: Callable[[Tensor], Tensor], batches: Iterable[tuple[Tensor, Tensor]]) -> None:
         """Latches onto the features that a model gives for a stream of batches, which need not fit in memory.
 
         The model runs as training sees the features: BatchNorm normalises by the batch's own statistics and its
@@ -261,7 +247,7 @@ class VMCR2Loss(nn.Module):
         So the batches should be shuffled, un-augmented, and of about the training batch size. All modes are restored.
 
         Args:
-            model: maps inputs to features (m, d) with rows of norm 1.
+            model: a Module, or any function, that maps inputs to features (m, d) with rows of norm 1.
             batches: pairs (inputs, membership), one pass over the training set. Tensors are moved to the loss's device.
 
         Raises:
@@ -279,7 +265,6 @@ class VMCR2Loss(nn.Module):
         with torch.autocast(device.type, enabled=False):
             blocks, energies, counts = stream.blocks(self.atoms_per_class)
         self.dictionary.write(blocks, energies, counts > 0)
-        self._forget_latched()
 
     def extra_repr(self) -> str:
         """Returns the settings, for `repr`."""
@@ -291,15 +276,17 @@ class VMCR2Loss(nn.Module):
 
 
 @contextmanager
-def training_statistics(model: nn.Module) -> Iterator[None]:
+def training_statistics(model: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """Runs a model on batch statistics without noise: BatchNorm as in training but frozen, everything else in eval."""
-    modes = [(module, module.training) for module in model.modules()]
-    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    modules = list(model.modules()) if isinstance(model, nn.Module) else []
+    modes = [(module, module.training) for module in modules]
+    norms = [module for module in modules if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     kept = [(norm, norm.momentum, None if (n := norm.num_batches_tracked) is None else n.clone()) for norm in norms]
     try:
-        model.eval()
+        for module in modules:
+            module.training = False
         for norm in norms:
-            norm.train()
+            norm.training = True
             norm.momentum = 0.0
         yield
     finally:

@@ -54,7 +54,7 @@ def draw_similarity(axes: Axes, features: np.ndarray, labels: np.ndarray, names:
     bounds = np.concatenate([[-0.5], edges, [len(labels) - 0.5]])
     shown = [_short(names[j]) for j in labels[np.concatenate([[0], (edges + 0.5).astype(int)])]]
     middles = (bounds[1:] + bounds[:-1]) / 2
-    axes.set_xticks(middles, shown, rotation=90 if max(map(len, shown)) > 2 else 0)
+    axes.set_xticks(middles, shown if max(map(len, shown)) <= 2 else [""] * len(shown))
     axes.set_yticks(middles, shown)
     axes.tick_params(length=0)
     for edge in edges:
@@ -154,16 +154,21 @@ def draw_comparison(runs: Sequence[RunFolder], folder: Path) -> list[Path]:
             for objective, members in by_objective.items():
                 _draw_seeds(axes, [run.metrics() for run in members], key, objective)
             axes.set(xlabel="epoch", ylabel=label)
-            axes.set_ylim(0, 1.02 if key == "test_accuracy" else None)
+            if key == "test_accuracy":
+                axes.set_ylim(top=1.005)
+            else:
+                axes.set_ylim(bottom=0)
         panels[0].set_title(f"{title}: three objectives, same network and data", loc="left")
-        panels[1].legend(loc="lower right")
+        panels[1].legend(loc="best")
         drawn.append(_save(figure, folder / "curves.png"))
-        figure = Figure(figsize=(3.1 * len(by_objective), 3.6))
+        figure = Figure(figsize=(3.1 * len(by_objective), 3.3))
         panels = figure.subplots(1, len(by_objective), squeeze=False)[0]
         for axes, (objective, members) in zip(panels, by_objective.items(), strict=True):
             arrays = members[0].features()
             draw_similarity(axes, arrays["features"], arrays["labels"], arrays["class_names"])
             axes.set_title(OBJECTIVE_NAMES[objective], loc="left")
+            if axes is not panels[0]:
+                axes.set_yticklabels([])
         figure.suptitle(f"{title}: |cosine| between training samples, sorted by class")
         figure.colorbar(panels[0].images[0], ax=list(panels), shrink=0.6)
         drawn.append(_save(figure, folder / "similarity.png"))

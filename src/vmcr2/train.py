@@ -100,12 +100,12 @@ def _load(recipe: Recipe, data_root: Path | None) -> Dataset:
     return dataset
 
 
-def _epoch_generator(recipe: Recipe, epoch: int, device: torch.device) -> torch.Generator:
+def epoch_generator(recipe: Recipe, epoch: int, device: torch.device) -> torch.Generator:
     """Returns the source of data order and augmentation of one epoch: no state to save between epochs."""
     return torch.Generator(device).manual_seed(recipe.seed * 1_000_003 + epoch)
 
 
-def _batches(dataset: Dataset, recipe: Recipe, generator: torch.Generator) -> Iterator[Tensor]:
+def batches(dataset: Dataset, recipe: Recipe, generator: torch.Generator) -> Iterator[Tensor]:
     """Yields the indices of one epoch's batches, as equal as can be, so that none is too small for BatchNorm."""
     m = len(dataset.train_labels)
     order = torch.randperm(m, generator=generator, device=generator.device)
@@ -197,20 +197,20 @@ def _train_epoch(
     recipe: Recipe, dataset: Dataset, fabric: Fabric, model: nn.Module, criterion: Criterion, optimizer: Any, epoch: int
 ) -> dict[str, float]:
     """Runs one epoch, latching first where it is due, and returns the figures of its batches."""
-    generator = _epoch_generator(recipe, epoch, fabric.device)
+    generator = epoch_generator(recipe, epoch, fabric.device)
     if isinstance(criterion, VMCR2Loss) and (epoch - 1) % recipe.vmcr2.latch_every == 0:
         criterion.latch_from(
             model,
             (
                 (data.plain(dataset.train_inputs[rows], recipe.augmentation), dataset.train_labels[rows])
-                for rows in _batches(dataset, recipe, generator)
+                for rows in batches(dataset, recipe, generator)
             ),
         )
     model.train()
     criterion.train()
     total = torch.zeros((), device=fabric.device, dtype=torch.float64)
     steps, features, labels = 0, None, None
-    for rows in _batches(dataset, recipe, generator):
+    for rows in batches(dataset, recipe, generator):
         labels = dataset.train_labels[rows]
         features = model(data.augmented(dataset.train_inputs[rows], recipe.augmentation, generator))
         try:
@@ -277,15 +277,12 @@ def _finish(
     fabric: Fabric,
 ) -> None:
     """Writes what the figures need and, last, the summary, whose presence says that the run is complete."""
-    from vmcr2 import plot
-
     features = extract(model, dataset, recipe.augmentation, recipe.batch_size)
     measures = measure(features, dataset, recipe.eps_sq, _head(criterion))
     arrays = for_figures(features, dataset)
     if isinstance(criterion, VMCR2Loss):
         arrays["codes"] = criterion.dictionary.codes.float().cpu().numpy()
     run.save_features(arrays)
-    plot.draw_run(run)
     device = fabric.device
     run.save_summary(
         {

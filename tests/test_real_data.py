@@ -1,0 +1,42 @@
+"""Short runs on the real data sets, where they are present."""
+
+from dataclasses import replace
+
+import pytest
+
+from vmcr2 import train
+from vmcr2.data import Augmentation, DataSettings
+from vmcr2.recipes import RECIPES, Recipe, VMCR2Settings
+
+
+def test_omniglot_many_classes_few_samples(data_root, tmp_path):
+    recipe = replace(RECIPES["omniglot100"], epochs=15, device="cpu")
+    variational = train.start(recipe, tmp_path / "vmcr2", data_root).summary()
+    exact = train.start(replace(recipe, objective="mcr2"), tmp_path / "mcr2", data_root).summary()
+    assert variational["test_accuracy"] > 0.8
+    # The paper's central claim at the size of a laptop: exact MCR² expands and never compresses.
+    assert exact["test_accuracy"] < 0.5
+    assert variational["train_compression"] < exact["train_compression"] / 2
+
+
+@pytest.mark.parametrize(("source", "network", "channels"), [("mnist", "cnn", 1), ("cifar100", "resnet18", 3)])
+def test_the_papers_networks_on_their_data(data_root, tmp_path, source, network, channels):
+    """Architectures 1 and 2 at the paper's input size; two epochs of a subset, to see that they run and stay finite."""
+    recipe = Recipe(
+        name=source,
+        epochs=2,
+        batch_size=100,
+        network=network,
+        feature_dim=128,
+        evaluate_every=2,
+        device="cpu",
+        data=DataSettings(source=source, classes=10, train_size=300),
+        augmentation=Augmentation(crop=32, padding=8 if channels == 1 else 4, flip=True),
+        vmcr2=VMCR2Settings(lr=1e-3, mu=0.1, atoms_per_class=5),
+    )
+    run = train.start(recipe, tmp_path / "run", data_root)
+    *_, model, _ = train.load_trained(run, data_root)
+    if network == "cnn":
+        assert model[7].in_features == 12544
+    summary = run.summary()
+    assert 0 <= summary["train_reduction"] <= summary["train_expansion"]
