@@ -234,10 +234,8 @@ def criterion_of(setting: Setting, recipe: Recipe, k: int) -> torch.nn.Module:
     if setting.objective == "memory":
         return MemoryMCR2(k, d, recipe.eps_sq, setting.rate)
     chosen = recipe.vmcr2
-    given = {
-        "num_classes": k, "feature_dim": d, "atoms_per_class": chosen.atoms_per_class, "mu": chosen.mu, "eps_sq": recipe.eps_sq,
-        "step_atoms": chosen.step_atoms, "step_codes": chosen.step_codes, "structure": chosen.structure,
-    }  # fmt: skip
+    given = {"num_classes": k, "feature_dim": d, "eps_sq": recipe.eps_sq, "structure": chosen.structure}
+    given |= {name: getattr(chosen, name) for name in ("atoms_per_class", "mu", "step_atoms", "step_codes")}
     if setting.objective == "target":
         return FixedTarget(setting, **given)
     variant = Variant(setting, **given)
@@ -392,8 +390,8 @@ def tables() -> str:
     known = done()
     parts = [
         "# Ablation\n\nMade by `python benchmarks/ablation.py tables` from runs.jsonl; each run's command is "
-        "`python benchmarks/ablation.py run STUDY`. Mean ± standard deviation over seeds. ΔR and overlap are those of the "
-        "whole training set; overlap is the mean over pairs of classes of ‖VᵢᵀVⱼ‖²/r.\n"
+        "`python benchmarks/ablation.py run STUDY`. Mean ± standard deviation over seeds. ΔR and overlap are "
+        "those of the whole training set; overlap is the mean over pairs of classes of ‖VᵢᵀVⱼ‖²/r.\n"
     ]
     columns = [
         ("R", "train_expansion", 1), ("R_c", "train_compression", 1), ("ΔR", "train_reduction", 2),
@@ -446,8 +444,8 @@ def main() -> None:
             with RUNS.open("a") as file:
                 file.write(json.dumps(line) + "\n")
             end = line["history"][-1] if line["history"] else {}
-            print(study, key(line["setting"]), {n: end.get(n) for n in ("train_reduction", "test_accuracy", "head_accuracy")},
-                  line["failed"], f"{line['seconds']:.0f} s", flush=True)  # fmt: skip
+            shown = {name: end.get(name) for name in ("train_reduction", "test_accuracy", "head_accuracy")}
+            print(study, key(line["setting"]), shown, line["failed"], f"{line['seconds']:.0f} s", flush=True)
 
 
 if __name__ == "__main__":
