@@ -8,15 +8,28 @@ from typing import Any
 from vmcr2.data import Augmentation, DataSettings
 from vmcr2.recipes import RECIPES, CESettings, MCR2Settings, Recipe, VMCR2Settings
 
+_OMNIGLOT = replace(
+    RECIPES["omniglot100"],
+    vmcr2=VMCR2Settings(lr=5e-2, mu=0.02, atoms_per_class=2),
+    mcr2=MCR2Settings(lr=1e-2),
+    ce=CESettings(lr=1.0),
+)
+
 BASES: dict[str, Recipe] = {
-    "digits": RECIPES["digits"],
-    "omniglot100": RECIPES["omniglot100"],
-    "omniglot200": replace(
-        RECIPES["omniglot100"], name="omniglot200", feature_dim=400, data=DataSettings(source="omniglot", classes=200)
+    "digits": replace(
+        RECIPES["digits"],
+        vmcr2=VMCR2Settings(lr=3e-3, mu=1.0, atoms_per_class=20, step_atoms=20.0),
+        mcr2=MCR2Settings(lr=1e-2),
+        ce=CESettings(lr=1e-1),
     ),
+    "omniglot100": _OMNIGLOT,
+    "omniglot200": replace(
+        _OMNIGLOT, name="omniglot200", feature_dim=400, data=DataSettings(source="omniglot", classes=200)
+    ),
+    # Architecture 1: no BatchNorm, so all features start nearly parallel. Short, since it asks who collapses.
     "mnist5000": Recipe(
         name="mnist5000",
-        epochs=15,
+        epochs=6,
         batch_size=500,
         network="cnn",
         feature_dim=128,
@@ -31,10 +44,117 @@ BASES: dict[str, Recipe] = {
 
 STUDIES: dict[str, dict[str, Any]] = {
     "ce-grid": {
-        "about": "The baseline's learning rate: cross-entropy on omniglot100.",
+        "about": "The baseline's learning rate: cross-entropy on omniglot100, its own head and nearest subspaces.",
         "base": "omniglot100",
         "objective": "ce",
         "seeds": [0, 1, 2],
-        "rows": [{"lr": lr} for lr in (0.1, 0.3, 0.6, 1.0, 2.0)],
+        "rows": [{"lr": lr} for lr in (0.03, 0.1, 0.3, 0.6, 1.0, 1.5, 2.0)],
+    },
+    "digits": {
+        "about": "V-MCR² on digits; exact MCR² in the first row.",
+        "base": "digits",
+        "seeds": [0, 1, 2],
+        "rows": [
+            {"objective": "mcr2"},
+            {},
+            {"latch_every": 1000},
+            {"latch_every": 10},
+            {"step_atoms": 5.0},
+            {"step_atoms": 10.0},
+            {"step_atoms": 30.0},
+            {"step_codes": 2.0},
+            {"step_codes": 10.0},
+            {"atoms": 6},
+            {"atoms": 12},
+            {"atoms": 40},
+            {"mu": 0.3, "lr": 1e-2},
+            {"mu": 2.0, "lr": 1.5e-3},
+            {"mu": 3.0, "lr": 1e-3},
+            {"structure": "block"},
+            {"bounds": "diagonal", "step_atoms": 1.0, "step_codes": 1.0},
+            {"bounds": "diagonal", "step_atoms": 0.5, "step_codes": 0.5},
+            {"inner_steps": 3},
+            {"inner_steps": 3, "mu": 3.0, "lr": 1e-3},
+            {"inner_steps": 10},
+            {"order": "atoms_first"},
+            {"unit_codes": True},
+            {"codes_at": "batch"},
+            {"latch_mode": "eval"},
+            {"frozen": True, "latch_every": 1},
+            {"batch_size": 100},
+            {"batch_size": 1437},
+        ],
+    },
+    "omniglot100": {
+        "about": "V-MCR² on omniglot100, one thing changed at a time. With another µ the learning rate keeps µ·lr.",
+        "base": "omniglot100",
+        "seeds": [0, 1],
+        "rows": [
+            {},
+            {"momentum": 0.0},
+            {"lr": 0.02},
+            {"lr": 0.1},
+            {"mu": 0.005, "lr": 0.2},
+            {"mu": 0.1, "lr": 0.01},
+            {"mu": 0.5, "lr": 0.002},
+            {"latch_every": 5},
+            {"latch_every": 1000},
+            {"latch_mode": "eval"},
+            {"codes_at": "batch"},
+            {"unit_codes": True},
+            {"step_atoms": 50.0},
+            {"step_codes": 1.0},
+            {"step_codes": 15.0},
+            {"bounds": "diagonal", "step_atoms": 1.0, "step_codes": 1.0},
+            {"inner_steps": 3},
+            {"order": "atoms_first"},
+            {"structure": "block"},
+            {"atoms": 1},
+            {"atoms": 4},
+            {"atoms": 8},
+            {"atoms": 15},
+            {"batch_size": 100, "lr": 0.25},
+            {"batch_size": 1500, "lr": 0.0167},
+        ],
+    },
+    "why": {
+        "about": "What V-MCR² owes to memory, to a moving target, to low rank: rivals on omniglot100.",
+        "base": "omniglot100",
+        "seeds": [0, 1],
+        "rows": [
+            {},
+            {"objective": "mcr2"},
+            {"objective": "mcr2", "batch_size": 100},
+            {"objective": "mcr2", "batch_size": 1500},
+            {"objective": "memory", "rate": 0.3},
+            {"objective": "memory", "rate": 0.1},
+            {"objective": "memory", "rate": 0.03},
+            {"objective": "target", "atoms": 1},
+            {"objective": "target", "atoms": 2},
+            {"frozen": True, "latch_every": 1000},
+            {"frozen": True, "latch_every": 5},
+            {"objective": "alm"},
+        ],
+    },
+    "collapse": {
+        "about": (
+            "Architecture 1 on 5,000 MNIST images, 6 epochs: who makes progress? Sum is the paper's scale; mean "
+            "divides the residual by µ m, so that lr means the same at every µ and batch size."
+        ),
+        "base": "mnist5000",
+        "seeds": [0],
+        "rows": [
+            {"reduction": reduction, "mu": mu, "batch_size": batch, "lr": lr}
+            for reduction, lrs in (("sum", (1e-4, 1e-3, 1e-2)), ("mean", (0.1, 1.0, 10.0)))
+            for mu in (0.03, 1.0)
+            for batch in (100, 2000)
+            for lr in lrs
+        ],
+    },
+    "omniglot200": {
+        "about": "Twice the classes: V-MCR² as on omniglot100, against cross-entropy at its best learning rates.",
+        "base": "omniglot200",
+        "seeds": [0, 1],
+        "rows": [{}, {"objective": "ce", "lr": 0.6}, {"objective": "ce", "lr": 1.0}, {"objective": "ce", "lr": 2.0}],
     },
 }
