@@ -132,11 +132,14 @@ def test_wrong_npz(tmp_path, message, changed):
         data.load(DataSettings(source=str(write_npz(tmp_path / "wrong.npz", **changed))))
 
 
-def test_truncated_files(tmp_path, data_root, no_network):
+def test_a_truncated_npz(tmp_path):
     path = write_npz(tmp_path / "cut.npz")
     path.write_bytes(path.read_bytes()[:300])
     with pytest.raises(InputError, match=r"cut\.npz is no readable \.npz file \(truncated"):
         data.load(DataSettings(source=str(path)))
+
+
+def test_truncated_archives(tmp_path, data_root, no_network):
     raw = tmp_path / "MNIST" / "raw"
     raw.mkdir(parents=True)
     for file in (data_root / "MNIST" / "raw").iterdir():

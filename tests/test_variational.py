@@ -12,6 +12,8 @@ from vmcr2.dictionary import proximal_step
 from vmcr2.membership import as_membership
 from vmcr2.variational import (
     ascent_direction,
+    atom_overlap,
+    class_moments,
     lipschitz_atoms,
     lipschitz_codes,
     residual,
@@ -73,21 +75,39 @@ def test_gradients(m, d, k, s, soft, block):
     z = unit_rows(m, d).requires_grad_()
     membership = random_rows(m, k) if soft else random_labels(m, k)
     checked = as_membership(z, membership, k)
-    atoms, codes = (tensor.requires_grad_() for tensor in random_dictionary(d, k, s, block=block))
+    given = random_dictionary(d, k, s, block=block)
+    assert torch.autograd.gradcheck(lambda features: residual(features, checked, *given, MU), (z,))
+    atoms, codes = (tensor.requires_grad_() for tensor in given)
     assert torch.autograd.gradcheck(
         lambda *given: residual(given[0], checked, given[1], given[2], MU), (z, atoms, codes)
     )
+
+
+@pytest.mark.parametrize(("m", "d", "k", "s"), [*CASES, (40, 6, 8, 2)])
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("kind", ["dense", "latched", "block"])
+def test_closed_forms_equal_autograd(m, d, k, s, soft, kind):
+    """Each way through: all codes in use, the few that latching leaves in use, and one block a class."""
+    z = unit_rows(m, d).requires_grad_()
+    membership = random_rows(m, k) if soft else torch.randint(max(1, k - 1), (m,))
+    checked = as_membership(z, membership, k)
+    atoms, codes = random_dictionary(d, k, s, block=kind != "dense")
+    if kind == "latched":
+        codes = in_shared_structure(codes)
+    value = residual(z, checked, atoms, codes, MU)
+    (gradient,) = torch.autograd.grad(value, z)
+    free = z.detach().requires_grad_(), atoms.requires_grad_(), codes.requires_grad_()
+    plain = residual(free[0], checked, free[1], free[2], MU)
     weights = checked.class_weights
-    objective = (
-        variational_expansion(atoms, codes, weights, EPS_SQ)
-        - variational_compression(codes, weights, d, EPS_SQ)
-        - residual(z, checked, atoms, codes, MU)
-    )
-    by_autograd = torch.autograd.grad(objective, (atoms, codes))
+    expansion = variational_expansion(atoms, codes, weights, EPS_SQ)
+    objective = expansion - variational_compression(codes, weights, d, EPS_SQ) - plain
+    by_autograd = torch.autograd.grad(objective, free)
+    assert float(value.detach()) == pytest.approx(float(plain.detach()))
+    torch.testing.assert_close(gradient, -by_autograd[0], rtol=1e-9, atol=1e-11)
     with torch.no_grad():
-        closed_form = ascent_direction(z, checked, atoms, codes, MU, EPS_SQ)
-    for ours, theirs in zip(closed_form, by_autograd, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
+        moved = ascent_direction(z.detach(), checked, atoms, codes, MU, EPS_SQ)
+    torch.testing.assert_close(moved[0], by_autograd[1], rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(moved[1], by_autograd[2], rtol=1e-9, atol=1e-11)
 
 
 def test_learned_membership_has_a_gradient():
@@ -110,9 +130,11 @@ def test_step_is_algorithm_1(m, d, k, s):
     n = m / k
     pi = reference.one_hot(labels.numpy(), k)
     bounds = reference.lipschitz(z.numpy().T, pi, atoms.numpy(), codes.numpy() * n, MU)
-    assert float(lipschitz_atoms(z, checked, codes, MU)) == pytest.approx(bounds[0])
+    norms_sq = class_moments(z, checked).norms_sq
+    assert float(lipschitz_atoms(norms_sq, checked.counts, codes, MU)) == pytest.approx(bounds[0])
     # The bound on Ã's gradient is n_j² times that on A's: Ã_j = A_j / n_j.
-    assert lipschitz_codes(atoms, codes, checked.counts, MU).numpy() == pytest.approx(bounds[1] * n * n)
+    bound_codes = lipschitz_codes(atom_overlap(atoms, codes), checked.counts, MU, k)
+    assert bound_codes.numpy() == pytest.approx(bounds[1] * n * n)
     got = proximal_step(z, checked, atoms, codes, mu=MU, eps_sq=EPS_SQ, step_atoms=5, step_codes=5)
     expected = reference.proximal_step(z.numpy().T, pi, atoms.numpy(), codes.numpy() * n, MU, EPS_SQ, 5, 5)
     np.testing.assert_allclose(got[0].numpy(), expected[0], atol=1e-7)

@@ -9,12 +9,18 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from vmcr2.linalg import wide_dtype
 from vmcr2.membership import Membership
-from vmcr2.variational import ascent_direction, lipschitz_atoms, lipschitz_codes
+from vmcr2.variational import (
+    ClassMoments,
+    ascent_direction,
+    atom_overlap,
+    class_moments,
+    lipschitz_atoms,
+    lipschitz_codes,
+)
 
 _EIGH_ELEMENTS = 2**24  # entries of the d×d matrices decomposed at once
 
@@ -84,8 +90,7 @@ class MomentStream:
         labels = [held.labels for _, held in self.rows if held.labels is not None]
         if len(labels) == len(self.rows):
             return features, Membership(torch.cat(labels), None, counts)
-        rows = [_as_rows(held) for _, held in self.rows]
-        return features, Membership(None, torch.cat(rows), counts)
+        return features, Membership(None, torch.cat([held.rows() for _, held in self.rows]), counts)
 
     def _fold(self) -> None:
         features, membership = self._gathered()
@@ -115,13 +120,6 @@ class MomentStream:
         return torch.cat([vectors for vectors, _ in parts]), torch.cat([values for _, values in parts]), self.counts
 
 
-def _as_rows(membership: Membership) -> Float[Tensor, "m k"]:
-    if membership.soft is not None:
-        return membership.soft
-    assert membership.labels is not None
-    return nn.functional.one_hot(membership.labels, membership.num_classes).to(membership.counts.dtype)
-
-
 def proximal_step(
     features: Float[Tensor, "m d"],
     membership: Membership,
@@ -132,6 +130,8 @@ def proximal_step(
     eps_sq: float,
     step_atoms: float,
     step_codes: float,
+    moments: ClassMoments | None = None,
+    num_classes: int | None = None,
 ) -> tuple[Float[Tensor, "d q"], Float[Tensor, "c k"]]:
     """Returns Γ and Ã after one proximal gradient ascent step on eq. (7) (Alg. 1, lines 6 to 10).
 
@@ -147,10 +147,15 @@ def proximal_step(
         eps_sq: ε² > 0.
         step_atoms: ν_Γ, in units of 1/L_Γ.
         step_codes: ν_A, in units of 1/L_A, each class by its own.
+        moments: those of the batch, where they are known already.
+        num_classes: k of the whole dictionary, where only the classes present were passed.
     """
-    grad_atoms, grad_codes = ascent_direction(features, membership, atoms, codes, mu, eps_sq)
-    bound_atoms = lipschitz_atoms(features, membership, codes, mu)
-    bound_codes = lipschitz_codes(atoms, codes, membership.counts, mu)
+    if moments is None:
+        moments = class_moments(features, membership)
+    overlap = atom_overlap(atoms, codes)
+    grad_atoms, grad_codes = ascent_direction(features, membership, atoms, codes, mu, eps_sq, overlap)
+    bound_atoms = lipschitz_atoms(moments.norms_sq, membership.counts, codes, mu)
+    bound_codes = lipschitz_codes(overlap, membership.counts, mu, num_classes or membership.num_classes)
     moved = atoms + step_atoms * _divide(grad_atoms, bound_atoms)
     new_codes = (codes + step_codes * _divide(grad_codes, bound_codes)).clamp_min(0)
     return nn.functional.normalize(moved, dim=0), new_codes
@@ -179,9 +184,9 @@ class Dictionary(nn.Module):
         self.atoms_per_class = atoms_per_class
         q = num_classes * atoms_per_class
         # Unit columns from the start, so that a class never seen cannot spoil Γ; they carry no energy.
-        start = torch.zeros(feature_dim, q)
-        start[torch.arange(q) % feature_dim, torch.arange(q)] = 1
-        self.register_buffer("atoms", start)
+        start = torch.zeros(q, feature_dim)
+        start[torch.arange(q), torch.arange(q) % feature_dim] = 1
+        self.register_buffer("atoms", start.T)  # each atom lies in one piece of memory
         self.register_buffer("codes", torch.zeros(atoms_per_class if structure == "block" else q, num_classes))
         self.register_buffer("latched", torch.zeros(num_classes, dtype=torch.bool))
         self._num_latched: int | None = 0
@@ -199,9 +204,8 @@ class Dictionary(nn.Module):
     @torch.no_grad()
     def write(self, blocks: Float[Tensor, "k d s"], energies: Float[Tensor, "k s"], chosen: Bool[Tensor, " k"]) -> None:
         """Latches the chosen classes onto their blocks (Alg. 2); the others keep their atoms and codes."""
-        k, d, s = blocks.shape
-        atoms = self.atoms.view(d, k, s)
-        atoms[:, chosen] = blocks.permute(1, 0, 2)[:, chosen].to(atoms.dtype)
+        k, _, s = blocks.shape
+        self._blocks()[chosen] = blocks.mT[chosen].to(self.atoms.dtype)
         values = energies.T.to(self.codes.dtype)
         if self.codes.shape[0] == s and k > 1:
             self.codes[:, chosen] = values[:, chosen]
@@ -212,28 +216,33 @@ class Dictionary(nn.Module):
         self.latched |= chosen
         self._num_latched = None
 
+    def read(
+        self, membership: Membership, dtype: torch.dtype
+    ) -> tuple[Float[Tensor, "d r"], Float[Tensor, "c p"], Membership, Int[Tensor, " p"] | None]:
+        """Returns Γ, Ã and the membership as far as a batch concerns them, and which classes these are.
+
+        In block structure a class without a sample takes no part, so only the others are read; in shared structure it
+        is everything, and the last is None.
+        """
+        if self.codes.shape[0] == self.atoms.shape[1]:
+            return self.atoms.to(dtype), self.codes.to(dtype), membership, None
+        compact, classes = membership.present()
+        blocks = self._blocks().index_select(0, classes)
+        atoms = blocks.flatten(0, 1).to(dtype).T
+        return atoms, self.codes.index_select(1, classes).to(dtype), compact, classes
+
     @torch.no_grad()
-    def step(
-        self,
-        features: Float[Tensor, "m d"],
-        membership: Membership,
-        *,
-        mu: float,
-        eps_sq: float,
-        step_atoms: float,
-        step_codes: float,
+    def replace(
+        self, atoms: Float[Tensor, "d r"], codes: Float[Tensor, "c p"], classes: Int[Tensor, " p"] | None
     ) -> None:
-        """Moves the buffers by one `proximal_step`."""
-        dtype = wide_dtype(features, self.atoms)
-        atoms, codes = proximal_step(
-            features.to(dtype),
-            membership,
-            self.atoms.to(dtype),
-            self.codes.to(dtype),
-            mu=mu,
-            eps_sq=eps_sq,
-            step_atoms=step_atoms,
-            step_codes=step_codes,
-        )
-        self.atoms.copy_(atoms)
-        self.codes.copy_(codes)
+        """Writes back what `read` gave, after a step."""
+        if classes is None:
+            self.atoms.copy_(atoms)
+            self.codes.copy_(codes)
+            return
+        blocks = atoms.T.reshape(len(classes), self.atoms_per_class, -1).to(self.atoms.dtype)
+        self._blocks().index_copy_(0, classes, blocks)
+        self.codes.index_copy_(1, classes, codes.to(self.codes.dtype))
+
+    def _blocks(self) -> Float[Tensor, "k s d"]:
+        return self.atoms.T.view(len(self.latched), self.atoms_per_class, -1)

@@ -14,13 +14,19 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
-from vmcr2.dictionary import Dictionary, MomentStream, latched_blocks
+from vmcr2.dictionary import Dictionary, MomentStream, latched_blocks, proximal_step
 from vmcr2.distributed import gather_rows
 from vmcr2.errors import InputError, NotLatchedError
 from vmcr2.linalg import wide_dtype
 from vmcr2.membership import Membership, as_membership, check_count, check_number
 from vmcr2.rates import compression_rate, expansion_rate
-from vmcr2.variational import VariationalRates, residual, variational_compression, variational_expansion
+from vmcr2.variational import (
+    VariationalRates,
+    class_moments,
+    residual,
+    variational_compression,
+    variational_expansion,
+)
 
 
 def _gather_checked(
@@ -169,24 +175,45 @@ class VMCR2Loss(nn.Module):
                 )
                 if self.dictionary.num_latched() < self.num_classes:
                     self._latch(detached, still, only_new=True)
-                self.dictionary.step(
-                    detached,
-                    still,
-                    mu=self.mu,
-                    eps_sq=self.eps_sq,
-                    step_atoms=self.step_atoms,
-                    step_codes=self.step_codes,
-                )
-            return residual(widened, checked, *self._dictionary_as(widened), self.mu)
+                return self._step(widened, checked, detached, still)
+            atoms, codes, present, _ = self._dictionary(checked, widened.dtype)
+            return residual(widened, present, atoms, codes, self.mu)
 
-    def _dictionary_as(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns copies of Γ and Ã, since the next step overwrites the buffers while autograd may hold these."""
+    def _step(self, features: Tensor, membership: Membership, detached: Tensor, still: Membership) -> Tensor:
+        """Moves the dictionary and returns the residual; what both need of the batch is found once."""
+        atoms, codes, present, classes = self._dictionary(still, features.dtype)
+        moments = class_moments(detached, present)
+        atoms, codes = proximal_step(
+            detached,
+            present,
+            atoms,
+            codes,
+            mu=self.mu,
+            eps_sq=self.eps_sq,
+            step_atoms=self.step_atoms,
+            step_codes=self.step_codes,
+            moments=moments,
+            num_classes=self.num_classes,
+        )
+        self.dictionary.replace(atoms, codes, classes)
+        if membership.soft is not None and membership.soft.requires_grad:
+            present = membership if classes is None else membership.present()[0]
+        return residual(features, present, atoms, codes, self.mu, moments)
+
+    def _dictionary(
+        self, membership: Membership, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor, Membership, Tensor | None]:
+        """Returns what `Dictionary.read` gives.
+
+        Raises:
+            NotLatchedError: nothing was ever latched.
+        """
         if not self.dictionary.num_latched():
             raise NotLatchedError(
                 "the dictionary was never latched: call loss.latch(features, membership) or "
                 "loss.latch_from(model, batches), or call the loss in training mode first"
             )
-        return self.dictionary.atoms.to(like.dtype, copy=True), self.dictionary.codes.to(like.dtype, copy=True)
+        return self.dictionary.read(membership, dtype)
 
     @torch.no_grad()
     def rates(
@@ -207,11 +234,11 @@ class VMCR2Loss(nn.Module):
         """
         widened, checked = self._checked(features, membership)
         with torch.autocast(features.device.type, enabled=False):
-            atoms, codes = self._dictionary_as(widened)
+            atoms, codes, present, _ = self._dictionary(checked, widened.dtype)
             return VariationalRates(
-                variational_expansion(atoms, codes, checked.class_weights, self.eps_sq),
-                variational_compression(codes, checked.class_weights, self.feature_dim, self.eps_sq),
-                residual(widened, checked, atoms, codes, self.mu),
+                variational_expansion(atoms, codes, present.class_weights, self.eps_sq),
+                variational_compression(codes, present.class_weights, self.feature_dim, self.eps_sq),
+                residual(widened.detach(), present, atoms, codes, self.mu),
             )
 
     @torch.no_grad()

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn import functional
 
 from vmcr2.errors import InputError
 from vmcr2.linalg import wide_dtype
@@ -28,16 +30,54 @@ Condition = tuple[Tensor, Callable[[], str]]
 
 @dataclass(frozen=True)
 class ClassGroup:
-    """Classes of similar size: which rows belong to each, padded to the largest with weight 0."""
+    """Classes of similar size: which rows belong to each, padded to the largest with weight 0.
+
+    Attributes:
+        classes: which classes.
+        rows: the samples of each; the padding names any sample.
+        weights: Π of each, 0 for the padding.
+        counts: n_j.
+        filled: places in the flattened rows that are no padding.
+        once: whether no sample is in two classes, as with labels.
+    """
 
     classes: Int[Tensor, " b"]
     rows: Int[Tensor, "b n"]
     weights: Float[Tensor, "b n"]
     counts: Float[Tensor, " b"]
+    filled: Int[Tensor, " f"]
+    once: bool
 
     def take(self, features: Float[Tensor, "m d"]) -> Float[Tensor, "b n d"]:
         """Returns each class's rows; the padding repeats a row, to be weighted by 0."""
-        return features.index_select(0, self.rows.flatten()).view(*self.rows.shape, features.shape[1])
+        taken = _Take.apply(features, self)
+        assert isinstance(taken, Tensor)
+        return taken
+
+    def give(self, values: Float[Tensor, "b n d"], to: Float[Tensor, "m d"]) -> None:
+        """Adds each class's rows to their samples, in place; what stands in the padding is left out.
+
+        Where no sample is in two classes the rows are copied, many times faster than adding on a CPU: `to` must then
+        hold 0 for these samples.
+        """
+        rows = self.rows.flatten().index_select(0, self.filled)
+        filled = values.flatten(0, 1).index_select(0, self.filled)
+        (to.index_copy_ if self.once else to.index_add_)(0, rows, filled)
+
+
+class _Take(torch.autograd.Function):
+    """Gathers a group's rows; the gradient goes back by `ClassGroup.give`."""
+
+    @staticmethod
+    def forward(ctx: Any, features: Tensor, group: ClassGroup) -> Tensor:
+        ctx.group, ctx.shape = group, features.shape
+        return features.index_select(0, group.rows.flatten()).view(*group.rows.shape, features.shape[1])
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
+        gradient = grad_outputs[0].new_zeros(ctx.shape)
+        ctx.group.give(grad_outputs[0], to=gradient)
+        return gradient, None
 
 
 @dataclass(frozen=True)
@@ -47,6 +87,7 @@ class Membership:
     labels: Int[Tensor, " m"] | None
     soft: Float[Tensor, "m k"] | None
     counts: Float[Tensor, " k"]
+    _packed: dict[int, list[ClassGroup]] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def num_classes(self) -> int:
@@ -80,8 +121,24 @@ class Membership:
         assert self.soft is not None
         return values.T @ self.soft.to(values.dtype)
 
-    def groups(self, width: int) -> Iterator[ClassGroup]:
-        """Yields the classes that have a sample, in padded batches of classes of similar size.
+    def present(self) -> tuple[Membership, Int[Tensor, " p"]]:
+        """Returns the membership among the classes that have a sample alone, and which classes these are."""
+        if self.labels is not None:
+            classes, labels = self.labels.unique(return_inverse=True)
+            return Membership(labels, None, self.counts[classes]), classes
+        assert self.soft is not None
+        classes = self.counts.nonzero()[:, 0]
+        return Membership(None, self.soft[:, classes], self.counts[classes]), classes
+
+    def rows(self) -> Float[Tensor, "m k"]:
+        """Returns Π as rows."""
+        if self.soft is not None:
+            return self.soft
+        assert self.labels is not None
+        return functional.one_hot(self.labels, self.num_classes).to(self.counts.dtype)
+
+    def groups(self, width: int) -> list[ClassGroup]:
+        """Returns the classes that have a sample, in padded batches of classes of similar size; found once.
 
         A batch holds classes whose sizes lie within a factor of two, so padding at most doubles the work however
         unbalanced the classes are. Rows of weight 0 are left out, unless the membership itself is being learned.
@@ -89,6 +146,11 @@ class Membership:
         Args:
             width: entries each row brings along (the feature dimension); bounds the memory a batch may take.
         """
+        if width not in self._packed:
+            self._packed[width] = list(self._pack(width))
+        return self._packed[width]
+
+    def _pack(self, width: int) -> Iterator[ClassGroup]:
         if self.labels is not None:
             order = torch.argsort(self.labels, stable=True)
             weights = None
@@ -116,7 +178,8 @@ class Membership:
                 packed = inside.to(self.counts.dtype)
                 if weights is not None:
                     packed = packed * weights[places]
-                yield ClassGroup(chosen, order[places], packed, self.counts[chosen])
+                filled = inside.flatten().nonzero()[:, 0]
+                yield ClassGroup(chosen, order[places], packed, self.counts[chosen], filled, weights is None)
 
 
 def check_number(name: str, value: float, *, positive: bool = True) -> None:

@@ -15,10 +15,10 @@ Codes come in two structures, told apart by their shape. Shared: (q, k), every c
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from vmcr2.linalg import half_logdet
@@ -47,15 +47,6 @@ def _atom_energies(
     return codes @ class_weights
 
 
-def _group_blocks(
-    atoms: Float[Tensor, "d q"], codes: Float[Tensor, "s k"], group: ClassGroup
-) -> tuple[Float[Tensor, "b d s"], Float[Tensor, "b s"]]:
-    """Returns the atoms and codes of the group's classes."""
-    s, k = codes.shape
-    blocks = atoms.view(atoms.shape[0], k, s).index_select(1, group.classes).transpose(0, 1)
-    return blocks, codes.index_select(1, group.classes).T
-
-
 def variational_expansion(
     atoms: Float[Tensor, "d q"],
     codes: Float[Tensor, "c k"],
@@ -74,20 +65,39 @@ def variational_compression(
     return 0.5 * (class_weights * torch.log1p(codes * (feature_dim / eps_sq)).sum(0)).sum()
 
 
-def moment_norms_sq(features: Float[Tensor, "m d"], membership: Membership) -> Float[Tensor, " k"]:
-    """Returns ‖C_j‖²_F of every class, 0 for the absent ones, on the smaller side."""
-    norms = features.new_zeros(membership.num_classes)
+class ClassMoments(NamedTuple):
+    """What the residual needs of a batch alone, whatever the dictionary: found once a step, used by both halves.
+
+    Attributes:
+        norms_sq: ‖C_j‖²_F of every class, float64, 0 for the absent ones.
+        pull: Σ_j π_ij C_j z_i for every sample, half of the data's part of the gradient.
+    """
+
+    norms_sq: Float[Tensor, " k"]
+    pull: Float[Tensor, "m d"]
+
+
+@torch.no_grad()
+def class_moments(features: Float[Tensor, "m d"], membership: Membership) -> ClassMoments:
+    """Returns ‖C_j‖²_F and Σ_j π_ij C_j z_i, class by class on the smaller side."""
+    norms_sq = features.new_zeros(membership.num_classes, dtype=torch.float64)
+    pull = torch.zeros_like(features)
     for group in membership.groups(features.shape[1]):
-        norms = norms.index_add(0, group.classes, _group_moment_norms_sq(group, group.take(features)))
-    return norms
-
-
-def _group_moment_norms_sq(group: ClassGroup, rows: Float[Tensor, "b n d"]) -> Float[Tensor, " b"]:
-    weights = group.weights.to(rows.dtype)
-    if rows.shape[1] < rows.shape[2]:
-        squares = (rows @ rows.mT).square()
-        return torch.einsum("bn,bnp,bp->b", weights, squares, weights) / group.counts**2
-    return (rows.mT @ (rows * weights[..., None])).square().sum((1, 2)) / group.counts**2
+        rows = group.take(features)
+        weighted = rows * group.weights.to(rows.dtype)[..., None]
+        scale = group.counts.to(rows.dtype)[:, None, None]
+        if rows.shape[1] < rows.shape[2]:
+            gram = rows @ weighted.mT
+            squares = (gram.double() * gram.mT.double()).sum((1, 2))
+            pulled = gram @ rows / scale
+        else:
+            moments = rows.mT @ weighted
+            squares = moments.double().square().sum((1, 2))
+            pulled = rows @ moments / scale
+        norms_sq.index_add_(0, group.classes, squares / group.counts.double() ** 2)
+        pulled = pulled * group.weights.to(rows.dtype)[..., None]
+        group.give(pulled, to=pull)
+    return ClassMoments(norms_sq, pull)
 
 
 def residual(
@@ -96,11 +106,12 @@ def residual(
     atoms: Float[Tensor, "d q"],
     codes: Float[Tensor, "c k"],
     mu: float,
+    moments: ClassMoments | None = None,
 ) -> Float[Tensor, ""]:
     """Returns (µ/2m) M = µ/2 Σ_j n_j ‖C_j − Γ Diag(Ã_j) Γᵀ‖²_F by the expansion of eq. (9); no d×d matrix is built.
 
-    The three terms of eq. (9) cancel where the residual is small, so they are computed in float64 and the result is
-    right to float32 precision relative to the residual itself, not to its terms.
+    The three terms of eq. (9) cancel where the residual is small; there they are computed again in float64, so that
+    the result is right relative to the residual itself, not to its terms.
 
     Args:
         features: Z, (m, d).
@@ -108,29 +119,168 @@ def residual(
         atoms: Γ, (d, q), unit columns.
         codes: Ã, (q, k) shared or (s, k) block, ≥ 0.
         mu: the penalty weight µ > 0.
+        moments: those of the batch, where they are known already.
 
     Returns:
-        A scalar ≥ 0 in the features' dtype. Differentiable in all tensors.
+        A scalar ≥ 0 in the features' dtype. Differentiable once, in the features alone or in all tensors.
     """
-    dtype = features.dtype
-    z, gamma, a = features.double(), atoms.double(), codes.double()
-    counts = membership.counts.double()
+    learned = membership.soft is not None and membership.soft.requires_grad
+    if learned or atoms.requires_grad or codes.requires_grad:
+        return _residual_by_autograd(features, membership, atoms, codes, mu)
+    if moments is None:
+        moments = class_moments(features.detach(), membership)
+    value = _Residual.apply(features, membership, atoms, codes, mu, moments)
+    assert isinstance(value, Tensor)
+    return value
+
+
+class _Residual(torch.autograd.Function):
+    """The residual with its gradient in the features, 2µ Σ_j π_ij (C_j − Γ Diag(Ã_j) Γᵀ) z_i, in closed form."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        features: Tensor,
+        membership: Membership,
+        atoms: Tensor,
+        codes: Tensor,
+        mu: float,
+        moments: ClassMoments,
+    ) -> Tensor:
+        whole = (membership.counts.double() * moments.norms_sq).sum()
+        fit = _model_fit(features, membership, atoms, codes)
+        value = whole - 2 * fit.cross + fit.own
+        # In float32 each term is known to about 1e-7; a residual far below them would be noise.
+        if features.dtype != torch.float64 and bool(value < _CANCELLED * (whole + fit.own)):
+            wide = features.double()
+            exact = _model_fit(wide, membership, atoms.double(), codes.double())
+            norms_sq = class_moments(wide, membership).norms_sq
+            value = (membership.counts.double() * norms_sq).sum() - 2 * exact.cross + exact.own
+        if ctx.needs_input_grad[0]:
+            ctx.save_for_backward((moments.pull - fit.pull).mul_(2 * mu))
+        return (0.5 * mu * value).clamp_min(0).to(features.dtype)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None, None, None]:  # pyrefly: ignore[bad-override]
+        (gradient,) = ctx.saved_tensors
+        return grad_outputs[0] * gradient, None, None, None, None, None
+
+
+_CANCELLED = 0.05
+
+
+class _ModelFit(NamedTuple):
+    """The dictionary's part of eq. (9): ⟨C, B⟩ and ‖B‖² summed over samples in float64, and B_j z_i of every sample."""
+
+    cross: Float[Tensor, ""]
+    own: Float[Tensor, ""]
+    pull: Float[Tensor, "m d"]
+
+
+def _model_fit(
+    features: Float[Tensor, "m d"], membership: Membership, atoms: Float[Tensor, "d q"], codes: Float[Tensor, "c k"]
+) -> _ModelFit:
+    supports = _supports(atoms, codes)
+    if supports is None:
+        projected = features @ atoms
+        scaled = projected * membership.spread(codes)
+        overlap = (atoms.T @ atoms).square()
+        own = (codes.double() * membership.counts.double() * (overlap @ codes).double()).sum()
+        return _ModelFit((projected.double() * scaled.double()).sum(), own, scaled @ atoms.T)
+    cross = own = features.new_zeros((), dtype=torch.float64)
+    pull = torch.zeros_like(features)
+    for group in membership.groups(features.shape[1]):
+        rows = group.take(features)
+        blocks, block_codes = supports.take(atoms, group)
+        projected = rows @ blocks.mT
+        scaled = projected * group.weights.to(rows.dtype)[..., None] * block_codes[:, None]
+        cross = cross + (projected.double() * scaled.double()).sum()
+        energies = block_codes.double()
+        overlap = (blocks @ blocks.mT).double().square()
+        own = own + torch.einsum("b,bs,bst,bt->", group.counts.double(), energies, overlap, energies)
+        group.give(scaled @ blocks, to=pull)
+    return _ModelFit(cross, own, pull)
+
+
+class _Supports(NamedTuple):
+    """Which atoms each class uses, padded with atoms of code 0, and whether no atom is used by two classes."""
+
+    places: Int[Tensor, "k t"]
+    codes: Float[Tensor, "k t"]
+    disjoint: bool
+
+    def take(
+        self, atoms: Float[Tensor, "d q"], group: ClassGroup
+    ) -> tuple[Float[Tensor, "b t d"], Float[Tensor, "b t"]]:
+        """Returns the atoms, as rows, and the codes of the group's classes."""
+        places = self.places.index_select(0, group.classes)
+        rows = atoms.T.index_select(0, places.flatten()).view(*places.shape, atoms.shape[0])
+        return rows, self.codes.index_select(0, group.classes)
+
+    def give(self, values: Float[Tensor, "b t d"], group: ClassGroup, to: Float[Tensor, "q d"]) -> None:
+        """Adds the classes' rows to their atoms, in place; values for atoms of code 0 must be 0, and are left out."""
+        places = self.places.index_select(0, group.classes).flatten()
+        rows = values.flatten(0, 1)
+        if self.disjoint:
+            used = self.codes.index_select(0, group.classes).flatten().nonzero()[:, 0]
+            to.index_copy_(0, places.index_select(0, used), rows.index_select(0, used))
+        else:
+            to.index_add_(0, places, rows)
+
+
+def _supports(atoms: Float[Tensor, "d q"], codes: Float[Tensor, "c k"]) -> _Supports | None:
+    """Returns the classes' supports where they are small beside the dictionary, else None.
+
+    After latching only a class's own atoms carry energy, and it stays so for long. On the CPU shared codes are
+    therefore read as the sparse matrix they are. On an accelerator that would be a wait for the device.
+    """
+    q = atoms.shape[1]
     if is_block(atoms, codes):
-        value = z.new_zeros(())
-        for group in membership.groups(z.shape[1]):
-            rows = group.take(z)
-            blocks, block_codes = _group_blocks(gamma, a, group)
-            n = group.counts.double()
-            cross = torch.einsum("bn,bns,bs->b", group.weights.double(), (rows @ blocks).square(), block_codes)
-            overlap = (blocks.mT @ blocks).square()
-            own = torch.einsum("bs,bst,bt->b", block_codes, overlap, block_codes)
-            value = value + (n * _group_moment_norms_sq(group, rows) - 2 * cross + n * own).sum()
-    else:
-        moments = (counts * moment_norms_sq(z, membership)).sum()
-        cross = ((z @ gamma).square() * membership.spread(a)).sum()
-        own = (a * counts * ((gamma.T @ gamma).square() @ a)).sum()
-        value = moments - 2 * cross + own
-    return (0.5 * mu * value).clamp_min(0).to(dtype)
+        s, k = codes.shape
+        return _Supports(torch.arange(q, device=atoms.device).view(k, s), codes.T, disjoint=True)
+    if codes.device.type != "cpu":
+        return None
+    used = codes.T > 0
+    widest = int(used.sum(1).max())
+    if 4 * widest > q:
+        return None
+    values, places = torch.topk(codes.T, max(1, widest), dim=1)
+    return _Supports(places, values, disjoint=int(used.sum(0).max()) <= 1)
+
+
+def _residual_by_autograd(
+    features: Float[Tensor, "m d"],
+    membership: Membership,
+    atoms: Float[Tensor, "d q"],
+    codes: Float[Tensor, "c k"],
+    mu: float,
+) -> Float[Tensor, ""]:
+    """Returns the residual as plain operations in float64, for gradients in the dictionary or in a learned Π."""
+    # Copies, since the dictionary's buffers may be overwritten before the backward pass.
+    z, gamma = features.double(), atoms.to(torch.float64, copy=True)
+    a = _as_shared(atoms, codes).to(torch.float64, copy=True)
+    rows = membership.rows().double()
+    counts = rows.sum(0)
+    moments = torch.einsum("ij,ip,pj,j->", rows, (z @ z.T).square(), rows, 1 / counts.clamp_min(1e-300))
+    cross = ((z @ gamma).square() * (rows @ a.T)).sum()
+    own = (a * counts * ((gamma.T @ gamma).square() @ a)).sum()
+    return (0.5 * mu * (moments - 2 * cross + own)).to(features.dtype)
+
+
+def _as_shared(atoms: Float[Tensor, "d q"], codes: Float[Tensor, "c k"]) -> Float[Tensor, "q k"]:
+    """Returns codes of either structure as (q, k)."""
+    if not is_block(atoms, codes):
+        return codes
+    return torch.block_diag(*codes.T[:, :, None])
+
+
+def atom_overlap(atoms: Float[Tensor, "d q"], codes: Float[Tensor, "c k"]) -> Float[Tensor, "*b r r"]:
+    """Returns ΓᵀΓ, (q, q); in block structure only its blocks on the diagonal, (k, s, s)."""
+    if is_block(atoms, codes):
+        blocks = atoms.T.reshape(codes.shape[1], codes.shape[0], -1)
+        return blocks @ blocks.mT
+    return atoms.T @ atoms
 
 
 def ascent_direction(
@@ -140,22 +290,34 @@ def ascent_direction(
     codes: Float[Tensor, "c k"],
     mu: float,
     eps_sq: float,
+    overlap: Float[Tensor, "*b r r"] | None = None,
 ) -> tuple[Float[Tensor, "d q"], Float[Tensor, "c k"]]:
-    """Returns the gradients of R^v − R_c^v − (µ/2m) M in atoms and codes (eqs. 7, 10, 11), in closed form."""
+    """Returns the gradients of R^v − R_c^v − (µ/2m) M in atoms and codes (eqs. 7, 10, 11), in closed form.
+
+    Args:
+        features: Z, (m, d).
+        membership: Π.
+        atoms: Γ, (d, q), unit columns.
+        codes: Ã, (q, k) shared or (s, k) block, ≥ 0.
+        mu: µ > 0.
+        eps_sq: ε² > 0.
+        overlap: `atom_overlap` of the dictionary, where it is known already.
+    """
+    if overlap is None:
+        overlap = atom_overlap(atoms, codes)
     beta = atoms.shape[0] / eps_sq
     weights = membership.class_weights
     energies = _atom_energies(atoms, codes, weights)
     inverse_atoms = _solve_shifted((atoms * energies) @ atoms.T * beta, atoms)
     per_atom = 0.5 * beta * (atoms * inverse_atoms).sum(0)
-    toward_atoms = beta * inverse_atoms * energies
     if is_block(atoms, codes):
         toward_codes = per_atom.view(codes.shape[1], codes.shape[0]).T * weights
-        pull_atoms, pull_codes = _block_residual_gradients(features, membership, atoms, codes)
     else:
         toward_codes = per_atom[:, None] * weights
-        pull_atoms, pull_codes = _shared_residual_gradients(features, membership, atoms, codes)
     toward_codes = toward_codes - 0.5 * beta * weights / (1 + beta * codes)
-    return toward_atoms - mu * pull_atoms, toward_codes - mu * pull_codes
+    grad_atoms, grad_codes = _residual_gradients(features, membership, atoms, codes, overlap)
+    toward_atoms = inverse_atoms.mul_(beta * energies)
+    return toward_atoms.sub_(grad_atoms, alpha=mu), toward_codes.sub_(grad_codes, alpha=mu)
 
 
 def _solve_shifted(matrix: Float[Tensor, "d d"], right: Float[Tensor, "d q"]) -> Float[Tensor, "d q"]:
@@ -165,59 +327,68 @@ def _solve_shifted(matrix: Float[Tensor, "d d"], right: Float[Tensor, "d q"]) ->
     return torch.cholesky_solve(right, torch.linalg.cholesky_ex(shifted, check_errors=True)[0])
 
 
-def _shared_residual_gradients(
-    features: Float[Tensor, "m d"], membership: Membership, atoms: Float[Tensor, "d q"], codes: Float[Tensor, "q k"]
-) -> tuple[Float[Tensor, "d q"], Float[Tensor, "q k"]]:
-    """Returns the gradients of M/2m in atoms and codes (eqs. 10 and 11, summed over classes by two products)."""
-    projected = features @ atoms
-    overlap = atoms.T @ atoms
-    scaled = codes * membership.counts
-    data = features.T @ (projected * membership.spread(codes))
-    model = atoms @ (overlap * (scaled @ codes.T))
-    return 2 * (model - data), overlap.square() @ scaled - membership.collect(projected.square())
-
-
-def _block_residual_gradients(
-    features: Float[Tensor, "m d"], membership: Membership, atoms: Float[Tensor, "d q"], codes: Float[Tensor, "s k"]
-) -> tuple[Float[Tensor, "d q"], Float[Tensor, "s k"]]:
-    """Returns the gradients of M/2m in atoms and codes, for the classes present; 0 for the others."""
-    s, k = codes.shape
-    grad_atoms = atoms.new_zeros(k, atoms.shape[0], s)
-    grad_codes = codes.new_zeros(k, s)
+def _residual_gradients(
+    features: Float[Tensor, "m d"],
+    membership: Membership,
+    atoms: Float[Tensor, "d q"],
+    codes: Float[Tensor, "c k"],
+    overlap: Float[Tensor, "*b r r"],
+) -> tuple[Float[Tensor, "d q"], Float[Tensor, "c k"]]:
+    """Returns the gradients of M/2m in atoms and codes (eqs. 10 and 11, the sum over classes in closed form)."""
+    supports = _supports(atoms, codes)
+    if supports is None:
+        projected = features @ atoms
+        scaled = codes * membership.counts
+        data = features.T @ (projected * membership.spread(codes))
+        model = atoms @ (overlap * (scaled @ codes.T))
+        return 2 * (model - data), overlap.square() @ scaled - membership.collect(projected.square())
+    block = is_block(atoms, codes)
+    grad_atoms = torch.zeros_like(atoms.T)
+    if block:
+        grad_codes = torch.zeros_like(codes)
+    else:
+        # Every atom against every class: this part is never sparse.
+        fit = membership.collect((features @ atoms).square_())
+        grad_codes = (overlap.square() @ (codes * membership.counts)).sub_(fit)
     for group in membership.groups(features.shape[1]):
         rows = group.take(features)
-        blocks, block_codes = _group_blocks(atoms, codes, group)
-        projected = rows @ blocks
-        overlap = blocks.mT @ blocks
-        n = group.counts[:, None]
-        data = rows.mT @ (projected * group.weights[..., None] * block_codes[:, None])
-        model = blocks @ (overlap * (n[..., None] * block_codes[:, :, None] * block_codes[:, None]))
-        grad_atoms[group.classes] = 2 * (model - data)
-        spent = torch.einsum("bst,bt->bs", overlap.square(), block_codes) * n
-        grad_codes[group.classes] = spent - torch.einsum("bns,bn->bs", projected.square(), group.weights)
-    return grad_atoms.transpose(0, 1).reshape_as(atoms), grad_codes.T
+        blocks, block_codes = supports.take(atoms, group)
+        projected = rows @ blocks.mT
+        own = blocks @ blocks.mT
+        weights = group.weights.to(rows.dtype)[..., None]
+        n = group.counts.to(rows.dtype)[:, None]
+        data = (projected * weights * block_codes[:, None]).mT @ rows
+        model = (own * (n[..., None] * block_codes[:, :, None] * block_codes[:, None])) @ blocks
+        supports.give((model - data).mul_(2), group, to=grad_atoms)
+        if block:
+            spent = (own.square() @ (n * block_codes)[..., None])[..., 0]
+            grad_codes[:, group.classes] = (spent - (projected.square().mul_(weights)).sum(1)).T
+    return grad_atoms.T, grad_codes
 
 
 def lipschitz_atoms(
-    features: Float[Tensor, "m d"], membership: Membership, codes: Float[Tensor, "c k"], mu: float
+    norms_sq: Float[Tensor, " k"], class_counts: Float[Tensor, " k"], codes: Float[Tensor, "c k"], mu: float
 ) -> Float[Tensor, ""]:
     """Returns L_Γ = 2µ Σ_j n_j (‖C_j‖_F ‖Ã_j‖_∞ + ‖Ã_j‖²_∞), eq. (17); 0 where no class present has a code."""
     largest = codes.amax(0)
-    norms = moment_norms_sq(features, membership).sqrt()
-    return 2 * mu * (membership.counts * largest * (norms + largest)).sum()
+    return 2 * mu * (class_counts * largest * (norms_sq.sqrt().to(codes.dtype) + largest)).sum()
 
 
 def lipschitz_codes(
-    atoms: Float[Tensor, "d q"], codes: Float[Tensor, "c k"], class_counts: Float[Tensor, " k"], mu: float
+    overlap: Float[Tensor, "*b r r"], class_counts: Float[Tensor, " k"], mu: float, num_classes: int
 ) -> Float[Tensor, " k"]:
     """Returns each class's L = µ n_j ‖(ΓᵀΓ)^⊙2‖_F, eq. (19); 0 for an absent class.
 
-    In block structure the norm is taken over the blocks on the diagonal of ΓᵀΓ alone. That is the same number where
-    the classes' subspaces are orthogonal, and costs q s d instead of q² d.
+    In block structure the norm is √k times that of the class's own block: the same number where the classes'
+    subspaces are orthogonal and alike, at the cost of s² d a class instead of q² d.
+
+    Args:
+        overlap: `atom_overlap` of the dictionary.
+        class_counts: n_j of the classes the codes are of.
+        mu: µ > 0.
+        num_classes: k of the whole dictionary, which in block structure may be more than the classes given.
     """
-    if is_block(atoms, codes):
-        blocks = atoms.view(atoms.shape[0], codes.shape[1], codes.shape[0]).permute(1, 0, 2)
-        overlap = blocks.mT @ blocks
-    else:
-        overlap = atoms.T @ atoms
-    return mu * class_counts * overlap.square().square().sum().sqrt()
+    norms_sq = overlap.square().square().sum((-2, -1))
+    # A single class in block structure looks like a shared dictionary of one class, hence the second case.
+    alike = num_classes if overlap.ndim == 3 else num_classes / len(class_counts)
+    return mu * class_counts * (norms_sq * alike).sqrt()
