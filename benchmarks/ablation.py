@@ -32,7 +32,14 @@ from vmcr2.membership import Membership
 from vmcr2.recipes import Recipe
 from vmcr2.subspaces import class_subspaces
 from vmcr2.train import batches, epoch_generator
-from vmcr2.variational import ascent_direction, lipschitz_atoms, lipschitz_codes, moment_norms_sq, residual
+from vmcr2.variational import (
+    ascent_direction,
+    atom_overlap,
+    class_moments,
+    lipschitz_atoms,
+    lipschitz_codes,
+    residual,
+)
 
 HERE = Path(__file__).parent.parent / "results" / "ablation"
 RUNS = HERE / "runs.jsonl"
@@ -109,15 +116,15 @@ class Variant(vmcr2.VMCR2Loss):
 
     def _bound_atoms(self, z: Tensor, checked: Membership, codes: Tensor) -> Tensor:
         if self.setting.bounds == "global":
-            return lipschitz_atoms(z, checked, codes, self.mu)
-        norms = moment_norms_sq(z, checked).sqrt()
+            return lipschitz_atoms(class_moments(z, checked).norms_sq, checked.counts, codes, self.mu)
+        norms = class_moments(z, checked).norms_sq.sqrt().float()
         if self.setting.structure == "block":
             return (2 * self.mu * checked.counts * (norms * codes + codes.square())).T.reshape(-1)
         return 2 * self.mu * (codes * norms + codes.square()) @ checked.counts
 
     def _bound_codes(self, atoms: Tensor, codes: Tensor, checked: Membership) -> Tensor:
         if self.setting.bounds == "global":
-            return lipschitz_codes(atoms, codes, checked.counts, self.mu)
+            return lipschitz_codes(atom_overlap(atoms, codes), checked.counts, self.mu, self.num_classes)
         if self.setting.structure == "block":
             blocks = atoms.view(atoms.shape[0], codes.shape[1], -1).permute(1, 0, 2)
             return self.mu * checked.counts * (blocks.mT @ blocks).square().sum(2).T
@@ -199,8 +206,10 @@ class AugmentedLagrangian(torch.nn.Module):
             ascent = ascent_direction(
                 z.detach(), checked, inner.dictionary.atoms, inner.dictionary.codes, inner.mu, inner.eps_sq
             )
-            bound = lipschitz_atoms(z.detach(), checked, inner.dictionary.codes, inner.mu)
-            bound_codes = lipschitz_codes(inner.dictionary.atoms, inner.dictionary.codes, counts, inner.mu)
+            norms_sq = class_moments(z.detach(), checked).norms_sq
+            bound = lipschitz_atoms(norms_sq, counts, inner.dictionary.codes, inner.mu)
+            overlap_now = atom_overlap(inner.dictionary.atoms, inner.dictionary.codes)
+            bound_codes = lipschitz_codes(overlap_now, counts, inner.mu, inner.num_classes)
             moved = inner.dictionary.atoms + inner.step_atoms * safe(ascent[0] + pull[0], bound)
             new_codes = inner.dictionary.codes + inner.step_codes * safe(ascent[1] + pull[1], bound_codes)
             inner.dictionary.atoms.copy_(torch.nn.functional.normalize(moved, dim=0))

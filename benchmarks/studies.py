@@ -85,6 +85,49 @@ STUDIES: dict[str, dict[str, Any]] = {
             {"batch_size": 1437},
         ],
     },
+    "digits-unit": {
+        "about": "The same with codes scaled to sum to 1 in every class, as the constraint of eq. (6) has it.",
+        "base": "digits",
+        "unit_codes": True,
+        "seeds": [0, 1, 2],
+        "rows": [
+            {},
+            {"latch_every": 1000},
+            {"latch_every": 10},
+            {"step_atoms": 5.0},
+            {"step_atoms": 40.0},
+            {"step_codes": 2.0},
+            {"step_codes": 10.0},
+            {"atoms": 6},
+            {"atoms": 12},
+            {"atoms": 40},
+            {"lr": 1e-3},
+            {"lr": 1e-2},
+            {"mu": 0.1, "lr": 3e-2},
+            {"mu": 0.3, "lr": 1e-2},
+            {"mu": 3.0, "lr": 1e-3},
+            {"mu": 10.0, "lr": 3e-4},
+            {"structure": "block"},
+            {"batch_size": 100, "lr": 1.5e-2},
+            {"batch_size": 1437, "lr": 1e-3},
+        ],
+    },
+    "omniglot100-unit": {
+        "about": "omniglot100 with codes scaled to sum to 1 in every class.",
+        "base": "omniglot100",
+        "unit_codes": True,
+        "seeds": [0, 1],
+        "rows": [
+            {},
+            {"lr": 0.2},
+            {"lr": 0.5},
+            {"mu": 0.1, "lr": 0.05},
+            {"mu": 0.5, "lr": 0.01},
+            {"atoms": 1, "lr": 0.2},
+            {"atoms": 4, "lr": 0.2},
+            {"latch_every": 5, "lr": 0.2},
+        ],
+    },
     "omniglot100": {
         "about": "V-MCR² on omniglot100, one thing changed at a time. With another µ the learning rate keeps µ·lr.",
         "base": "omniglot100",
@@ -92,8 +135,6 @@ STUDIES: dict[str, dict[str, Any]] = {
         "rows": [
             {},
             {"momentum": 0.0},
-            {"lr": 0.02},
-            {"lr": 0.1},
             {"mu": 0.005, "lr": 0.2},
             {"mu": 0.1, "lr": 0.01},
             {"mu": 0.5, "lr": 0.002},
@@ -126,6 +167,7 @@ STUDIES: dict[str, dict[str, Any]] = {
             {"objective": "mcr2"},
             {"objective": "mcr2", "batch_size": 100},
             {"objective": "mcr2", "batch_size": 1500},
+            {"unit_codes": True, "lr": 0.2},
             {"objective": "memory", "rate": 0.3},
             {"objective": "memory", "rate": 0.1},
             {"objective": "memory", "rate": 0.03},
@@ -144,8 +186,12 @@ STUDIES: dict[str, dict[str, Any]] = {
         "base": "mnist5000",
         "seeds": [0],
         "rows": [
-            {"reduction": reduction, "mu": mu, "batch_size": batch, "lr": lr}
-            for reduction, lrs in (("sum", (1e-4, 1e-3, 1e-2)), ("mean", (0.1, 1.0, 10.0)))
+            {"unit_codes": unit, "reduction": reduction, "mu": mu, "batch_size": batch, "lr": lr}
+            for unit, reduction, lrs in (
+                (False, "sum", (1e-4, 1e-3, 1e-2)),
+                (True, "sum", (1e-4, 1e-3, 1e-2)),
+                (True, "mean", (0.1, 1.0, 10.0)),
+            )
             for mu in (0.03, 1.0)
             for batch in (100, 2000)
             for lr in lrs
