@@ -26,7 +26,15 @@ BASES: dict[str, Recipe] = {
     "omniglot200": replace(
         _OMNIGLOT, name="omniglot200", feature_dim=400, data=DataSettings(source="omniglot", classes=200)
     ),
-    # Architecture 1: no BatchNorm, so all features start nearly parallel. Short, since it asks who collapses.
+    # Architecture 1: no BatchNorm, so all features start nearly parallel.
+    "digits-cnn": replace(
+        RECIPES["digits"],
+        name="digits-cnn",
+        network="cnn",
+        epochs=30,
+        momentum=0.0,
+        vmcr2=VMCR2Settings(lr=1e-3, mu=1.0, atoms_per_class=20),
+    ),
     "mnist5000": Recipe(
         name="mnist5000",
         epochs=6,
@@ -180,21 +188,49 @@ STUDIES: dict[str, dict[str, Any]] = {
     },
     "collapse": {
         "about": (
-            "Architecture 1 on 5,000 MNIST images, 6 epochs: who makes progress? Sum is the paper's scale; mean "
+            "Architecture 1 on digits, 30 epochs: who makes progress? Exact MCR² first. Sum is the paper's scale; mean "
             "divides the residual by µ m, so that lr means the same at every µ and batch size."
         ),
+        "base": "digits-cnn",
+        "seeds": [0],
+        "rows": [
+            {"objective": "mcr2", "lr": 1e-2},
+            *(
+                {"unit_codes": unit, "reduction": reduction, "mu": mu, "batch_size": batch, "lr": lr}
+                for unit, reduction, lrs in (
+                    (False, "sum", (1e-4, 1e-3, 1e-2)),
+                    (True, "sum", (1e-4, 1e-3, 1e-2)),
+                    (True, "mean", (0.1, 1.0, 10.0)),
+                )
+                for mu in (0.03, 0.3, 1.0)
+                for batch in (100, 1437)
+                for lr in lrs
+            ),
+        ],
+    },
+    "imbalance": {
+        "about": "The largest class 100 times the smallest, digits with BatchNorm.",
+        "base": "digits",
+        "imbalance": 100.0,
+        "seeds": [0],
+        "rows": [
+            {"objective": "mcr2"},
+            {"objective": "ce"},
+            {},
+            {"unit_codes": True},
+            {"unit_codes": True, "reduction": "mean", "lr": 1.0},
+        ],
+    },
+    "mnist5000": {
+        "about": "Architecture 1 on 5,000 MNIST images, 6 epochs.",
         "base": "mnist5000",
         "seeds": [0],
         "rows": [
-            {"unit_codes": unit, "reduction": reduction, "mu": mu, "batch_size": batch, "lr": lr}
-            for unit, reduction, lrs in (
-                (False, "sum", (1e-4, 1e-3, 1e-2)),
-                (True, "sum", (1e-4, 1e-3, 1e-2)),
-                (True, "mean", (0.1, 1.0, 10.0)),
-            )
-            for mu in (0.03, 1.0)
-            for batch in (100, 2000)
-            for lr in lrs
+            {"objective": "mcr2"},
+            {"objective": "ce"},
+            {},
+            {"unit_codes": True},
+            {"unit_codes": True, "reduction": "mean", "lr": 1.0},
         ],
     },
     "omniglot200": {

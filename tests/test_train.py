@@ -242,7 +242,7 @@ def test_missing_data_leaves_no_folder(tmp_path):
 
 def test_divergence_is_said(tmp_path):
     recipe = replace(SMALL, network="mlp", objective="ce", ce=replace(SMALL.ce, lr=1e30))
-    with pytest.raises(NumericalError, match=r"training diverged in epoch 1, step \d+: .* Lower ce.lr"):
+    with pytest.raises(NumericalError, match=r"training diverged in epoch 1: .* Lower ce.lr"):
         train.start(recipe, tmp_path / "run")
 
 

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 from rich.console import Console
 
@@ -23,6 +23,7 @@ vmcr2: maximal coding rate reduction by variational forms
   vmcr2 compare RECIPE [flags]     V-MCR², MCR² and cross-entropy side by side
   vmcr2 evaluate RUN               measure a trained run again, with more detail
   vmcr2 plot RUN                   draw a run's, or a comparison's, figures again
+  vmcr2 bench                      time the objectives, as the paper's Table 1
   vmcr2 recipes [RECIPE]           list the recipes, or show one
 
 RECIPE is a name from the list or a recipe.json. Every field is a flag: vmcr2 train RECIPE --help shows them."""
@@ -170,6 +171,8 @@ def _plot(arguments: list[str], console: Console) -> None:
     folder = tyro.cli(_PlotOptions, args=arguments, prog="vmcr2 plot", config=(tyro.conf.PositionalRequiredArgs,)).run
     if (folder / "comparison.json").is_file():
         runs = [RunFolder.open(path.parent) for path in sorted(folder.glob("*/recipe.json"))]
+        if not runs:
+            raise InputError(f"{folder} has a comparison.json but no run folders beside it")
         order = {objective: place for place, objective in enumerate(OBJECTIVES)}
         runs.sort(key=lambda run: (order[run.recipe().objective], run.recipe().seed))
         drawn = plot.draw_comparison(runs, folder / "figures")
@@ -179,9 +182,71 @@ def _plot(arguments: list[str], console: Console) -> None:
         console.print(str(path), highlight=False, soft_wrap=True)
 
 
+@dataclass(frozen=True)
+class _BenchOptions:
+    """What bench takes.
+
+    Attributes:
+        rows: which of mnist, cifar10, cifar100, tiny-imagenet to time.
+        device: cpu, cuda or auto.
+        repeats: of every timing; the network is timed a third as often.
+        out: a .json file for the figures.
+    """
+
+    rows: tuple[Literal["mnist", "cifar10", "cifar100", "tiny-imagenet"], ...] = (
+        "mnist",
+        "cifar10",
+        "cifar100",
+        "tiny-imagenet",
+    )
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    repeats: int = 9
+    out: Path | None = None
+
+
+def _bench(arguments: list[str], console: Console) -> None:
+    import torch
+    import tyro
+
+    from vmcr2 import bench
+    from vmcr2.membership import check_count
+    from vmcr2.report import describe_device, table
+    from vmcr2.run import write_atomically
+    from vmcr2.train import chosen_device
+
+    options = tyro.cli(_BenchOptions, args=arguments, prog="vmcr2 bench")
+    check_count("repeats", options.repeats)
+    device = torch.device(chosen_device(options.device))
+    columns = ["row", "steps", "network s/step", "objective ms/step", "s/epoch", "beyond CE", "paper's A100 s/epoch"]
+    rows, record = [], {}
+    for name in options.rows:
+        cost = bench.epoch_cost(bench.WORKLOADS[name], device, options.repeats)
+        record[name] = asdict(cost)
+        paper = {"mcr2": bench.WORKLOADS[name].paper_mcr2, "vmcr2": bench.WORKLOADS[name].paper_vmcr2}
+        for objective, timing in cost.objectives.items():
+            rows.append(
+                [
+                    f"{name}, {objective}",
+                    str(cost.steps),
+                    f"{cost.network.median:.3g} ± {cost.network.spread:.1g}",
+                    f"{1e3 * timing.median:.3g} ± {1e3 * timing.spread:.1g}",
+                    f"{cost.epoch(objective):.3g}",
+                    f"{100 * cost.beyond_ce(objective):+.1f} %",
+                    str(paper.get(objective, "–")),
+                ]
+            )
+    where = describe_device(device)
+    console.print(table(f"Random images, median ± quartile distance; {where}", columns, rows))
+    if options.out is not None:
+        write_atomically(options.out, (json.dumps({"where": where, "rows": record}, indent=2) + "\n").encode())
+
+
 def _recipes(arguments: list[str], console: Console) -> None:
     from vmcr2.report import table
 
+    if arguments[:1] in (["-h"], ["--help"]):
+        print(USAGE)
+        return
     if len(arguments) > 1 or (arguments and arguments[0].startswith("-")):
         raise InputError(f"recipes takes at most one recipe, got {' '.join(arguments)}")
     if arguments:
@@ -199,6 +264,7 @@ _COMMANDS: dict[str, Callable[[list[str], Console], None]] = {
     "compare": _compare,
     "evaluate": _evaluate,
     "plot": _plot,
+    "bench": _bench,
     "recipes": _recipes,
 }
 
@@ -265,7 +331,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _COMMANDS[given[0]](given[1:], console)
         else:
             raise InputError(f"command must be one of {', '.join(_COMMANDS)}, got {given[0]!r}")
-    except InputError as error:
+    except (InputError, OSError) as error:
         print(f"vmcr2: {error}", file=sys.stderr)
         return 2
     except NumericalError as error:

@@ -11,11 +11,11 @@ from typing import Any
 
 from rich.console import Console
 
-from vmcr2 import plot, train
+from vmcr2 import data, plot, train
 from vmcr2.errors import InputError
 from vmcr2.recipes import Objective, Recipe, differences
 from vmcr2.report import markdown_table
-from vmcr2.run import RunFolder, write_atomically
+from vmcr2.run import RunFolder, is_free, write_atomically
 
 COLUMNS = ("objective", "R", "R_c", "ΔR", "test accuracy", "own head", "s/epoch")
 
@@ -46,6 +46,7 @@ def compare(
     """
     if not objectives or not seeds:
         raise InputError("objectives and seeds must each name at least one")
+    recipe = replace(recipe, data=data.resolved(recipe.data))
     planned = [
         (out / f"{objective}-seed{seed}", replace(recipe, objective=objective, seed=seed))
         for seed in seeds
@@ -56,7 +57,7 @@ def compare(
             differing = differences(RunFolder.open(path).recipe(), wanted)
             if differing:
                 raise InputError(f"{path} belongs to another recipe (there, here): {'; '.join(differing)}")
-        elif path.exists() and any(path.iterdir()):
+        elif not is_free(path):
             raise InputError(f"{path} exists and is no run folder; choose another --out")
     runs = []
     for path, wanted in planned:

@@ -9,8 +9,8 @@ a .npz file                                  x_train, y_train, x_test, y_test: i
 
 from __future__ import annotations
 
+import hashlib
 import os
-import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -123,7 +123,28 @@ def load(settings: DataSettings, data_root: Path | None = None) -> Dataset:
             f"data.source must be one of {', '.join(_NAMED)}, a .npz file or a folder of images by class, "
             f"got {settings.source!r}, which is neither"
         )
-    return _subset(dataset, settings)
+    dataset = _subset(dataset, settings)
+    for part, labels in (("training", dataset.train_labels), ("test", dataset.test_labels)):
+        if not len(labels):
+            raise InputError(f"{settings.source} must have {part} samples of the classes chosen, it has none")
+    return dataset
+
+
+def resolved(settings: DataSettings) -> DataSettings:
+    """Returns the settings with the path of a file or folder made absolute, so that a run finds it from anywhere."""
+    path = Path(settings.source)
+    if settings.source in _NAMED or not path.exists():
+        return settings
+    return replace(settings, source=str(path.resolve()))
+
+
+def fingerprint(dataset: Dataset) -> str:
+    """Returns a digest of the tensors, by which a resumed run knows its data."""
+    digest = hashlib.blake2b(digest_size=16)
+    for tensor in (dataset.train_inputs, dataset.train_labels, dataset.test_inputs, dataset.test_labels):
+        digest.update(str(tuple(tensor.shape)).encode())
+        digest.update(tensor.contiguous().numpy().data)
+    return digest.hexdigest()
 
 
 def _subset(dataset: Dataset, settings: DataSettings) -> Dataset:
@@ -234,12 +255,14 @@ def _npz(path: Path) -> Dataset:
     try:
         with np.load(path, allow_pickle=False) as file:
             held = {name: file[name] for name in file.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        if not held:
+            raise ValueError("it holds no arrays")
+    except Exception as error:  # NumPy passes on whatever the zip, the header or the decompression stumbled over
         raise InputError(f"{path} is no readable .npz file (truncated or damaged?): {error}") from error
     missing = [name for name in ("x_train", "y_train", "x_test", "y_test") if name not in held]
     if missing:
         raise InputError(f"{path} must hold x_train, y_train, x_test, y_test; it lacks {', '.join(missing)}")
-    names = [str(name) for name in held["class_names"]] if "class_names" in held else None
+    names = [str(name) for name in np.atleast_1d(held["class_names"])] if "class_names" in held else None
     return _from_arrays(str(path), held["x_train"], held["y_train"], held["x_test"], held["y_test"], names)
 
 
@@ -264,6 +287,9 @@ def _folder(root: Path, image_size: int | None) -> Dataset:
             for file in sorted(parts[part][name].iterdir())
             if file.suffix.lower() in _IMAGE_ENDINGS
         ]
+        empty = [] if part == "test" else [name for j, name in enumerate(names) if all(j != y for _, y in files)]
+        if empty:
+            raise InputError(f"{root}/train must hold an image of every class, it has none of {', '.join(empty)}")
         images = [_decode(file, image_size) for file, _ in files]
         sizes = {image.shape for image in images}
         if len(sizes) != 1:
@@ -279,7 +305,7 @@ def _decode(file: Path, image_size: int | None) -> np.ndarray:
     try:
         with Image.open(file) as image:
             colour = image.convert("RGB")
-    except OSError as error:
+    except Exception as error:  # Pillow's decoders raise what they like
         raise InputError(f"{file} is no readable image (truncated or damaged?): {error}") from error
     if image_size is not None:
         colour = colour.resize((image_size, image_size), Image.Resampling.BILINEAR)
@@ -296,12 +322,12 @@ def _from_arrays(
 ) -> Dataset:
     """Checks arrays and returns them as a data set."""
     for part, x, y in (("train", x_train, y_train), ("test", x_test, y_test)):
-        if y.ndim != 1 or not np.issubdtype(y.dtype, np.integer) or len(x) != len(y) or not len(y):
+        if y.ndim != 1 or not np.issubdtype(y.dtype, np.integer) or x.shape[:1] != y.shape or not y.size:
             raise InputError(
                 f"{name}: y_{part} must hold one integer label a sample of x_{part} {x.shape}, got {y.dtype} {y.shape}"
             )
-    k = int(y_train.max()) + 1 if class_names is None else len(class_names)
     lowest, highest = min(y_train.min(), y_test.min()), max(y_train.max(), y_test.max())
+    k = int(min(y_train.max(), 10_000_000)) + 1 if class_names is None else len(class_names)
     if lowest < 0 or highest >= k:
         raise InputError(f"{name}: labels must lie in [0, {k}), got labels from {lowest} to {highest}")
     names = [str(j) for j in range(k)] if class_names is None else class_names
@@ -313,11 +339,13 @@ def _from_arrays(
 
 
 def _as_inputs(name: str, array: np.ndarray) -> Tensor:
-    if array.ndim == 2 and np.issubdtype(array.dtype, np.floating):
-        if not np.isfinite(array).all():
-            raise InputError(f"{name} must be finite, it holds NaN or infinite entries")
-        return torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))
-    if array.ndim in (3, 4) and array.dtype == np.uint8:
+    if array.ndim == 2 and array.shape[1] and np.issubdtype(array.dtype, np.floating):
+        with np.errstate(over="ignore"):
+            narrow = np.ascontiguousarray(array, dtype=np.float32)
+        if not np.isfinite(narrow).all():
+            raise InputError(f"{name} must be finite in float32, it holds NaN or infinite entries")
+        return torch.from_numpy(narrow)
+    if array.ndim in (3, 4) and array.size and array.dtype == np.uint8:
         if array.ndim == 3:
             array = array[:, None]
         elif array.shape[-1] in (1, 3) and array.shape[1] not in (1, 3):

@@ -6,12 +6,14 @@ what latching needs from batches, in memory bounded by k d² however many sample
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from vmcr2.errors import NumericalError
 from vmcr2.membership import Membership
 from vmcr2.variational import (
     ClassMoments,
@@ -47,7 +49,7 @@ def latched_blocks(
             weighted = rows * (group.weights / group.counts[:, None]).sqrt()[..., None]
             # Rows of zeros let the SVD complete a class of fewer than s samples to s orthonormal directions.
             weighted = nn.functional.pad(weighted, (0, 0, 0, max(0, s - n)))
-            _, values, vectors = torch.linalg.svd(weighted, full_matrices=False)
+            _, values, vectors = _decomposed(torch.linalg.svd, weighted, full_matrices=False)
             blocks[group.classes] = vectors[:, :s].mT
             energies[group.classes] = values[:, :s].square()
         else:
@@ -57,8 +59,15 @@ def latched_blocks(
 
 
 def _top_eigen(moments: Float[Tensor, "b d d"], s: int) -> tuple[Float[Tensor, "b d s"], Float[Tensor, "b s"]]:
-    values, vectors = torch.linalg.eigh(moments)
+    values, vectors = _decomposed(torch.linalg.eigh, moments)
     return vectors[..., -s:].flip(-1), values[..., -s:].flip(-1).clamp_min(0)
+
+
+def _decomposed(decompose: Callable[..., Any], matrices: Tensor, **options: Any) -> Any:
+    try:
+        return decompose(matrices, **options)
+    except torch.linalg.LinAlgError as error:
+        raise NumericalError(f"latching failed: the classes' singular vectors could not be found ({error})") from error
 
 
 class MomentStream:
@@ -189,17 +198,27 @@ class Dictionary(nn.Module):
         self.register_buffer("atoms", start.T)  # each atom lies in one piece of memory
         self.register_buffer("codes", torch.zeros(atoms_per_class if structure == "block" else q, num_classes))
         self.register_buffer("latched", torch.zeros(num_classes, dtype=torch.bool))
-        self._num_latched: int | None = 0
+        self._num_latched = 0
+
+    def is_latched(self) -> Bool[Tensor, " k"]:
+        """Returns which classes have been latched, or given codes by hand."""
+        return self.latched | (self.codes > 0).any(0)
 
     def num_latched(self) -> int:
-        """Returns how many classes have been latched; remembered, since reading a flag from a GPU waits for it."""
-        if self._num_latched is None:
-            self._num_latched = int(self.latched.sum())
+        """Returns how many classes are latched; once all are that is remembered: asking a GPU means to wait for it."""
+        if self._num_latched < len(self.latched):
+            self._num_latched = int(self.is_latched().sum())
         return self._num_latched
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        self._num_latched = None
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[f"{prefix}atoms"] = destination[f"{prefix}atoms"].contiguous()  # as safetensors takes it
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        if f"{prefix}latched" not in state_dict and f"{prefix}codes" in state_dict:
+            state_dict[f"{prefix}latched"] = (state_dict[f"{prefix}codes"] > 0).any(0)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        self._num_latched = 0
 
     @torch.no_grad()
     def write(self, blocks: Float[Tensor, "k d s"], energies: Float[Tensor, "k s"], chosen: Bool[Tensor, " k"]) -> None:
@@ -214,7 +233,6 @@ class Dictionary(nn.Module):
             fresh = torch.zeros_like(self.codes).scatter_(0, places, values)
             self.codes[:, chosen] = fresh[:, chosen]
         self.latched |= chosen
-        self._num_latched = None
 
     def read(
         self, membership: Membership, dtype: torch.dtype

@@ -19,24 +19,38 @@ def wide_dtype(*tensors: Tensor) -> torch.dtype:
     return dtype
 
 
+def factor_shifted(matrix: Float[Tensor, "*b n n"]) -> Float[Tensor, "*b n n"]:
+    """Returns the Cholesky factor of I + A for A positive semi-definite.
+
+    Raises:
+        NumericalError: I + A is not positive definite, or not finite.
+    """
+    shifted = matrix.clone()
+    shifted.diagonal(dim1=-2, dim2=-1).add_(1)
+    factor, info = torch.linalg.cholesky_ex(shifted)
+    # An infinite entry may pass as a success, so the diagonal is looked at too.
+    if bool(info.any() | ~factor.diagonal(dim1=-2, dim2=-1).isfinite().all()):
+        raise NumericalError(_why_cholesky_failed(matrix))
+    return factor
+
+
 class _HalfLogdet(torch.autograd.Function):
     """½ logdet(I + A) with the closed-form gradient ½ (I + A)⁻¹, cheaper than the Cholesky factor's own."""
 
     @staticmethod
     def forward(ctx: Any, matrix: Tensor) -> Tensor:
-        shifted = matrix.clone()
-        shifted.diagonal(dim1=-2, dim2=-1).add_(1)
-        factor, info = torch.linalg.cholesky_ex(shifted)
-        if bool(info.any()):
-            raise NumericalError(_why_cholesky_failed(matrix))
-        ctx.save_for_backward(factor)
+        factor = factor_shifted(matrix)
+        ctx.save_for_backward(matrix, factor)
         return factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:  # pyrefly: ignore[bad-override]
-        (factor,) = ctx.saved_tensors
-        return 0.5 * grad_outputs[0][..., None, None] * torch.cholesky_inverse(factor)
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:
+        matrix, factor = ctx.saved_tensors
+        if torch.is_grad_enabled():  # a graph of the gradient is wanted, for second derivatives
+            inverse = torch.linalg.inv(matrix + torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device))
+        else:
+            inverse = torch.cholesky_inverse(factor)
+        return 0.5 * grad_outputs[0][..., None, None] * inverse
 
 
 def _why_cholesky_failed(matrix: Tensor) -> str:
@@ -59,7 +73,7 @@ def half_logdet(matrix: Float[Tensor, "*b n n"]) -> Float[Tensor, "*b"]:
         matrix: A, float32 or float64, any number of leading batch dimensions.
 
     Returns:
-        One value a matrix, in nats, ≥ 0. Differentiable once.
+        One value a matrix, in nats, ≥ 0. Differentiable.
 
     Raises:
         NumericalError: I + A is not positive definite, or not finite.

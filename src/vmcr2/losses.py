@@ -261,7 +261,7 @@ class VMCR2Loss(nn.Module):
 
     def _latch(self, features: Tensor, membership: Membership, *, only_new: bool) -> None:
         present = membership.counts > 0
-        chosen = present & ~self.dictionary.latched if only_new else present
+        chosen = present & ~self.dictionary.is_latched() if only_new else present
         if bool(chosen.any()):
             self.dictionary.write(*latched_blocks(features, membership, self.atoms_per_class), chosen)
 

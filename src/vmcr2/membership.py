@@ -8,6 +8,7 @@ builds the k×m×m matrices of eq. (1) and only classes with a sample are touche
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,7 +22,8 @@ from vmcr2.errors import InputError
 from vmcr2.linalg import wide_dtype
 
 UNIT_NORM_TOLERANCE = 0.02  # bf16 normalisation is off by up to 2⁻⁸ in the norm and as much in each entry
-ROW_SUM_TOLERANCE = 1e-2  # a softmax in bf16 sums to one within this
+_ABSENT = 1e-15  # a class with a smaller share of the samples counts as absent: its part in any rate is below rounding
+_LARGEST_LABEL = 10_000_000  # beyond this a forgotten num_classes is likelier than so many classes
 _GROUP_ELEMENTS = 2**25  # entries of the largest padded tensor a group may give rise to
 
 # Pairs of a 0-d bool tensor, true where the value is wrong, and a function that says how.
@@ -157,7 +159,7 @@ class Membership:
             sizes = torch.bincount(self.labels, minlength=self.num_classes)
         else:
             assert self.soft is not None
-            kept = torch.ones_like(self.soft, dtype=torch.bool) if self.soft.requires_grad else self.soft > 0
+            kept = (self.counts > 0) & ((self.soft > 0) | self.soft.requires_grad)
             classes, order = kept.T.nonzero(as_tuple=True)
             weights = self.soft[order, classes]
             sizes = kept.sum(0)
@@ -184,14 +186,14 @@ class Membership:
 
 def check_number(name: str, value: float, *, positive: bool = True) -> None:
     """Raises InputError unless the value is a finite number, above 0 (or at least 0 where positive is false)."""
-    ok = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    ok = isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
     if not ok or value < 0 or (positive and value == 0):
         raise InputError(f"{name} must be a finite number {'> 0' if positive else '>= 0'}, got {value!r}")
 
 
 def check_count(name: str, value: int, *, at_least: int = 1, at_most: int | None = None, limit: str = "") -> None:
     """Raises InputError unless the value is an integer in the range; `limit` names what the upper end is."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < at_least:
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < at_least:
         raise InputError(f"{name} must be an integer >= {at_least}, got {value!r}")
     if at_most is not None and value > at_most:
         raise InputError(f"{name} must be at most {at_most}{f' ({limit})' if limit else ''}, got {value}")
@@ -293,13 +295,13 @@ def _from_labels(
         )
     labels = labels.long()
     lowest, highest = labels.min(), labels.max()
-    limit = torch.iinfo(torch.long).max if num_classes is None else num_classes
+    limit = _LARGEST_LABEL if num_classes is None else num_classes
     conditions.append(
         (
             (lowest < 0) | (highest >= limit),
             lambda: (
-                f"membership labels must lie in [0, {'num_classes' if num_classes is None else num_classes}), "
-                f"got labels from {int(lowest)} to {int(highest)}"
+                f"membership labels must lie in [0, {limit}), got labels from {int(lowest)} to {int(highest)}"
+                + ("; pass num_classes if they are right" if num_classes is None else "")
             ),
         )
     )
@@ -314,6 +316,7 @@ def _from_rows(rows: Tensor, num_classes: int | None, conditions: list[Condition
             f"membership rows must have num_classes = {num_classes or 'at least 1'} entries, "
             f"got shape {tuple(rows.shape)}"
         )
+    tolerance = 1e-2 if rows.is_floating_point() and torch.finfo(rows.dtype).bits == 16 else 1e-4
     rows = rows.to(dtype)
     detached = rows.detach()
     sums = detached.sum(1)
@@ -321,9 +324,10 @@ def _from_rows(rows: Tensor, num_classes: int | None, conditions: list[Condition
         (~detached.isfinite().all(), lambda: "membership rows must be finite, got NaN or infinite entries"),
         (detached.min() < 0, lambda: f"membership rows must be >= 0, got entries down to {float(detached.min()):.3g}"),
         (
-            (sums - 1).abs().max() > ROW_SUM_TOLERANCE,
+            (sums - 1).abs().max() > tolerance,
             lambda: f"membership rows must sum to 1, got sums from {float(sums.min()):.3g} to {float(sums.max()):.3g}",
         ),
     ]
     raise_first(conditions)
-    return Membership(None, rows, rows.sum(0))
+    counts = rows.sum(0)
+    return Membership(None, rows, torch.where(counts > _ABSENT * len(rows), counts, 0))

@@ -91,12 +91,12 @@ def compression_rate(features: Float[Tensor, "m d"], membership: Membership, eps
     total = features.new_zeros(())
     for group in membership.groups(d):
         rows = group.take(features)
-        scale = d / (group.counts * eps_sq)
+        shares = group.weights / group.counts[:, None]
         # √w has no gradient at w = 0, so a membership that is being learned stays on the d side, linear in w.
-        if rows.shape[1] < d and not group.weights.requires_grad:
-            weighted = rows * group.weights.sqrt()[..., None]
-            gram = weighted @ weighted.mT
+        if rows.shape[1] < d and not shares.requires_grad:
+            weighted = rows * shares.sqrt()[..., None]
+            moments = weighted @ weighted.mT
         else:
-            gram = rows.mT @ (rows * group.weights[..., None])
-        total = total + (group.counts / m * half_logdet(gram * scale[:, None, None])).sum()
+            moments = rows.mT @ (rows * shares[..., None])
+        total = total + (group.counts / m * half_logdet(moments * (d / eps_sq))).sum()
     return total

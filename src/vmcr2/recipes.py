@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -95,7 +96,7 @@ class Recipe:
         weight_decay: of SGD.
         evaluate_every: epochs between evaluations on the whole training and test set.
         checkpoint_seconds: the least time between two checkpoints; the last epoch always writes one.
-        device: auto, cpu, cuda or any accelerator that Lightning Fabric knows.
+        device: auto (cuda where there is one, else cpu), cpu or cuda.
         precision: of the network, as Lightning Fabric names it (32-true, bf16-mixed); rates are float32 at least.
         data: what to train on.
         augmentation: what is done to its images.
@@ -117,7 +118,7 @@ class Recipe:
     weight_decay: float = 0.0
     evaluate_every: int = 1
     checkpoint_seconds: float = 10.0
-    device: str = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
     data: DataSettings = field(default_factory=DataSettings)
     augmentation: Augmentation = field(default_factory=Augmentation)
@@ -130,14 +131,20 @@ class Recipe:
             raise InputError(f"objective must be one of {', '.join(OBJECTIVES)}, got {self.objective!r}")
         if self.network not in NETWORKS:
             raise InputError(f"network must be one of {', '.join(NETWORKS)}, got {self.network!r}")
-        check_count("seed", self.seed, at_least=0)
+        check_count("seed", self.seed, at_least=0, at_most=2**40)
+        if not self.name or not self.name.replace("-", "").replace("_", "").replace(".", "").isalnum():
+            raise InputError(f"name must be letters, digits, '-', '_' and '.', got {self.name!r}")
         for name in ("epochs", "feature_dim", "evaluate_every"):
             check_count(name, getattr(self, name))
         check_count("batch_size", self.batch_size, at_least=2)
         check_number("eps_sq", self.eps_sq)
         for name in ("momentum", "weight_decay", "checkpoint_seconds"):
             check_number(name, getattr(self, name), positive=False)
-        check_count("vmcr2.atoms_per_class", self.vmcr2.atoms_per_class, at_most=self.feature_dim, limit="feature_dim")
+        if self.momentum >= 1:
+            raise InputError(f"momentum must be below 1, got {self.momentum}")
+        if self.objective == "vmcr2":
+            atoms = self.vmcr2.atoms_per_class
+            check_count("vmcr2.atoms_per_class", atoms, at_most=self.feature_dim, limit="feature_dim")
 
     @property
     def lr(self) -> float:
@@ -222,7 +229,19 @@ def _structured(fields: Any, name: str) -> Recipe:
     def say(error: BaseException, kind: type | None) -> str:
         return str(error) if isinstance(error, InputError) else cattrs.v.format_exception(error, kind)
 
+    def exactly(*kinds: type) -> Callable[[Any, type], Any]:
+        def check(value: Any, kind: type) -> Any:
+            if type(value) not in kinds:
+                raise InputError(f"must be of type {kind.__name__}, got {value!r}")
+            return kind(value)
+
+        return check
+
+    if not isinstance(fields, dict):
+        raise InputError(f"{name} is no valid recipe: it must hold an object, got {fields!r}")
     converter = cattrs.Converter(forbid_extra_keys=True)
+    for kind, accepted in ((int, (int,)), (float, (int, float)), (bool, (bool,)), (str, (str,))):
+        converter.register_structure_hook(kind, exactly(*accepted))
     try:
         return converter.structure(fields, Recipe)
     except cattrs.BaseValidationError as error:

@@ -14,6 +14,8 @@ import json
 import os
 import shutil
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,13 @@ def write_atomically(path: Path, content: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     part.replace(path)
+
+
+def is_free(path: Path) -> bool:
+    """Whether nothing is at the path, or a folder with nothing but what a killed run's half-written files left."""
+    if not path.exists():
+        return True
+    return path.is_dir() and all(file.name.startswith(".") and ".part" in file.name for file in path.iterdir())
 
 
 @dataclass(frozen=True)
@@ -84,7 +93,7 @@ class RunFolder:
         Raises:
             InputError: the path is taken, by a run or by anything else (a ValueError).
         """
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        if not is_free(path):
             what = "a run is there already; go on with --resume" if (path / "recipe.json").is_file() else "it is taken"
             raise InputError(f"out must be a new or empty folder, got {path}: {what}, or choose another --out")
         path.mkdir(parents=True, exist_ok=True)
@@ -121,6 +130,25 @@ class RunFolder:
         """Whether the run has reached its end."""
         return self.summary_file.is_file()
 
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keeps other processes from writing to the folder meanwhile; the system lets go of it however this one ends.
+
+        Raises:
+            InputError: another process is at it (a ValueError).
+        """
+        try:
+            import fcntl
+        except ImportError:  # Windows has no such locks
+            yield
+            return
+        with (self.path / ".lock.part").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise InputError(f"{self.path} is in use by another process") from error
+            yield
+
     def save_checkpoint(self, state: dict[str, Any]) -> None:
         """Writes checkpoint.pt, keeping the one before as checkpoint.previous.pt; both are whole at any moment."""
         part = self.path / ".checkpoint.part"
@@ -145,6 +173,11 @@ class RunFolder:
             InputError: checkpoint.pt is damaged; it and the previous one are left as they are (a ValueError).
         """
         if not self.checkpoint_file.exists():
+            if self.previous_checkpoint_file.exists():
+                raise InputError(
+                    f"{self.checkpoint_file} is missing; to go on from the one before it, copy "
+                    f"{self.previous_checkpoint_file.name} to {self.checkpoint_file.name}"
+                )
             return None
         try:
             # The zip's checksums find what loading would not notice: flipped bits inside a tensor.
@@ -168,7 +201,10 @@ class RunFolder:
         if not self.metrics_file.exists():
             return []
         lines = self.metrics_file.read_text(encoding="utf-8").split("\n")
-        return [json.loads(line) for line in lines[:-1]]
+        try:
+            return [json.loads(line) for line in lines[:-1]]
+        except ValueError as error:
+            raise InputError(f"{self.metrics_file} is damaged: {error}") from error
 
     def truncate_metrics(self, epochs: int) -> None:
         """Drops the lines after an epoch, which a resumed run will write again."""
@@ -196,8 +232,11 @@ class RunFolder:
             raise InputError(
                 f"{self.path} has no {self.features_file.name}: the run is not complete; --resume it first"
             )
-        with np.load(self.features_file, allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}
+        try:
+            with np.load(self.features_file, allow_pickle=False) as file:
+                return {name: file[name] for name in file.files}
+        except Exception as error:  # NumPy passes on whatever the zip, the header or the decompression stumbled over
+            raise InputError(f"{self.features_file} is damaged: {error}") from error
 
     def save_summary(self, summary: dict[str, Any]) -> None:
         """Writes summary.json."""
@@ -211,4 +250,7 @@ class RunFolder:
         """
         if not self.is_complete():
             raise InputError(f"{self.path} has no summary.json: the run is not complete; --resume it first")
-        return json.loads(self.summary_file.read_text(encoding="utf-8"))
+        try:
+            return json.loads(self.summary_file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise InputError(f"{self.summary_file} is damaged: {error}") from error

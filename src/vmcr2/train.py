@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ from vmcr2.featurizers import CrossEntropyHead
 from vmcr2.losses import MCR2Loss, VMCR2Loss
 from vmcr2.rates import rate_reduction
 from vmcr2.recipes import Recipe
-from vmcr2.report import EpochProgress
+from vmcr2.report import EpochProgress, device_name
 from vmcr2.run import RunFolder
 
 if TYPE_CHECKING:
@@ -46,9 +47,11 @@ def start(recipe: Recipe, out: Path, data_root: Path | None = None, console: Con
         InputError: the data or the folder is not as it must be; nothing was written (a ValueError).
         NumericalError: training diverged; the checkpoints before are there.
     """
-    dataset = _load(recipe, data_root)
+    recipe = replace(recipe, data=data.resolved(recipe.data))
+    prepared = _prepare(recipe, data_root)
     run = RunFolder.create(out, recipe)
-    _train(recipe, dataset, run, console)
+    with run.held():
+        _train(prepared, run, console)
     return run
 
 
@@ -70,7 +73,7 @@ def resume(
         NumericalError: training diverged; the checkpoints before are there.
     """
     stored = run.recipe()
-    recipe = stored if recipe is None else recipe
+    recipe = stored if recipe is None else replace(recipe, data=data.resolved(recipe.data))
     differing = recipes.differences(stored, replace(recipe, epochs=stored.epochs))
     if differing:
         raise InputError(
@@ -79,15 +82,76 @@ def resume(
         )
     if run.is_complete() and recipe.epochs <= stored.epochs:
         return run
-    state = run.load_checkpoint()
-    if state is not None and recipe.epochs < state["epoch"]:
-        raise InputError(f"epochs must be at least the {state['epoch']} that {run.path} has, got {recipe.epochs}")
-    dataset = _load(recipe, data_root)
-    if recipe != stored:
-        run.summary_file.unlink(missing_ok=True)
-        run.write_recipe(recipe)
-    _train(recipe, dataset, run, console, state)
+    prepared = _prepare(recipe, data_root)
+    with run.held():
+        state = run.load_checkpoint()
+        if state is not None:
+            _check_state(run, state, prepared)
+        if recipe != stored:
+            run.summary_file.unlink(missing_ok=True)
+            run.write_recipe(recipe)
+        _train(prepared, run, console, state)
     return run
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """All that a run needs, made and tried out before anything is written."""
+
+    recipe: Recipe
+    dataset: Dataset
+    fingerprint: str
+    fabric: Fabric
+    model: nn.Module
+    criterion: Criterion
+
+
+def chosen_device(name: str) -> str:
+    """Returns cuda or cpu for auto, cuda or cpu; auto passes over accelerators without float64.
+
+    Raises:
+        InputError: cuda is asked for and there is none (a ValueError).
+    """
+    there = torch.cuda.is_available()
+    if name == "cuda" and not there:
+        raise InputError("device must be cpu or auto here, got cuda: torch sees no CUDA device")
+    return "cuda" if name == "cuda" or (name == "auto" and there) else "cpu"
+
+
+def _prepare(recipe: Recipe, data_root: Path | None) -> _Prepared:
+    """Loads the data and builds the network, and sends a few samples through it, so that what is wrong shows now."""
+    from lightning_fabric import Fabric
+
+    dataset = _load(recipe, data_root)
+    digest = data.fingerprint(dataset)
+    fabric = Fabric(accelerator=chosen_device(recipe.device), devices=1, precision=recipe.precision)
+    model, criterion = build_model(recipe, dataset)
+    try:
+        with torch.no_grad():
+            model.eval()(data.plain(dataset.train_inputs[:2], recipe.augmentation))
+    except RuntimeError as error:
+        shape = tuple(dataset.train_inputs.shape[1:])
+        raise InputError(f"network {recipe.network} cannot take inputs of shape {shape}: {error}") from error
+    return _Prepared(recipe, dataset.to(fabric.device), digest, fabric, model.train(), criterion)
+
+
+def _check_state(run: RunFolder, state: Any, prepared: _Prepared) -> None:
+    """Raises InputError unless a checkpoint has what it must, of this recipe and this data."""
+    wanted = {"epoch", "seconds", "model", "criterion", "optimizer", "rng", "recipe", "data"}
+    if not isinstance(state, dict) or not wanted <= state.keys():
+        raise InputError(f"{run.checkpoint_file} is no checkpoint of this program: it must hold {sorted(wanted)}")
+    if state["epoch"] > prepared.recipe.epochs:
+        got = prepared.recipe.epochs
+        raise InputError(f"epochs must be at least the {state['epoch']} that {run.path} has, got {got}")
+    if state["recipe"] != _identity(prepared.recipe):
+        raise InputError(f"{run.checkpoint_file} belongs to another recipe than {run.recipe_file}")
+    if state["data"] != prepared.fingerprint:
+        raise InputError(f"{run.checkpoint_file} was trained on other data than is found now")
+
+
+def _identity(recipe: Recipe) -> str:
+    """Returns the recipe as text, but for the number of epochs, which may grow."""
+    return recipes.to_json(replace(recipe, epochs=1))
 
 
 def _load(recipe: Recipe, data_root: Path | None) -> Dataset:
@@ -106,10 +170,10 @@ def epoch_generator(recipe: Recipe, epoch: int, device: torch.device) -> torch.G
 
 
 def batches(dataset: Dataset, recipe: Recipe, generator: torch.Generator) -> Iterator[Tensor]:
-    """Yields the indices of one epoch's batches, as equal as can be, so that none is too small for BatchNorm."""
+    """Yields the indices of one epoch's batches, as equal as can be and of two samples at least, as BatchNorm needs."""
     m = len(dataset.train_labels)
     order = torch.randperm(m, generator=generator, device=generator.device)
-    yield from order.tensor_split(-(-m // recipe.batch_size))
+    yield from order.tensor_split(min(-(-m // recipe.batch_size), m // 2))
 
 
 def build_model(recipe: Recipe, dataset: Dataset) -> tuple[nn.Module, Criterion]:
@@ -137,18 +201,13 @@ def build_model(recipe: Recipe, dataset: Dataset) -> tuple[nn.Module, Criterion]
             )
 
 
-def _train(
-    recipe: Recipe, dataset: Dataset, run: RunFolder, console: Console | None, state: dict[str, Any] | None = None
-) -> None:
-    from lightning_fabric import Fabric
-
-    fabric = Fabric(accelerator=recipe.device, devices=1, precision=recipe.precision)
-    model, criterion = build_model(recipe, dataset)
-    dataset = dataset.to(fabric.device)
-    parameters = [*model.parameters(), *criterion.parameters()]
+def _train(prepared: _Prepared, run: RunFolder, console: Console | None, state: dict[str, Any] | None = None) -> None:
+    recipe, dataset, fabric, criterion = prepared.recipe, prepared.dataset, prepared.fabric, prepared.criterion
+    torch.manual_seed(recipe.seed)
+    parameters = [*prepared.model.parameters(), *criterion.parameters()]
     optimizer = torch.optim.SGD(parameters, recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
     criterion.to(fabric.device)
-    model, optimizer = fabric.setup(model, optimizer)
+    model, optimizer = fabric.setup(prepared.model, optimizer)
     done, seconds = 0, 0.0
     if state is not None:
         done, seconds = state["epoch"], state["seconds"]
@@ -164,32 +223,35 @@ def _train(
     with EpochProgress(title, recipe.epochs, done, console) as progress:
         for epoch in range(done + 1, recipe.epochs + 1):
             began = time.perf_counter()
-            line = {"epoch": epoch} | _train_epoch(recipe, dataset, fabric, model, criterion, optimizer, epoch)
-            seconds += time.perf_counter() - began
-            line["seconds"] = time.perf_counter() - began
-            if epoch % recipe.evaluate_every == 0 or epoch == recipe.epochs:
-                line |= asdict(_measure(recipe, dataset, model, criterion))
+            try:
+                line = {"epoch": epoch} | _train_epoch(recipe, dataset, fabric, model, criterion, optimizer, epoch)
+                line["seconds"] = time.perf_counter() - began
+                seconds += line["seconds"]
+                if epoch % recipe.evaluate_every == 0 or epoch == recipe.epochs:
+                    line |= asdict(_measure(recipe, dataset, model, criterion))
+            except (InputError, NumericalError) as error:
+                raise _diverged(recipe, epoch, str(error)) from error
             run.add_metrics(line)
             if epoch == recipe.epochs or time.monotonic() - saved >= recipe.checkpoint_seconds:
-                run.save_checkpoint(_state(epoch, seconds, model, criterion, optimizer, fabric))
+                run.save_checkpoint(_state(epoch, seconds, prepared, model, optimizer))
                 saved = time.monotonic()
             progress.update(epoch, _figures(line))
     _finish(recipe, dataset, run, model, criterion, seconds, fabric)
 
 
-def _state(
-    epoch: int, seconds: float, model: nn.Module, criterion: Criterion, optimizer: Any, fabric: Fabric
-) -> dict[str, Any]:
+def _state(epoch: int, seconds: float, prepared: _Prepared, model: nn.Module, optimizer: Any) -> dict[str, Any]:
     state = {
         "epoch": epoch,
         "seconds": seconds,
         "model": model.state_dict(),
-        "criterion": criterion.state_dict(),
+        "criterion": prepared.criterion.state_dict(),
         "optimizer": optimizer.state_dict(),
         "rng": torch.get_rng_state(),
+        "recipe": _identity(prepared.recipe),
+        "data": prepared.fingerprint,
     }
-    if fabric.device.type == "cuda":
-        state["cuda_rng"] = torch.cuda.get_rng_state(fabric.device)
+    if prepared.fabric.device.type == "cuda":
+        state["cuda_rng"] = torch.cuda.get_rng_state(prepared.fabric.device)
     return state
 
 
@@ -213,18 +275,18 @@ def _train_epoch(
     for rows in batches(dataset, recipe, generator):
         labels = dataset.train_labels[rows]
         features = model(data.augmented(dataset.train_inputs[rows], recipe.augmentation, generator))
-        try:
-            loss = criterion(features, labels)
-        except (InputError, NumericalError) as error:
-            raise _diverged(recipe, epoch, steps, str(error)) from error
+        loss = criterion(features, labels)
         optimizer.zero_grad()
         fabric.backward(loss)
         optimizer.step()
         total += loss.detach()
         steps += 1
     mean = float(total / steps)
-    if not torch.isfinite(total):
-        raise _diverged(recipe, epoch, steps, f"the mean loss is {mean}")
+    if not math.isfinite(mean):
+        raise NumericalError(f"the mean loss is {mean}")
+    # The last step may have spoilt the weights without a loss to show it; such a state must not be saved.
+    if not torch.stack([parameter.isfinite().all() for parameter in model.parameters()]).all():
+        raise NumericalError("the network's weights are no longer finite")
     assert features is not None
     assert labels is not None
     line = {"loss": mean}
@@ -240,9 +302,9 @@ def _train_epoch(
     return line
 
 
-def _diverged(recipe: Recipe, epoch: int, step: int, why: str) -> NumericalError:
+def _diverged(recipe: Recipe, epoch: int, why: str) -> NumericalError:
     cure = "Lower vmcr2.lr or vmcr2.mu" if recipe.objective == "vmcr2" else f"Lower {recipe.objective}.lr"
-    return NumericalError(f"training diverged in epoch {epoch}, step {step + 1}: {why}. {cure} (lr is {recipe.lr:g}).")
+    return NumericalError(f"training diverged in epoch {epoch}: {why}. {cure} (lr is {recipe.lr:g}).")
 
 
 def _head(criterion: Criterion) -> CrossEntropyHead | None:
@@ -292,22 +354,13 @@ def _finish(
             "epochs": recipe.epochs,
             **asdict(measures),
             "seconds_per_epoch": seconds / recipe.epochs,
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+            "device": device_name(device),
             "threads": torch.get_num_threads(),
             "precision": recipe.precision,
             "torch": torch.__version__,
             "python": platform.python_version(),
         }
     )
-
-
-def _processor() -> str:
-    """Returns the processor's name."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine() or "cpu"
 
 
 def load_trained(run: RunFolder, data_root: Path | None = None) -> tuple[Recipe, Dataset, nn.Module, Criterion]:

@@ -1,0 +1,297 @@
+"""What the objectives cost, against the formulas as they stand (see `baselines.py`): the tables in results/speed.md.
+
+    python benchmarks/objective.py [--only steps classes latching subspaces reduction precision picture] [--repeats 7]
+
+One machine, threads fixed at the start; every figure is a median, with the distance between quartiles, after one call to
+warm up, and every claim a ratio of two such figures from the same run. One "full step" of V-MCR² is the dictionary step and
+the gradient in the features; of MCR², forward and backward.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import baselines
+import torch
+from torch import Tensor
+
+import vmcr2
+from vmcr2.bench import Timing, timed
+from vmcr2.membership import as_membership
+from vmcr2.report import describe_device, markdown_table
+from vmcr2.subspaces import class_subspaces, nearest_subspace
+from vmcr2.variational import residual
+
+CPU = torch.device("cpu")
+RESULTS = Path(__file__).parent.parent / "results"
+FIGURES = RESULTS / "speed.json"
+
+
+def batch(m: int, d: int, k: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Unit features of k noisy 10-dimensional subspaces, and labels drawn at random."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(k, (m,), generator=generator)
+    centres = torch.randn(min(k, 1000), 10, d, generator=generator)[labels % 1000]
+    z = torch.einsum("ms,msd->md", torch.randn(m, 10, generator=generator), centres)
+    z = z + 0.5 * torch.randn(m, d, generator=generator)
+    return torch.nn.functional.normalize(z, dim=1), labels
+
+
+def training_set(d: int, k: int, per_class: int = 20) -> tuple[Tensor, Tensor]:
+    z, _ = batch(per_class * k, d, k, seed=1)
+    return z, torch.arange(per_class * k) % k
+
+
+def gradient_step(loss: Callable[[Tensor, Tensor], Tensor], z: Tensor, labels: Tensor) -> Callable[[], Tensor]:
+    features = z.clone().requires_grad_()
+    return lambda: torch.autograd.grad(loss(features, labels), features)[0]
+
+
+def variational(d: int, k: int, s: int, structure: str) -> vmcr2.VMCR2Loss:
+    loss = vmcr2.VMCR2Loss(k, d, atoms_per_class=s, mu=1.0, structure=structure)  # type: ignore[arg-type]
+    loss.latch(*training_set(d, k))
+    return loss
+
+
+def steps(repeats: int) -> dict[str, Timing]:
+    """The full step at (m, d, k, s) = (2000, 500, 200, 10)."""
+    m, d, k, s = 2000, 500, 200, 10
+    z, labels = batch(m, d, k)
+    shared, block = variational(d, k, s, "shared"), variational(d, k, s, "block")
+    dense = baselines.DenseVMCR2(shared.dictionary.atoms, shared.dictionary.codes, mu=1.0)
+    found = {}
+    few = max(1, repeats // 3)
+    calls: list[tuple[str, Callable[[Tensor, Tensor], Tensor], int]] = [
+        ("ours: MCR2Loss", vmcr2.MCR2Loss(k), 3 * repeats),
+        ("(d) MCR², smaller side", lambda x, y: baselines.mcr2_smaller_side(x, y, k), 3 * repeats),
+        ("ours: VMCR2Loss, block", block, 3 * repeats),
+        ("ours: VMCR2Loss, shared", shared, 3 * repeats),
+        ("(b) MCR², one logdet a class", lambda x, y: baselines.mcr2_logdet_per_class(x, y, k), few),
+        ("(c) V-MCR², dense d×d", dense, few),
+        ("(a) MCR², dense Π", lambda x, y: baselines.mcr2_dense_membership(x, y, k), 1),
+    ]
+    for name, loss, times in calls:
+        found[name] = timed(gradient_step(loss, z, labels), times, CPU)
+    return found
+
+
+def classes(k: int) -> dict[str, float]:
+    """Block codes at m = 4096, d = 512, s = 10: time of a step, and memory of the process beyond the imports."""
+    d, s = 512, 10
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    loss = vmcr2.VMCR2Loss(k, d, atoms_per_class=s, structure="block")
+    z, labels = batch(4096, d, k)
+    loss(z, labels)  # latches the classes in the batch
+    timing = timed(gradient_step(loss, z, labels), 5, CPU)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    return asdict(timing) | {"peak_mib": peak / 1024, "atoms_mib": d * k * s * 4 / 2**20}
+
+
+def latching() -> dict[str, float]:
+    """Latching onto 100,000 × 500 features of 200 classes, s = 10."""
+    z, labels = batch(100_000, 500, 200)
+    loss = vmcr2.VMCR2Loss(200, 500, atoms_per_class=10)
+    small = batch(1000, 500, 200)
+    loss.latch(*small)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    timing = timed(lambda: loss.latch(z, labels), 1, CPU)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    return asdict(timing) | {"peak_mib": peak / 1024}
+
+
+def subspaces() -> dict[str, float]:
+    """Fitting on 100,000 × 500 of 200 classes; predicting 10,000 × 500, against one projector I − VVᵀ a class."""
+    k = 200
+    z, labels = batch(100_000, 500, k)
+    test, _ = batch(10_000, 500, k, seed=2)
+    fit = timed(lambda: class_subspaces(z, labels, k, 10), 1, CPU)
+    bases = class_subspaces(z, labels, k, 10)
+
+    def projectors() -> Tensor:
+        eye = torch.eye(500)
+        return torch.stack([(test @ (eye - v @ v.T)).square().sum(1) for v in bases], 1).argmin(1)
+
+    same = bool((projectors() == nearest_subspace(test, bases)).all())
+    ours = timed(lambda: nearest_subspace(test, bases), 9, CPU)
+    theirs = timed(projectors, 1, CPU)
+    return {"fit": fit.median, "predict": ours.median, "projectors": theirs.median, "same_labels": same}
+
+
+def reduction() -> dict[str, float]:
+    """Exact ΔR of a training set of 100,000 × 500, k = 200."""
+    z, labels = batch(100_000, 500, 200)
+    return asdict(timed(lambda: vmcr2.rate_reduction(z, labels, num_classes=200), 1, CPU))
+
+
+def precision() -> dict[str, float]:
+    """Relative errors of float32 against float64, at each size, also where the residual nearly vanishes."""
+    worst = {}
+    for m, d, k, s in ((1000, 128, 10, 20), (2000, 500, 100, 10), (2000, 500, 200, 10)):
+        z, labels = batch(m, d, k)
+        narrow = vmcr2.rate_reduction(z, labels, num_classes=k)
+        wide = vmcr2.rate_reduction(z.double(), labels, num_classes=k)
+        for name, ours, exact in zip(("R", "R_c"), narrow, wide, strict=True):
+            worst[f"{name} {m, d, k}"] = abs(float(ours / exact) - 1)
+        for structure in ("shared", "block"):
+            loss = variational(d, k, s, structure)
+            tight = vmcr2.VMCR2Loss(k, d, atoms_per_class=min(d, 40), structure=structure)
+            tight.latch(z, labels)
+            for kind, chosen in (("latched on other data", loss), ("latched on the batch", tight)):
+                atoms, codes = chosen.dictionary.atoms, chosen.dictionary.codes
+                checked = as_membership(z, labels, k)
+                ours = residual(z, checked, atoms, codes, 1.0)
+                exact = residual(z.double(), as_membership(z.double(), labels, k), atoms.double(), codes.double(), 1.0)
+                worst[f"residual {m, d, k}, {structure}, {kind} ({float(exact):.2g})"] = abs(float(ours / exact) - 1)
+    return worst
+
+
+def picture(repeats: int) -> dict[str, dict[str, float]]:
+    """Seconds of a step against the number of classes: m = 2000, d = 256, s = 10."""
+    m, d, s = 2000, 256, 10
+    found: dict[str, dict[str, float]] = {}
+    for k in (10, 30, 100, 300, 1000):
+        z, labels = batch(m, d, k)
+        shared = variational(d, k, s, "shared") if k <= 300 else None
+        losses: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], int]] = {
+            "(b) MCR², one logdet a class": (lambda x, y, k=k: baselines.mcr2_logdet_per_class(x, y, k), 2),
+            "(d) MCR², smaller side": (lambda x, y, k=k: baselines.mcr2_smaller_side(x, y, k), repeats),
+            "ours: MCR2Loss": (vmcr2.MCR2Loss(k), repeats),
+            "ours: VMCR2Loss, block": (variational(d, k, s, "block"), repeats),
+        }
+        if shared is not None:
+            dense = baselines.DenseVMCR2(shared.dictionary.atoms, shared.dictionary.codes, mu=1.0)
+            losses["ours: VMCR2Loss, shared"] = (shared, repeats)
+            losses["(c) V-MCR², dense d×d"] = (dense, 1)
+        for name, (loss, times) in losses.items():
+            found.setdefault(name, {})[str(k)] = timed(gradient_step(loss, z, labels), times, CPU).median
+    return found
+
+
+def draw(found: dict[str, dict[str, float]], where: str, path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 3.8), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    for name, curve in found.items():
+        ours = name.startswith("ours")
+        axes.plot(
+            [int(k) for k in curve], list(curve.values()), "-o" if ours else "--s", label=name,
+            color={"(b)": "#d1495b", "(c)": "#7a7a7a", "(d)": "#edae49"}.get(name[:3]), lw=2 if ours else 1.2, ms=4,
+        )  # fmt: skip
+    axes.set(xscale="log", yscale="log", xlabel="classes k", ylabel="seconds of one full step")
+    axes.set_title(f"m = 2000, d = 256, s = 10\n{where}", loc="left", fontsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=7)
+    figure.savefig(path)
+
+
+def apart(part: str) -> dict[str, float]:
+    """Runs a part in a process of its own, so that its peak of memory is its own."""
+    done = subprocess.run([sys.executable, __file__, "--apart", part], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{part} failed: {done.stderr[-2000:]}")
+    return json.loads(done.stdout)
+
+
+def ratio(found: dict[str, dict[str, float]], slow: str, fast: str) -> str:
+    return f"{found[slow]['median'] / found[fast]['median']:.1f}×"
+
+
+def write(known: dict) -> None:
+    """Writes results/speed.md from the figures."""
+    parts = [
+        "# Speed\n\nMade by `python benchmarks/objective.py`; " + known["where"] + ". Median ± distance between "
+        "quartiles, in seconds, after one call to warm up. The absolute times are this machine's; the ratios are the claim.\n"
+    ]
+    if "steps" in known:
+        found = known["steps"]
+        rows = [[name, f"{t['median']:.4f}", f"{t['spread']:.4f}"] for name, t in found.items()]
+        parts.append(
+            "\n## One full step at (m, d, k, s) = (2000, 500, 200, 10)\n\n"
+            + markdown_table(["what", "median", "±"], rows)
+        )
+        exact, block, shared = "ours: MCR2Loss", "ours: VMCR2Loss, block", "ours: VMCR2Loss, shared"
+        a, b, c, d = (
+            "(a) MCR², dense Π",
+            "(b) MCR², one logdet a class",
+            "(c) V-MCR², dense d×d",
+            "(d) MCR², smaller side",
+        )
+        claims = [
+            ["exact MCR² against (b)", ratio(found, b, exact), "30×"],
+            ["exact MCR² against (a)", ratio(found, a, exact), "500×"],
+            ["V-MCR², shared, against (c)", ratio(found, c, shared), "25×"],
+            ["V-MCR², block, against (c)", ratio(found, c, block), "100×"],
+            ["time of V-MCR², block, over that of (d)", ratio(found, block, d), "at most 2×"],
+        ]
+        parts.append("\n" + markdown_table(["claim", "measured", "bar"], claims))
+    rows = []
+    for k in ("10000", "100000"):
+        if f"classes {k}" in known:
+            f = known[f"classes {k}"]
+            what = f"block step, m = 4096, d = 512, s = 10, k = {k}"
+            text = f"{f['median']:.2f} s, {f['peak_mib']:.0f} MiB, of which atoms {f['atoms_mib']:.0f} MiB"
+            rows.append([what, text, "1 s, 2 GiB" if k == "10000" else "runs"])
+    if "latching" in known:
+        f = known["latching"]
+        text = f"{f['median']:.2f} s, {f['peak_mib']:.0f} MiB beyond the features"
+        rows.append(["latching, 100,000 × 500, k = 200, s = 10", text, "10 s, 1 GiB"])
+    if "subspaces" in known:
+        f = known["subspaces"]
+        rows.append(["nearest subspace, fit 100,000 × 500, k = 200", f"{f['fit']:.2f} s", "–"])
+        text = f"{f['projectors'] / f['predict']:.0f}×, same labels: {f['same_labels']}"
+        rows.append(["predict 10,000 × 500 against one projector a class", text, "50×"])
+    if "reduction" in known:
+        rows.append(["exact ΔR of 100,000 × 500, k = 200", f"{known['reduction']['median']:.2f} s", "5 s"])
+    if rows:
+        parts.append("\n## Whole data sets and many classes\n\n" + markdown_table(["what", "measured", "bar"], rows))
+    if "precision" in known:
+        rows = [[name, f"{error:.1e}"] for name, error in known["precision"].items()]
+        parts.append(
+            "\n## Precision of float32 against float64 (bar: 1e-5)\n\n" + markdown_table(["what", "error"], rows)
+        )
+    (RESULTS / "speed.md").write_text("".join(parts))
+
+
+def main() -> None:
+    names = ["steps", "classes", "latching", "subspaces", "reduction", "precision", "picture"]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=names, default=names)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--apart", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    if given.apart:
+        name, _, k = given.apart.partition(" ")
+        calls = {"latching": latching, "subspaces": subspaces, "reduction": reduction}
+        print(json.dumps(classes(int(k)) if name == "classes" else calls[name]()))
+        return
+    known = json.loads(FIGURES.read_text()) if FIGURES.exists() else {}
+    known["where"] = describe_device(CPU)
+    for name in given.only:
+        if name == "steps":
+            known[name] = {what: asdict(timing) for what, timing in steps(given.repeats).items()}
+        elif name == "classes":
+            known |= {f"classes {k}": apart(f"classes {k}") for k in (10_000, 100_000)}
+        elif name == "precision":
+            known[name] = precision()
+        elif name == "picture":
+            known[name] = picture(given.repeats)
+            draw(known[name], known["where"], RESULTS / "speed.png")
+        else:
+            known[name] = apart(name)
+        FIGURES.write_text(json.dumps(known, indent=1) + "\n")
+        write(known)
+        print(name, "done", flush=True)
+
+
+if __name__ == "__main__":
+    main()

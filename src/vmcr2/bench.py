@@ -1,0 +1,149 @@
+"""Seconds per epoch of each objective, as the paper's Table 1, on any machine; images are random, of the right size."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from vmcr2 import featurizers
+from vmcr2.featurizers import CrossEntropyHead
+from vmcr2.losses import MCR2Loss, VMCR2Loss
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One row of Table 1: the sizes that decide what an epoch costs, and the paper's seconds on an A100.
+
+    Attributes:
+        samples: training images in an epoch.
+        shape: of one image after augmentation.
+        classes: k.
+        network: a featurizer's name.
+        feature_dim: d.
+        atoms_per_class: s.
+        batch_size: m.
+        paper_mcr2: seconds per epoch of MCR² in the paper.
+        paper_vmcr2: seconds per epoch of V-MCR² in the paper.
+    """
+
+    samples: int
+    shape: tuple[int, int, int]
+    classes: int
+    network: str
+    feature_dim: int
+    atoms_per_class: int
+    batch_size: int
+    paper_mcr2: float
+    paper_vmcr2: float
+
+
+WORKLOADS: dict[str, Workload] = {
+    "mnist": Workload(60_000, (1, 32, 32), 10, "cnn", 128, 20, 1000, 11.56, 6.29),
+    "cifar10": Workload(50_000, (3, 32, 32), 10, "resnet18", 128, 20, 1000, 33.06, 20.71),
+    "cifar100": Workload(50_000, (3, 32, 32), 100, "resnet18", 500, 10, 2000, 157.45, 31.14),
+    "tiny-imagenet": Workload(100_000, (3, 32, 32), 200, "resnet18", 500, 10, 2000, 527.85, 44.23),
+}
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of repeated calls: the median, and the distance between the quartiles."""
+
+    median: float
+    spread: float
+
+
+def timed(call: Callable[[], object], repeats: int, device: torch.device) -> Timing:
+    """Returns how long a call takes, after one call to warm up.
+
+    Args:
+        call: what to time; its work on the device is waited for.
+        repeats: how often, at least 1.
+        device: where it works.
+    """
+
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    call()
+    seconds = []
+    for _ in range(repeats):
+        wait()
+        began = time.perf_counter()
+        call()
+        wait()
+        seconds.append(time.perf_counter() - began)
+    if repeats < 2:
+        return Timing(seconds[0], 0.0)
+    low, _, high = statistics.quantiles(seconds, n=4, method="inclusive")
+    return Timing(statistics.median(seconds), high - low)
+
+
+@dataclass(frozen=True)
+class EpochCost:
+    """What an epoch costs, the objective measured apart from the network.
+
+    Attributes:
+        network: one step of the network, forward, backward and update, without an objective.
+        objectives: one step of each objective, forward and backward, on given features.
+        steps: steps in an epoch.
+    """
+
+    network: Timing
+    objectives: dict[str, Timing]
+    steps: int
+
+    def epoch(self, objective: str) -> float:
+        """Returns seconds per epoch with an objective."""
+        return self.steps * (self.network.median + self.objectives[objective].median)
+
+    def beyond_ce(self, objective: str) -> float:
+        """Returns how much longer an epoch is than with cross-entropy, as a share."""
+        return self.epoch(objective) / self.epoch("ce") - 1
+
+
+def epoch_cost(workload: Workload, device: torch.device, repeats: int) -> EpochCost:
+    """Times one row of the table.
+
+    Args:
+        workload: the sizes.
+        device: where to work.
+        repeats: of every timing; the network is timed a third as often.
+    """
+    torch.manual_seed(0)
+    m, k, d = workload.batch_size, workload.classes, workload.feature_dim
+    model = featurizers.build(workload.network, workload.shape, d).to(device)
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3, momentum=0.9)
+    images = torch.rand(m, *workload.shape, device=device)
+    labels = torch.arange(m, device=device)[torch.randperm(m, device=device)] % k
+    pull = nn.functional.normalize(torch.randn(m, d, device=device), dim=1)
+
+    def network_step() -> None:
+        optimizer.zero_grad()
+        model(images).backward(pull / m)
+        optimizer.step()
+
+    criteria: dict[str, nn.Module] = {
+        "ce": CrossEntropyHead(d, k).to(device),
+        "mcr2": MCR2Loss(k),
+        "vmcr2": VMCR2Loss(k, d, atoms_per_class=workload.atoms_per_class).to(device),
+        "vmcr2 block": VMCR2Loss(k, d, atoms_per_class=workload.atoms_per_class, structure="block").to(device),
+    }
+    many = nn.functional.normalize(torch.randn(20 * k, d, device=device), dim=1)
+    for criterion in criteria.values():
+        if isinstance(criterion, VMCR2Loss):
+            criterion.latch(many, torch.arange(20 * k, device=device) % k)
+    features = pull.clone().requires_grad_()
+
+    def objective_step(criterion: nn.Module) -> Callable[[], Tensor]:
+        return lambda: torch.autograd.grad(criterion(features, labels), features)[0]
+
+    network = timed(network_step, max(1, repeats // 3), device)
+    costs = {name: timed(objective_step(criterion), repeats, device) for name, criterion in criteria.items()}
+    return EpochCost(network, costs, -(-workload.samples // m))
