@@ -1,10 +1,10 @@
 """What the objectives cost, against the formulas as they stand (see `baselines.py`): the tables in results/speed.md.
 
-    python benchmarks/objective.py [--only steps classes latching subspaces reduction precision picture] [--repeats 7]
+    python benchmarks/objective.py [--only PART ...] [--repeats 7]
 
-One machine, threads fixed at the start; every figure is a median, with the distance between quartiles, after one call to
-warm up, and every claim a ratio of two such figures from the same run. One "full step" of V-MCR² is the dictionary step and
-the gradient in the features; of MCR², forward and backward.
+One machine, threads fixed at the start; every figure is a median, with the distance between quartiles, after one call
+to warm up, and every claim a ratio of two such figures from the same run. One "full step" of V-MCR² is the dictionary
+step and the gradient in the features; of MCR², forward and backward.
 """
 
 from __future__ import annotations
@@ -207,7 +207,7 @@ def ratio(found: dict[str, dict[str, float]], slow: str, fast: str) -> str:
 def write(known: dict) -> None:
     """Writes results/speed.md from the figures."""
     parts = [
-        "# Speed\n\nMade by `python benchmarks/objective.py`; " + known["where"] + ". Median ± distance between "
+        f"# Speed\n\nMade by `python benchmarks/objective.py`; {known['where']}. Median ± distance between "
         "quartiles, in seconds, after one call to warm up. The absolute times are this machine's; the ratios are the claim.\n"
     ]
     if "steps" in known:

@@ -30,6 +30,7 @@ BATCHES = [
     (r"membership labels .*\[0, 3\), got labels from 0 to 3", Z, LABELS.clone().index_fill_(0, torch.tensor(0), 3)),
     ("membership labels .*from -1", Z, LABELS.clone().index_fill_(0, torch.tensor(0), -1)),
     ("membership rows .*sum to 1", Z, ROWS * 2),
+    ("membership rows .*sum to 1", Z, ROWS * 1.005),
     ("membership rows .*>= 0", Z, ROWS + torch.tensor([1.0, -1.0, 0.0])),
     ("membership rows .*finite", Z, ROWS * torch.nan),
     ("membership rows .*num_classes = 3", Z, torch.full((12, 4), 0.25)),
@@ -54,6 +55,16 @@ def test_batches(message, features, membership):
             call()
     for name, tensor in variational.state_dict().items():
         assert torch.equal(tensor, state[name]), name
+
+
+def test_numpy_numbers_are_numbers():
+    vmcr2.VMCR2Loss(np.int64(3), np.int32(6), atoms_per_class=np.int64(2), mu=np.float32(0.5))
+    vmcr2.NearestSubspaceClassifier(np.int64(2)).fit(Z.numpy(), LABELS.numpy())
+
+
+def test_a_forgotten_num_classes():
+    with pytest.raises(ValueError, match="pass num_classes if they are right"):
+        vmcr2.rate_reduction(Z, LABELS * 10**12 + 1)
 
 
 def test_losses_need_rows_of_norm_1_and_rates_do_not():

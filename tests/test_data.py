@@ -124,12 +124,36 @@ def test_npz_of_images_and_of_embeddings(tmp_path):
         (r"labels must lie in \[0, 4\), got labels from -1", {"y_test": np.arange(8) % 4 - 1}),
         ("x_train must hold uint8 images", {"x_train": np.zeros((20, 6, 5))}),
         ("must be finite", {"x_train": np.full((20, 3), np.nan), "x_test": np.ones((8, 3))}),
+        ("must be finite in float32", {"x_train": np.full((20, 3), 1e300), "x_test": np.ones((8, 3))}),
+        ("x_train must hold uint8 images", {"x_train": np.ones((20, 0)), "x_test": np.ones((8, 0))}),
+        ("y_train must hold one integer label", {"x_train": np.float64(3)}),
+        (r"got labels from 0 to 1000000000", {"y_train": np.arange(20) % 2 * 10**9}),
         ("x_train and x_test must agree", {"x_test": np.zeros((8, 9, 9), np.uint8)}),
     ],
 )
 def test_wrong_npz(tmp_path, message, changed):
     with pytest.raises(InputError, match=message):
         data.load(DataSettings(source=str(write_npz(tmp_path / "wrong.npz", **changed))))
+
+
+def test_damaged_files_are_named_whatever_is_wrong_with_them(tmp_path):
+    whole = write_npz(tmp_path / "some.npz").read_bytes()
+    generator = np.random.default_rng(0)
+    refused = 0
+    for _ in range(60):
+        damaged = bytearray(whole)
+        for place in generator.integers(0, len(whole), 20):
+            damaged[place] = generator.integers(256)
+        (tmp_path / "damaged.npz").write_bytes(damaged)
+        try:
+            data.load(DataSettings(source=str(tmp_path / "damaged.npz")))
+        except InputError as error:
+            refused += "damaged.npz" in str(error)
+    assert refused > 30
+    np.save(tmp_path / "array.npy", np.zeros(3))
+    (tmp_path / "array.npy").rename(tmp_path / "array.npz")
+    with pytest.raises(InputError, match="array.npz"):
+        data.load(DataSettings(source=str(tmp_path / "array.npz")))
 
 
 def test_a_truncated_npz(tmp_path):
@@ -186,6 +210,11 @@ def test_wrong_folders(tmp_path):
         data.load(DataSettings(source=str(root)))
     (root / "test" / "elm").mkdir()
     with pytest.raises(InputError, match=r"classes that train/ lacks: \['elm'\]"):
+        data.load(DataSettings(source=str(root)))
+    (root / "test" / "elm").rmdir()
+    (root / "train" / "elm").mkdir()
+    cut.unlink()
+    with pytest.raises(InputError, match="an image of every class, it has none of elm"):
         data.load(DataSettings(source=str(root)))
     (tmp_path / "b").mkdir()
     with pytest.raises(InputError, match="train/<class> and test/<class>"):

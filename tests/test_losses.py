@@ -185,6 +185,50 @@ def test_state_dict_dtype_and_device_do_what_they_do_elsewhere():
     assert single(z, labels).dtype == torch.float64  # wider features are not narrowed
 
 
+def test_a_dictionary_written_by_hand_is_taken_as_it_stands():
+    z, labels = unit_rows(30, 8), random_labels(30, 3)
+    source = latched(z, labels, 3, 2)
+    for structure in STRUCTURES:
+        source = latched(z, labels, 3, 2, structure=structure)
+        by_hand = vmcr2.VMCR2Loss(3, 8, atoms_per_class=2, structure=structure).double()
+        by_hand.dictionary.atoms.copy_(source.dictionary.atoms)
+        by_hand.dictionary.codes.copy_(2 * source.dictionary.codes)
+        source.dictionary.codes.mul_(2)
+        assert float(by_hand.eval()(z, labels)) == float(source.eval()(z, labels))
+        assert float(by_hand.train()(z, labels)) == float(source.train()(z, labels))
+        without_flags = {name: t for name, t in source.state_dict().items() if not name.endswith("latched")}
+        loaded = vmcr2.VMCR2Loss(3, 8, atoms_per_class=2, structure=structure).double()
+        loaded.load_state_dict(without_flags)
+        assert float(loaded.eval()(z, labels)) == float(source.eval()(z, labels))
+        assert all(tensor.is_contiguous() for tensor in source.state_dict().values())
+
+
+def test_failed_factorisations_are_numerical_errors():
+    loss = vmcr2.VMCR2Loss(3, 50, eps_sq=1e-12)
+    z, labels = unit_rows(60, 50, dtype=torch.float32), random_labels(60, 3)
+    loss.latch(z, labels)
+    with pytest.raises(vmcr2.NumericalError, match="raise eps_sq"):
+        loss(z, labels)
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_a_single_class_in_the_batch(structure):
+    """In block structure the one class present must take the step it takes among absent ones in shared structure."""
+    z, labels = unit_rows(40, 8), random_labels(40, 4)
+    alone = torch.full((10,), 2)
+    loss = latched(z, labels, 4, 2, structure=structure)
+    other = latched(z, labels, 4, 2, structure="shared")
+    # Orthogonal subspaces, where the two structures' step bounds coincide.
+    for each in (loss, other):
+        each.dictionary.atoms.copy_(torch.eye(8, dtype=torch.float64))
+    first, second = loss(unit_rows(10, 8, seed=3), alone), other(unit_rows(10, 8, seed=3), alone)
+    block = loss.dictionary.codes[:, 2] if structure == "block" else loss.dictionary.codes[4:6, 2]
+    torch.testing.assert_close(block, other.dictionary.codes[4:6, 2])
+    torch.testing.assert_close(loss.dictionary.atoms[:, 4:6], other.dictionary.atoms[:, 4:6])
+    if structure == "shared":
+        assert float(first) == float(second)
+
+
 def test_autocast_computes_the_objective_in_float32():
     model = torch.nn.Sequential(torch.nn.Linear(5, 8), torch.nn.Linear(8, 8))
     inputs, labels = torch.randn(40, 5, generator=torch.Generator().manual_seed(0)), random_labels(40, 3)
@@ -196,7 +240,7 @@ def test_autocast_computes_the_objective_in_float32():
         exact = vmcr2.MCR2Loss(3)(z, labels)
     assert value.dtype == exact.dtype == torch.float32
     outside = loss.eval()(z.detach().float(), labels)
-    assert float(value) == pytest.approx(float(outside), rel=1e-6)
+    assert value.item() == pytest.approx(outside.item(), rel=1e-6)
     (value + exact).backward()
     assert model[0].weight.grad.isfinite().all()
 

@@ -123,8 +123,48 @@ def test_autocast_and_half_precision_compute_in_float32():
         assert of_half == vmcr2.rate_reduction(half.float(), labels, eps_sq=0.05)
 
 
+def test_a_class_of_hardly_any_weight_is_absent():
+    """A confident softmax leaves columns of 1e-38 and less: no overflow, no NaN, and the rates of the others."""
+    z, k = unit_rows(20, 6).float(), 3
+    logits = torch.zeros(20, k)
+    logits[:, 2] = -86.0
+    rows = logits.softmax(1)
+    assert 0 < float(rows[:, 2].sum()) < 1e-36
+    for tiny in (rows, rows.double().index_fill(1, torch.tensor(2), 1e-170)):
+        features = z.to(tiny.dtype, copy=True).requires_grad_()
+        learned = tiny.clone().requires_grad_()
+        rates = vmcr2.rate_reduction(features, learned)
+        expected = vmcr2.rate_reduction(features, tiny[:, :2])
+        assert rates.reduction.item() == pytest.approx(expected.reduction.item(), rel=1e-5)
+        loss = vmcr2.VMCR2Loss(k, 6, atoms_per_class=2).to(tiny.dtype)
+        (rates.reduction + loss(features, tiny)).backward()
+        assert features.grad.isfinite().all()
+        assert learned.grad.isfinite().all()
+
+
+def test_learned_rows_may_lack_a_class():
+    z, rows = unit_rows(10, 4), torch.zeros(10, 3, dtype=torch.float64)
+    rows[:, :2] = 0.5
+    learned = rows.clone().requires_grad_()
+    got, expected = vmcr2.rate_reduction(z, learned), vmcr2.rate_reduction(z, rows)
+    assert got.reduction.item() == pytest.approx(expected.reduction.item())
+    got.reduction.backward()
+    assert learned.grad.isfinite().all()
+
+
+def test_second_derivatives():
+    z, labels = unit_rows(6, 4).requires_grad_(), random_labels(6, 2)
+    assert torch.autograd.gradgradcheck(lambda features: vmcr2.rate_reduction(features, labels).reduction, (z,))
+    loss = vmcr2.VMCR2Loss(2, 4, atoms_per_class=2).double()
+    loss.latch(unit_rows(12, 4, seed=1), random_labels(12, 2))
+    loss.eval()
+    assert torch.autograd.gradgradcheck(lambda features: loss(features, labels), (z,))
+
+
 def test_half_logdet_says_why_it_failed():
     with pytest.raises(vmcr2.NumericalError, match="NaN or infinite"):
         half_logdet(torch.full((2, 2), torch.nan))
+    with pytest.raises(vmcr2.NumericalError, match="NaN or infinite"):
+        half_logdet(torch.tensor([[torch.inf]]))
     with pytest.raises(vmcr2.NumericalError, match="smallest eigenvalue is -3"):
         half_logdet(torch.diag(torch.tensor([1.0, -3.0])))

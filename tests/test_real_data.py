@@ -16,7 +16,7 @@ def test_omniglot_many_classes_few_samples(data_root, tmp_path):
     assert variational["test_accuracy"] > 0.8
     # The paper's central claim at the size of a laptop: exact MCR² expands and never compresses.
     assert exact["test_accuracy"] < 0.5
-    assert variational["train_compression"] < exact["train_compression"] / 2
+    assert variational["train_compression"] < 0.75 * exact["train_compression"]
 
 
 @pytest.mark.parametrize(("source", "network", "channels"), [("mnist", "cnn", 1), ("cifar100", "resnet18", 3)])

@@ -1,5 +1,6 @@
 """The training loop, the run folder, and what is left after a kill."""
 
+import io
 import json
 import os
 import signal
@@ -14,8 +15,8 @@ import numpy as np
 import pytest
 import torch
 
-from vmcr2 import plot, recipes, train
-from vmcr2.data import DataSettings
+from vmcr2 import data, plot, recipes, train
+from vmcr2.data import Augmentation, DataSettings
 from vmcr2.errors import InputError, NumericalError
 from vmcr2.recipes import RECIPES, Recipe, VMCR2Settings
 from vmcr2.run import RunFolder
@@ -121,7 +122,7 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize(
-    "moment", ["before_recipe", "torch_save", "link", "replace_previous", "replace_latest", "metrics"]
+    "moment", ["before_recipe", "within_recipe", "torch_save", "link", "replace_previous", "replace_latest", "metrics"]
 )
 def test_a_kill_at_any_moment_of_writing(tmp_path, monkeypatch, moment):
     """The process dies in the midst of writing in epoch 4; what is on the disk can be gone on with."""
@@ -129,14 +130,16 @@ def test_a_kill_at_any_moment_of_writing(tmp_path, monkeypatch, moment):
     run = RunFolder(tmp_path / "run")
     with monkeypatch.context() as patched:
         if moment == "before_recipe":
-            patched.setattr(recipes, "to_json", raising)
+            patched.setattr(RunFolder, "write_recipe", raising)
+        elif moment == "within_recipe":
+            patched.setattr(Path, "replace", raising)
         elif moment == "metrics":
             patched.setattr(RunFolder, "add_metrics", half_a_line)
         else:
             patched.setattr(RunFolder, "save_checkpoint", dying(moment, RunFolder.save_checkpoint, patched))
         with pytest.raises(Killed):
             train.start(SMALL, run.path)
-    if moment == "before_recipe":
+    if moment.endswith("recipe"):
         with pytest.raises(InputError, match=r"has no recipe\.json"):
             RunFolder.open(run.path)
         train.start(SMALL, run.path)
@@ -206,6 +209,70 @@ def test_a_damaged_checkpoint_is_refused(tmp_path):
     assert without_times([run.summary()]) == without_times([unbroken.summary()])
 
 
+def test_checkpoints_that_do_not_belong(tmp_path):
+    run = train.start(replace(SMALL, epochs=2), tmp_path / "run")
+    longer = replace(SMALL, epochs=4)
+    good = run.checkpoint_file.read_bytes()
+    torch.save({"hello": 1}, run.checkpoint_file)
+    with pytest.raises(InputError, match="is no checkpoint of this program"):
+        train.resume(run, longer)
+    torch.save(torch.load(io.BytesIO(good), weights_only=True) | {"recipe": "{}"}, run.checkpoint_file)
+    with pytest.raises(InputError, match="belongs to another recipe than"):
+        train.resume(run, longer)
+    torch.save(torch.load(io.BytesIO(good), weights_only=True) | {"data": "other"}, run.checkpoint_file)
+    with pytest.raises(InputError, match="was trained on other data"):
+        train.resume(run, longer)
+    run.checkpoint_file.unlink()
+    with pytest.raises(InputError, match=r"checkpoint\.pt is missing; to go on .*checkpoint\.previous\.pt"):
+        train.resume(run, longer)
+    assert run.is_complete()
+    run.checkpoint_file.write_bytes(good)
+    assert train.resume(run, longer).summary()["epochs"] == 4
+
+
+def test_one_process_at_a_time(tmp_path):
+    run = train.start(replace(SMALL, epochs=1), tmp_path / "run")
+    with run.held(), pytest.raises(InputError, match="is in use by another process"):
+        train.resume(run, replace(SMALL, epochs=2))
+    assert train.resume(run, replace(SMALL, epochs=2)).summary()["epochs"] == 2
+
+
+def test_what_cannot_be_built_leaves_no_folder(tmp_path):
+    for change, message in (
+        ({"network": "cnn", "augmentation": Augmentation(crop=4)}, "network cnn cannot take inputs of shape"),
+        ({"augmentation": Augmentation(crop=40)}, "augmentation.crop must be at most 8"),
+        ({"device": "cuda"}, "torch sees no CUDA device"),
+    ):
+        if "device" in change and torch.cuda.is_available():
+            continue
+        with pytest.raises(InputError, match=message):
+            train.start(replace(SMALL, **change), tmp_path / "run")
+        assert not (tmp_path / "run").exists()
+
+
+def test_batches_are_never_of_one_sample():
+    dataset = data.load(DataSettings(train_size=11))
+    for size in range(2, 12):
+        recipe = replace(SMALL, batch_size=size)
+        found = list(train.batches(dataset, recipe, torch.Generator().manual_seed(0)))
+        assert sorted(torch.cat(found).tolist()) == list(range(11))
+        assert min(map(len, found)) >= 2
+
+
+def test_damaged_run_folders_are_named(tmp_path):
+    run = train.start(replace(SMALL, epochs=2), tmp_path / "run")
+    for file, read in (
+        (run.features_file, run.features),
+        (run.summary_file, run.summary),
+        (run.metrics_file, run.metrics),
+    ):
+        whole = file.read_bytes()
+        file.write_bytes(b"{damaged" + whole[: len(whole) // 2] + b"\n")
+        with pytest.raises(InputError, match=f"{file.name} is damaged"):
+            read()
+        file.write_bytes(whole)
+
+
 def test_resuming_with_more_epochs_and_with_another_recipe(tmp_path):
     run = train.start(replace(SMALL, epochs=2), tmp_path / "run")
     before = run.summary_file.read_bytes()
@@ -253,6 +320,11 @@ def test_divergence_is_said(tmp_path):
         (r"extra fields found \(nu\).*\$.vmcr2", {"vmcr2": {"nu": 5}}),
         ("vmcr2.mu must be a finite number > 0, got -1", {"vmcr2": {"mu": -1}}),
         ("epochs must be an integer >= 1, got 0", {"epochs": 0}),
+        (r"must be of type int, got 5.7 @ \$.epochs", {"epochs": 5.7}),
+        (r"must be of type bool, got 'false' @ \$.augmentation.flip", {"augmentation": {"flip": "false"}}),
+        ("momentum must be below 1, got 5", {"momentum": 5}),
+        ("seed must be at most", {"seed": 10**15}),
+        ("name must be letters, digits", {"name": "../escape"}),
         ("batch_size must be an integer >= 2", {"batch_size": 1}),
         ("network must be one of mlp", {"network": "transformer"}),
         (r"mse not in literal.*\$\.objective", {"objective": "mse"}),
