@@ -170,9 +170,8 @@ class MemoryMCR2(torch.nn.Module):
         self.seen |= counts > 0
         weights = counts / counts.sum()
         beta = d / self.eps_sq
-        # The gradient is scaled back by the rate: a step on the average moves it by that share only.
         whole = half_logdet(beta * torch.einsum("k,kde->de", weights, moments))
-        return ((weights * half_logdet(beta * moments)).sum() - whole) / self.rate
+        return (weights * half_logdet(beta * moments)).sum() - whole
 
 
 class AugmentedLagrangian(torch.nn.Module):

@@ -208,7 +208,8 @@ def write(known: dict) -> None:
     """Writes results/speed.md from the figures."""
     parts = [
         f"# Speed\n\nMade by `python benchmarks/objective.py`; {known['where']}. Median ± distance between "
-        "quartiles, in seconds, after one call to warm up. The absolute times are this machine's; the ratios are the claim.\n"
+        "quartiles, in seconds, after one call to warm up. The absolute times are this machine's; the claim is the "
+        "ratios.\n"
     ]
     if "steps" in known:
         found = known["steps"]

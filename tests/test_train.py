@@ -261,11 +261,8 @@ def test_batches_are_never_of_one_sample():
 
 def test_damaged_run_folders_are_named(tmp_path):
     run = train.start(replace(SMALL, epochs=2), tmp_path / "run")
-    for file, read in (
-        (run.features_file, run.features),
-        (run.summary_file, run.summary),
-        (run.metrics_file, run.metrics),
-    ):
+    files = (run.features_file, run.summary_file, run.metrics_file)
+    for file, read in zip(files, (run.features, run.summary, run.metrics), strict=True):
         whole = file.read_bytes()
         file.write_bytes(b"{damaged" + whole[: len(whole) // 2] + b"\n")
         with pytest.raises(InputError, match=f"{file.name} is damaged"):
