@@ -19,6 +19,27 @@ def wide_dtype(*tensors: Tensor) -> torch.dtype:
     return dtype
 
 
+class _Gram(torch.autograd.Function):
+    """X Xᵀ with the one product that its symmetry leaves in the gradient; autograd would take two."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
+        ctx.save_for_backward(rows)
+        return rows @ rows.mT
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:
+        (rows,) = ctx.saved_tensors
+        return (grad_outputs[0] + grad_outputs[0].mT) @ rows
+
+
+def gram(rows: Float[Tensor, "*b n d"]) -> Float[Tensor, "*b n n"]:
+    """Returns X Xᵀ, the inner products of rows. Differentiable."""
+    result = _Gram.apply(rows)
+    assert isinstance(result, Tensor)
+    return result
+
+
 def factor_shifted(matrix: Float[Tensor, "*b n n"]) -> Float[Tensor, "*b n n"]:
     """Returns the Cholesky factor of I + A for A positive semi-definite.
 

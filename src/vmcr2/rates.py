@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-from vmcr2.linalg import half_logdet, wide_dtype
+from vmcr2.linalg import gram, half_logdet, wide_dtype
 from vmcr2.membership import Membership, as_membership, check_number, feature_conditions, raise_first
 
 
@@ -81,8 +81,7 @@ def rate_reduction(
 def expansion_rate(features: Float[Tensor, "m d"], eps_sq: float) -> Float[Tensor, ""]:
     """Returns R of eq. (1) for features that have been checked, in their own dtype."""
     m, d = features.shape
-    gram = features.T @ features if d <= m else features @ features.T
-    return half_logdet(gram * (d / (m * eps_sq)))
+    return half_logdet(gram(features.T if d <= m else features) * (d / (m * eps_sq)))
 
 
 def compression_rate(features: Float[Tensor, "m d"], membership: Membership, eps_sq: float) -> Float[Tensor, ""]:
@@ -94,8 +93,7 @@ def compression_rate(features: Float[Tensor, "m d"], membership: Membership, eps
         shares = group.weights / group.counts[:, None]
         # √w has no gradient at w = 0, so a membership that is being learned stays on the d side, linear in w.
         if rows.shape[1] < d and not shares.requires_grad:
-            weighted = rows * shares.sqrt()[..., None]
-            moments = weighted @ weighted.mT
+            moments = gram(rows * shares.sqrt()[..., None])
         else:
             moments = rows.mT @ (rows * shares[..., None])
         total = total + (group.counts / m * half_logdet(moments * (d / eps_sq))).sum()

@@ -10,6 +10,8 @@ from vmcr2.dictionary import latched_blocks
 from vmcr2.linalg import wide_dtype
 from vmcr2.membership import as_membership, check_count, feature_conditions, raise_first
 
+_CACHED = 2**20  # projections found at once: few enough to be squared and summed while they are in the cache
+
 
 def default_components(feature_dim: int, num_classes: int) -> int:
     """Returns ⌊d/k⌋, the paper's number of components, and 1 where there are more classes than dimensions."""
@@ -54,7 +56,7 @@ def subspace_energies(features: Float[Tensor, "m d"], bases: Float[Tensor, "k d 
     """Returns ‖V^(j)ᵀ z‖² for every sample and class; the residual of eq. (8) is ‖z‖² minus that."""
     k, d, r = bases.shape
     flat = bases.permute(1, 0, 2).reshape(d, k * r)
-    at_once = max(1, 2**25 // (k * r))
+    at_once = max(64, _CACHED // (k * r))
     parts = [(rows @ flat).square().view(-1, k, r).sum(2) for rows in features.to(bases.dtype).split(at_once)]
     return torch.cat(parts)
 

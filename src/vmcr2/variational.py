@@ -84,7 +84,9 @@ def class_moments(features: Float[Tensor, "m d"], membership: Membership) -> Cla
     pull = torch.zeros_like(features)
     for group in membership.groups(features.shape[1]):
         rows = group.take(features)
-        weighted = rows * (group.weights / group.counts[:, None]).to(rows.dtype)[..., None]
+        # Divided in the rows' own precision: in float64 a float32 quotient would show where the residual is small.
+        shares = group.weights.to(rows.dtype) / group.counts.to(rows.dtype)[:, None]
+        weighted = rows * shares[..., None]
         if rows.shape[1] < rows.shape[2]:
             gram = rows @ weighted.mT
             squares = (gram.double() * gram.mT.double()).sum((1, 2))
