@@ -203,6 +203,42 @@ def test_a_dictionary_written_by_hand_is_taken_as_it_stands():
         assert all(tensor.is_contiguous() for tensor in source.state_dict().values())
 
 
+def test_off_block_says_when_block_structure_is_another_method():
+    z, labels = unit_rows(60, 12), random_labels(60, 3)
+    for structure in STRUCTURES:
+        loss = latched(z, labels, 3, 2, structure=structure, mu=5.0)
+        # The batch's class 0 has moved onto the atoms of class 1: a shared dictionary would switch them on.
+        moved = loss.dictionary.atoms[:, 2:4].T[torch.arange(60) % 2]
+        features = torch.where((labels == 0)[:, None], moved, z)
+        share = loss.off_block(features, labels)
+        assert share > 0
+        if structure == "shared":
+            loss(features, labels)
+            codes = loss.dictionary.codes
+            outside = torch.arange(6)[:, None] // 2 != torch.arange(3)
+            assert float(((codes > 0) & outside).sum() / outside.sum()) == pytest.approx(share)
+        orthogonal = torch.nn.functional.one_hot(labels * 4 + torch.arange(60) % 4, 12).double()
+        loss.latch(orthogonal, labels)
+        assert loss.off_block(orthogonal, labels) == 0
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_unit_energy_keeps_the_trace(structure):
+    z, labels = unit_rows(60, 12), random_labels(60, 3)
+    loss = vmcr2.VMCR2Loss(4, 12, atoms_per_class=3, structure=structure, unit_energy=True).double()
+    for seed in range(5):
+        loss(unit_rows(60, 12, seed=seed), labels)
+    torch.testing.assert_close(loss.dictionary.codes.sum(0), torch.tensor([1.0, 1, 1, 0]).double())
+    free = vmcr2.VMCR2Loss(4, 12, atoms_per_class=3, structure=structure).double()
+    free(z, labels)
+    bound = vmcr2.VMCR2Loss(4, 12, atoms_per_class=3, structure=structure, unit_energy=True).double()
+    bound(z, labels)
+    torch.testing.assert_close(
+        bound.dictionary.codes[:, :3], (free.dictionary.codes / free.dictionary.codes.sum(0))[:, :3]
+    )
+    torch.testing.assert_close(bound.dictionary.atoms, free.dictionary.atoms)
+
+
 def test_failed_factorisations_are_numerical_errors():
     loss = vmcr2.VMCR2Loss(3, 50, eps_sq=1e-12)
     z, labels = unit_rows(60, 50, dtype=torch.float32), random_labels(60, 3)

@@ -304,6 +304,20 @@ def test_missing_data_leaves_no_folder(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_collapse_is_said_and_what_to_change(tmp_path):
+    """µ m ε²/d near 6: ΔR falls to nothing within an epoch or two; at a tenth of µ the same run makes progress."""
+    recipe = replace(RECIPES["digits"], epochs=12, batch_size=1437, device="cpu")
+    heavy = replace(recipe, vmcr2=VMCR2Settings(lr=1e-2, mu=1.0, atoms_per_class=20))
+    with pytest.raises(
+        NumericalError, match=r"the features have collapsed: ΔR .* is 5.6; .* Lower vmcr2.lr or vmcr2.mu"
+    ):
+        train.start(heavy, tmp_path / "heavy")
+    assert len(RunFolder(tmp_path / "heavy").metrics()) < 12
+    light = replace(recipe, vmcr2=VMCR2Settings(lr=1e-2, mu=0.1, atoms_per_class=20))
+    metrics = train.start(light, tmp_path / "light").metrics()
+    assert metrics[-1]["train_reduction"] > 1.5 * metrics[0]["train_reduction"]
+
+
 def test_divergence_is_said(tmp_path):
     recipe = replace(SMALL, network="mlp", objective="ce", ce=replace(SMALL.ce, lr=1e30))
     with pytest.raises(NumericalError, match=r"training diverged in epoch 1: .* Lower ce.lr"):

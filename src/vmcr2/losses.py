@@ -22,6 +22,8 @@ from vmcr2.membership import Membership, as_membership, check_count, check_numbe
 from vmcr2.rates import compression_rate, expansion_rate
 from vmcr2.variational import (
     VariationalRates,
+    as_shared,
+    ascent_direction,
     class_moments,
     residual,
     variational_compression,
@@ -102,6 +104,9 @@ class VMCR2Loss(nn.Module):
         eps_sq: the squared precision ε² > 0.
         step_atoms: ν_Γ > 0, in units of the inverse Lipschitz bound.
         step_codes: ν_A > 0, likewise.
+        unit_energy: after each step scale every class's codes to sum to 1, as the constraint of eq. (6) has it for
+            features of norm 1. The paper lets the sum run free: it grows, and the codes act as gains. With it ΔR comes
+            closer to its maximum; without it features compress further than ΔR asks for.
         structure: "shared": every class may use every atom, codes (q, k). "block": class j uses its own s atoms only,
             codes (s, k); classes cost nothing while absent.
 
@@ -122,6 +127,7 @@ class VMCR2Loss(nn.Module):
         eps_sq: float = 0.5,
         step_atoms: float = 5.0,
         step_codes: float = 5.0,
+        unit_energy: bool = False,
         structure: Literal["shared", "block"] = "shared",
     ) -> None:
         super().__init__()
@@ -139,6 +145,7 @@ class VMCR2Loss(nn.Module):
         self.eps_sq = eps_sq
         self.step_atoms = step_atoms
         self.step_codes = step_codes
+        self.unit_energy = unit_energy
         self.structure = structure
         self.dictionary = Dictionary(num_classes, feature_dim, atoms_per_class, structure)
 
@@ -192,6 +199,7 @@ class VMCR2Loss(nn.Module):
             eps_sq=self.eps_sq,
             step_atoms=self.step_atoms,
             step_codes=self.step_codes,
+            unit_energy=self.unit_energy,
             moments=moments,
             num_classes=self.num_classes,
         )
@@ -240,6 +248,31 @@ class VMCR2Loss(nn.Module):
                 variational_compression(codes, present.class_weights, self.feature_dim, self.eps_sq),
                 residual(widened.detach(), present, atoms, codes, self.mu),
             )
+
+    @torch.no_grad()
+    def off_block(self, features: Float[Tensor, "m d"], membership: Tensor) -> float:
+        """Returns the share of codes outside the classes' own atoms that are on, or that a step would switch on.
+
+        0 means that at this batch block structure takes the step that shared structure takes, but for the bound on its
+        length; anything else, that it is another method. Costs (q d + q²) times the classes present: for now and then.
+
+        Args:
+            features: Z, (m, d), finite, rows of norm 1.
+            membership: labels (m,) or rows (m, num_classes) that sum to 1.
+
+        Raises:
+            InputError: a wrong argument (a ValueError).
+            NotLatchedError: nothing was ever latched (a ValueError too).
+        """
+        widened, checked = self._checked(features, membership)
+        with torch.autocast(features.device.type, enabled=False):
+            atoms, codes, present, _ = self._dictionary(checked, widened.dtype)
+            shared = as_shared(atoms, codes)
+            direction = ascent_direction(widened, present, atoms, shared, self.mu, self.eps_sq)[1]
+            owner = torch.arange(shared.shape[0], device=shared.device) // self.atoms_per_class
+            outside = owner[:, None] != torch.arange(shared.shape[1], device=shared.device)
+            wanted = (present.counts > 0) & outside & ((shared > 0) | (direction > 0))
+            return float(wanted.sum() / outside.sum().clamp_min(1))
 
     @torch.no_grad()
     def latch(self, features: Float[Tensor, "m d"], membership: Int[Tensor, " m"] | Shaped[Tensor, "m k"]) -> None:
@@ -298,7 +331,8 @@ class VMCR2Loss(nn.Module):
         return (
             f"num_classes={self.num_classes}, feature_dim={self.feature_dim}, "
             f"atoms_per_class={self.atoms_per_class}, mu={self.mu}, eps_sq={self.eps_sq}, "
-            f"step_atoms={self.step_atoms}, step_codes={self.step_codes}, structure={self.structure!r}"
+            f"step_atoms={self.step_atoms}, step_codes={self.step_codes}, "
+            f"unit_energy={self.unit_energy}, structure={self.structure!r}"
         )
 
 

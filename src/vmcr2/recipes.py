@@ -31,6 +31,7 @@ class VMCR2Settings:
         atoms_per_class: s = q/k, at most the feature dimension.
         step_atoms: ν_Γ, in units of the inverse Lipschitz bound.
         step_codes: ν_A, likewise.
+        unit_energy: scale every class's codes to sum to 1 after each step, as the constraint has it.
         structure: shared: every class may use every atom; block: its own s only.
         latch_every: epochs between latchings; the first is before the first epoch.
     """
@@ -40,6 +41,7 @@ class VMCR2Settings:
     atoms_per_class: int = 10
     step_atoms: float = 5.0
     step_codes: float = 5.0
+    unit_energy: bool = False
     structure: Literal["shared", "block"] = "shared"
     latch_every: int = 50
 
@@ -164,7 +166,7 @@ RECIPES: dict[str, Recipe] = {
             network="mlp",
             feature_dim=128,
             augmentation=Augmentation(padding=1, crop=8),
-            vmcr2=VMCR2Settings(lr=3e-3, mu=1.0, atoms_per_class=20, step_atoms=20.0),
+            vmcr2=VMCR2Settings(lr=3e-3, mu=1.0, atoms_per_class=20, step_atoms=20.0, unit_energy=True),
             mcr2=MCR2Settings(lr=1e-2),
             ce=CESettings(lr=1e-1),
         ),

@@ -28,6 +28,8 @@ from vmcr2.run import RunFolder
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
+_CHECKED_ATOMS = 5000  # of more the check of block structure would cost more than the epoch
+
 Criterion = VMCR2Loss | MCR2Loss | CrossEntropyHead
 
 
@@ -197,6 +199,7 @@ def build_model(recipe: Recipe, dataset: Dataset) -> tuple[nn.Module, Criterion]
                 eps_sq=recipe.eps_sq,
                 step_atoms=chosen.step_atoms,
                 step_codes=chosen.step_codes,
+                unit_energy=chosen.unit_energy,
                 structure=chosen.structure,
             )
 
@@ -218,6 +221,7 @@ def _train(prepared: _Prepared, run: RunFolder, console: Console | None, state: 
         if fabric.device.type == "cuda" and "cuda_rng" in state:
             torch.cuda.set_rng_state(state["cuda_rng"].cpu(), fabric.device)
     run.truncate_metrics(done)
+    history = run.metrics()
     saved = time.monotonic()
     title = f"{recipe.name} {recipe.objective} seed {recipe.seed}"
     with EpochProgress(title, recipe.epochs, done, console) as progress:
@@ -232,6 +236,8 @@ def _train(prepared: _Prepared, run: RunFolder, console: Console | None, state: 
             except (InputError, NumericalError) as error:
                 raise _diverged(recipe, epoch, str(error)) from error
             run.add_metrics(line)
+            history.append(line)
+            _check_progress(recipe, dataset, history)
             if epoch == recipe.epochs or time.monotonic() - saved >= recipe.checkpoint_seconds:
                 run.save_checkpoint(_state(epoch, seconds, prepared, model, optimizer))
                 saved = time.monotonic()
@@ -299,12 +305,35 @@ def _train_epoch(
             "variational_expansion": float(variational.expansion),
             "variational_compression": float(variational.compression),
         }
+        if criterion.structure == "block" and criterion.dictionary.atoms.shape[1] <= _CHECKED_ATOMS:
+            line["off_block"] = criterion.off_block(features.detach(), labels)
     return line
 
 
 def _diverged(recipe: Recipe, epoch: int, why: str) -> NumericalError:
     cure = "Lower vmcr2.lr or vmcr2.mu" if recipe.objective == "vmcr2" else f"Lower {recipe.objective}.lr"
     return NumericalError(f"training diverged in epoch {epoch}: {why}. {cure} (lr is {recipe.lr:g}).")
+
+
+def _check_progress(recipe: Recipe, dataset: Dataset, history: list[dict[str, Any]]) -> None:
+    """Raises NumericalError once V-MCR² has collapsed: ΔR of the batches fell to a fifth and stayed there.
+
+    It happens where the penalty outweighs the rates, µ m ε²/d well above 1: the dictionary then follows the features
+    instead of leading them. A healthy run may start with a dip, but not so deep nor so long.
+    """
+    if recipe.objective != "vmcr2" or len(history) < 4:
+        return
+    reductions = [line["batch_expansion"] - line["batch_compression"] for line in history]
+    if max(reductions[-3:]) >= 0.2 * reductions[0]:
+        return
+    m = min(recipe.batch_size, len(dataset.train_labels))
+    balance = recipe.vmcr2.mu * m * recipe.eps_sq / recipe.feature_dim
+    why = (
+        f"the features have collapsed: ΔR of the batch fell from {reductions[0]:.3g} to {reductions[-1]:.3g} and stayed, "
+        f"the residual is {history[-1]['residual']:.3g}. mu * batch_size * eps_sq / feature_dim is {balance:.2g}; above "
+        f"about 1 (vmcr2.mu {recipe.vmcr2.mu / balance:.2g}) the dictionary cannot lead the features"
+    )
+    raise _diverged(recipe, history[-1]["epoch"], why)
 
 
 def _head(criterion: Criterion) -> CrossEntropyHead | None:
@@ -322,6 +351,8 @@ def _figures(line: dict[str, Any]) -> dict[str, str]:
     if "train_reduction" in line:
         shown["ΔR"] = f"{line['train_reduction']:.2f}"
         shown["accuracy"] = f"{line['test_accuracy']:.4f}"
+    if line.get("off_block"):
+        shown["off-block"] = f"{line['off_block']:.2%}"
     if "residual" in line:
         shown["residual"] = f"{line['residual']:.3g}"
     else:

@@ -263,7 +263,7 @@ def _residual_by_autograd(
     """Returns the residual as plain operations in float64, for gradients in the dictionary or in a learned Π."""
     # Copies, since the dictionary's buffers may be overwritten before the backward pass.
     z, gamma = features.double(), atoms.to(torch.float64, copy=True)
-    a = _as_shared(atoms, codes).to(torch.float64, copy=True)
+    a = as_shared(atoms, codes).to(torch.float64, copy=True)
     rows = membership.rows().double()
     counts = rows.sum(0)
     moments = torch.einsum("ij,ip,pj,j->", rows, (z @ z.T).square(), rows, 1 / counts.clamp_min(1e-300))
@@ -272,7 +272,7 @@ def _residual_by_autograd(
     return (0.5 * mu * (moments - 2 * cross + own)).to(features.dtype)
 
 
-def _as_shared(atoms: Float[Tensor, "d q"], codes: Float[Tensor, "c k"]) -> Float[Tensor, "q k"]:
+def as_shared(atoms: Float[Tensor, "d q"], codes: Float[Tensor, "c k"]) -> Float[Tensor, "q k"]:
     """Returns codes of either structure as (q, k)."""
     if not is_block(atoms, codes):
         return codes
