@@ -183,6 +183,34 @@ def test_state_dict_dtype_and_device_do_what_they_do_elsewhere():
     assert single.dictionary.latched.dtype == torch.bool
     assert float(single(z.float(), labels)) == pytest.approx(float(other(z, labels)), rel=1e-5)
     assert single(z, labels).dtype == torch.float64  # wider features are not narrowed
+    double = latched(z, labels, 3, 2)
+    for membership in (labels, random_rows(30, 3).float()):
+        assert double.train()(z.float(), membership).dtype == torch.float64  # nor is a wider dictionary
+        assert double.rates(z.bfloat16(), membership).residual.dtype == torch.float64
+
+
+def test_an_eval_loss_keeps_its_gradient_when_the_dictionary_moves_on():
+    z, labels = unit_rows(30, 8).requires_grad_(), random_labels(30, 3)
+    for structure in STRUCTURES:
+        loss = latched(z.detach(), labels, 3, 2, structure=structure).eval()
+        (expected,) = torch.autograd.grad(loss(z, labels), z)
+        value = loss(z, labels)
+        loss.latch(unit_rows(30, 8, seed=4), labels)
+        (plain,) = torch.autograd.grad(value, z, retain_graph=True)
+        (with_graph,) = torch.autograd.grad(value, z, create_graph=True)
+        torch.testing.assert_close(plain, expected)
+        torch.testing.assert_close(with_graph, expected)
+
+
+def test_two_forwards_before_one_backward():
+    labels = random_labels(30, 3)
+    for structure in STRUCTURES:
+        together, apart = (latched(unit_rows(30, 8), labels, 3, 2, structure=structure) for _ in range(2))
+        batches = [unit_rows(30, 8, seed=seed).requires_grad_() for seed in (1, 2)]
+        sum(together(z, labels) for z in batches).backward()
+        for z in batches:
+            (expected,) = torch.autograd.grad(apart(z, labels), z)
+            torch.testing.assert_close(z.grad, expected)
 
 
 def test_a_dictionary_written_by_hand_is_taken_as_it_stands():

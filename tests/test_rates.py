@@ -132,6 +132,9 @@ def test_a_class_of_hardly_any_weight_is_absent():
     assert 0 < float(rows[:, 2].sum()) < 1e-36
     for tiny in (rows, rows.double().index_fill(1, torch.tensor(2), 1e-170)):
         features = z.to(tiny.dtype, copy=True).requires_grad_()
+        soft = tiny.clone().requires_grad_()
+        vmcr2.VMCR2Loss(k, 6, atoms_per_class=2).to(tiny.dtype)(features, soft).backward()
+        assert soft.grad.isfinite().all()
         learned = tiny.clone().requires_grad_()
         rates = vmcr2.rate_reduction(features, learned)
         expected = vmcr2.rate_reduction(features, tiny[:, :2])

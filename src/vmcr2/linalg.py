@@ -30,7 +30,8 @@ class _Gram(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:
         (rows,) = ctx.saved_tensors
-        return (grad_outputs[0] + grad_outputs[0].mT) @ rows
+        with torch.autocast(rows.device.type, enabled=False):  # for a backward pass called under autocast
+            return (grad_outputs[0] + grad_outputs[0].mT) @ rows
 
 
 def gram(rows: Float[Tensor, "*b n d"]) -> Float[Tensor, "*b n n"]:

@@ -93,8 +93,9 @@ class VMCR2Loss(nn.Module):
     residual of the dictionary as it stands, and changes nothing.
 
     A class is latched the first time it is seen: call `latch` or `latch_from` before training so that all classes
-    start from all their samples, or let the first batches do it. In eval mode a dictionary that was never latched
-    raises `NotLatchedError`.
+    start from all their samples, or let the first batches do it (a class that comes much later replaces atoms that
+    shared codes of others may have begun to use). In eval mode a dictionary that was never latched raises
+    `NotLatchedError`.
 
     Args:
         num_classes: k ≥ 1. A batch may lack any of them.
@@ -157,7 +158,8 @@ class VMCR2Loss(nn.Module):
                 f"features must be on the loss's device {self.dictionary.atoms.device}, got {gathered.device}; "
                 "move the loss with .to(device)"
             )
-        return gathered.to(wide_dtype(gathered, self.dictionary.atoms)), checked
+        dtype = wide_dtype(gathered, self.dictionary.atoms)
+        return gathered.to(dtype), checked.to(dtype)
 
     def forward(
         self, features: Float[Tensor, "m d"], membership: Int[Tensor, " m"] | Shaped[Tensor, "m k"]
@@ -184,7 +186,8 @@ class VMCR2Loss(nn.Module):
                     self._latch(detached, still, only_new=True)
                 return self._step(widened, checked, detached, still)
             atoms, codes, present, _ = self._dictionary(checked, widened.dtype)
-            return residual(widened, present, atoms, codes, self.mu)
+            # Copies, since the buffers may move on before the backward pass.
+            return residual(widened, present, atoms.clone(), codes.clone(), self.mu)
 
     def _step(self, features: Tensor, membership: Membership, detached: Tensor, still: Membership) -> Tensor:
         """Moves the dictionary and returns the residual; what both need of the batch is found once."""

@@ -123,6 +123,12 @@ class Membership:
         assert self.soft is not None
         return values.T @ self.soft.to(values.dtype)
 
+    def to(self, dtype: torch.dtype) -> Membership:
+        """Returns the membership with its weights in a dtype."""
+        if self.counts.dtype == dtype:
+            return self
+        return Membership(self.labels, None if self.soft is None else self.soft.to(dtype), self.counts.to(dtype))
+
     def present(self) -> tuple[Membership, Int[Tensor, " p"]]:
         """Returns the membership among the classes that have a sample alone, and which classes these are."""
         if self.labels is not None:

@@ -145,8 +145,10 @@ class RunFolder:
         with (self.path / ".lock.part").open("w") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
+            except BlockingIOError as error:
                 raise InputError(f"{self.path} is in use by another process") from error
+            except OSError:
+                pass  # a file system without locks
             yield
 
     def save_checkpoint(self, state: dict[str, Any]) -> None:

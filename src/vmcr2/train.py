@@ -329,9 +329,9 @@ def _check_progress(recipe: Recipe, dataset: Dataset, history: list[dict[str, An
     m = min(recipe.batch_size, len(dataset.train_labels))
     balance = recipe.vmcr2.mu * m * recipe.eps_sq / recipe.feature_dim
     why = (
-        f"the features have collapsed: ΔR of the batch fell from {reductions[0]:.3g} to {reductions[-1]:.3g} and stayed, "
-        f"the residual is {history[-1]['residual']:.3g}. mu * batch_size * eps_sq / feature_dim is {balance:.2g}; above "
-        f"about 1 (vmcr2.mu {recipe.vmcr2.mu / balance:.2g}) the dictionary cannot lead the features"
+        f"the features have collapsed: ΔR of the batch fell from {reductions[0]:.3g} to {reductions[-1]:.3g} for good, "
+        f"the residual is {history[-1]['residual']:.3g}. mu * batch_size * eps_sq / feature_dim is {balance:.2g}; "
+        f"above about 1 (vmcr2.mu {recipe.vmcr2.mu / balance:.2g}) the dictionary cannot lead the features"
     )
     raise _diverged(recipe, history[-1]["epoch"], why)
 

@@ -151,22 +151,25 @@ class _Residual(torch.autograd.Function):
         whole = (membership.counts.double() * moments.norms_sq).sum()
         fit = _model_fit(features, membership, atoms, codes)
         value = whole - 2 * fit.cross + fit.own
-        # In float32 each term is known to about 1e-7; a residual far below them would be noise.
+        pull = moments.pull - fit.pull
+        # In float32 each term is known to about 1e-7; a residual far below them would be noise, and so its gradient.
         if features.dtype != torch.float64 and bool(value < _CANCELLED * (whole + fit.own)):
             wide = features.double()
             exact = _model_fit(wide, membership, atoms.double(), codes.double())
-            norms_sq = class_moments(wide, membership).norms_sq
-            value = (membership.counts.double() * norms_sq).sum() - 2 * exact.cross + exact.own
+            wide_moments = class_moments(wide, membership)
+            value = (membership.counts.double() * wide_moments.norms_sq).sum() - 2 * exact.cross + exact.own
+            pull = (wide_moments.pull - exact.pull).to(features.dtype)
         if ctx.needs_input_grad[0]:
-            ctx.save_for_backward(features, (moments.pull - fit.pull).mul_(2 * mu))
-            ctx.rest = membership, atoms, codes, mu
+            ctx.save_for_backward(features, pull.mul_(2 * mu), atoms, codes)
+            ctx.membership = Membership(membership.labels, membership.soft, membership.counts)
+            ctx.mu = mu
         return (0.5 * mu * value).clamp_min(0).to(features.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None, None, None]:
-        features, gradient = ctx.saved_tensors
+        features, gradient, atoms, codes = ctx.saved_tensors
         if torch.is_grad_enabled():  # a graph of the gradient is wanted, for second derivatives
-            value = _residual_by_autograd(features, *ctx.rest)
+            value = _residual_by_autograd(features, ctx.membership, atoms, codes, ctx.mu)
             (gradient,) = torch.autograd.grad(value, features, create_graph=True)
         return grad_outputs[0] * gradient, None, None, None, None, None
 
@@ -265,8 +268,10 @@ def _residual_by_autograd(
     z, gamma = features.double(), atoms.to(torch.float64, copy=True)
     a = as_shared(atoms, codes).to(torch.float64, copy=True)
     rows = membership.rows().double()
-    counts = rows.sum(0)
-    moments = torch.einsum("ij,ip,pj,j->", rows, (z @ z.T).square(), rows, 1 / counts.clamp_min(1e-300))
+    present = membership.counts > 0  # without the classes whose weight is below rounding
+    counts = torch.where(present, rows.sum(0), 0)
+    inverse = torch.where(present, 1 / torch.where(present, counts, 1), 0)
+    moments = torch.einsum("ij,ip,pj,j->", rows, (z @ z.T).square(), rows, inverse)
     cross = ((z @ gamma).square() * (rows @ a.T)).sum()
     own = (a * counts * ((gamma.T @ gamma).square() @ a)).sum()
     return (0.5 * mu * (moments - 2 * cross + own)).to(features.dtype)
