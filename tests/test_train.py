@@ -74,6 +74,19 @@ def test_training_learns(tmp_path):
     assert summary["train_reduction"] > 12
 
 
+@pytest.mark.parametrize("objective", recipes.OBJECTIVES)
+def test_half_precision_networks_train(tmp_path, objective):
+    """The network under bf16 autocast; the rates in float32, so they are finite and agree with their definition."""
+    small = DataSettings(train_size=120)
+    recipe = replace(RECIPES["digits"], objective=objective, epochs=2, data=small, device="cpu", precision="bf16-mixed")
+    run = train.start(recipe, tmp_path / "run")
+    summary = run.summary()
+    assert summary["precision"] == "bf16-mixed"
+    assert 0 < summary["train_compression"] < summary["train_expansion"]
+    state = torch.load(run.checkpoint_file, weights_only=True)
+    assert all(tensor.dtype != torch.bfloat16 for tensor in state["model"].values())
+
+
 def test_embeddings_train_too(tmp_path):
     generator = np.random.default_rng(0)
     centres = generator.normal(size=(3, 16))
