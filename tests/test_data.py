@@ -251,3 +251,70 @@ def test_plain_takes_the_middle():
         data.plain(images, Augmentation(crop=12, padding=1))
     embeddings = torch.ones(3, 5)
     assert data.plain(embeddings, Augmentation(crop=9)) is embeddings
+
+
+def write_tiny_imagenet(root, each=4):
+    """A made-up archive: 3 classes, one image in grayscale, as some of the original's are."""
+    folder = root / "tiny-imagenet-200"
+    wnids = ["n02", "n01", "n03"]
+    (folder / "val" / "images").mkdir(parents=True)
+    (folder / "wnids.txt").write_text("\n".join(wnids) + "\n")
+    (folder / "words.txt").write_text("n01\tash, ash tree\nn02\toak\nn09\tnever used\n")
+    lines = []
+    for j, wnid in enumerate(sorted(wnids)):
+        images = folder / "train" / wnid / "images"
+        images.mkdir(parents=True)
+        names = [f"{wnid}_{i}.JPEG" for i in range(each)]
+        for i, name in enumerate(names):
+            image = Image.new("RGB", (64, 64), (80 * j, 20 * i, 7))
+            (image.convert("L") if i == 0 else image).save(images / name, quality=95)
+        (images.parent / f"{wnid}_boxes.txt").write_text("".join(f"{name}\t0\t0\t63\t63\n" for name in names))
+        name = f"val_{2 - j}.JPEG"
+        Image.new("RGB", (64, 64), (80 * j, 0, 7)).save(folder / "val" / "images" / name)
+        lines.append(f"{name}\t{wnid}\t0\t0\t63\t63")
+    (folder / "val" / "val_annotations.txt").write_text("\n".join(lines))
+    return folder
+
+
+def test_tiny_imagenet_is_decoded_once_at_half_size(tmp_path):
+    folder = write_tiny_imagenet(tmp_path)
+    first = data.load(DataSettings(source="tiny-imagenet"), tmp_path)
+    assert first.train_inputs.shape == (12, 3, 32, 32)
+    assert first.train_inputs.dtype == torch.uint8
+    assert first.class_names == ("ash", "oak", "n03")
+    assert first.train_labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    assert first.test_labels.tolist() == [0, 1, 2]
+    red = first.test_inputs[:, 0].float().mean((1, 2))
+    assert torch.allclose(red, torch.tensor([0.0, 80.0, 160.0]), atol=3)  # each image under its own label
+    gray = first.train_inputs[4]
+    assert (gray[0] == gray[1]).all()
+    (folder / "wnids.txt").unlink()  # from now on the cache is read
+    again = data.load(DataSettings(source="tiny-imagenet"), tmp_path)
+    assert torch.equal(again.train_inputs, first.train_inputs)
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda folder: (folder / "train/n01/images/n01_2.JPEG").unlink(), "1 of 15 images are missing.*n01_2"),
+        (lambda folder: (folder / "val/val_annotations.txt").write_text("val_0.JPEG\tn77\t0\n"), "wnids.txt lacks"),
+        (lambda folder: (folder / "train/n03/n03_boxes.txt").unlink(), "n03_boxes.txt cannot be read"),
+        (lambda folder: (folder / "wnids.txt").write_text("\n"), "wnids.txt is empty"),
+        (
+            lambda folder: (folder / "val/images/val_1.JPEG").write_bytes(
+                (folder / "val/images/val_1.JPEG").read_bytes()[:300]
+            ),
+            "val_1.JPEG is no readable image",
+        ),
+    ],
+)
+def test_a_damaged_tiny_imagenet_is_named(tmp_path, damage, said):
+    damage(write_tiny_imagenet(tmp_path))
+    with pytest.raises(InputError, match=said):
+        data.load(DataSettings(source="tiny-imagenet"), tmp_path)
+    assert not (tmp_path / "tiny-imagenet-32.npz").exists()
+
+
+def test_no_tiny_imagenet_says_where_it_belongs(tmp_path):
+    with pytest.raises(InputError, match="no folder .*tiny-imagenet-200; unpack"):
+        data.load(DataSettings(source="tiny-imagenet"), tmp_path)

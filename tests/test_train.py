@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from vmcr2 import data, plot, recipes, train
+from vmcr2 import data, featurizers, plot, recipes, train
 from vmcr2.data import Augmentation, DataSettings
 from vmcr2.errors import InputError, NumericalError
 from vmcr2.recipes import RECIPES, Recipe, VMCR2Settings
@@ -105,10 +105,11 @@ def launch(*arguments):
 
 
 def test_kill_and_resume_equal_an_unbroken_run(tmp_path):
-    unbroken = train.start(SMALL, tmp_path / "unbroken")
+    recipe = replace(SMALL, lr_drops=(0.6,))
+    unbroken = train.start(recipe, tmp_path / "unbroken")
     broken = RunFolder(tmp_path / "broken")
     recipe_file = tmp_path / "recipe.json"
-    recipe_file.write_text(recipes.to_json(SMALL))
+    recipe_file.write_text(recipes.to_json(recipe))
     command = ["train", str(recipe_file), "--out", str(broken.path)]
     for lines in (2, 4):
         process = launch(*command)
@@ -379,3 +380,64 @@ def test_recipes_survive_json(tmp_path):
         recipes.find(str(tmp_path / "cut.json"))
     with pytest.raises(InputError, match="did you mean omniglot100"):
         recipes.find("omniglot10")
+
+
+def test_the_learning_rate_drops_when_it_should(tmp_path):
+    recipe = replace(SMALL, objective="ce", epochs=4, lr_drops=(0.5, 0.75))
+    assert [recipe.lr_at(epoch) for epoch in (1, 2, 3, 4)] == pytest.approx([0.1, 0.1, 0.01, 0.001])
+    run = train.start(recipe, tmp_path / "run")
+    (group,) = torch.load(run.checkpoint_file, weights_only=True)["optimizer"]["param_groups"]
+    assert group["lr"] == pytest.approx(0.001)
+    with pytest.raises(InputError, match="lr_drops must be shares of the epochs, between 0 and 1, got 100"):
+        replace(recipe, lr_drops=(100.0,))
+
+
+def test_channels_last_does_not_change_the_result(tmp_path):
+    recipe = replace(SMALL, epochs=1, network="conv4")  # without dropout, which draws in the order of memory
+    first = train.start(recipe, tmp_path / "first")
+    second = train.start(replace(recipe, channels_last=True), tmp_path / "second")
+    states = [torch.load(run.checkpoint_file, weights_only=True)["model"] for run in (first, second)]
+    assert states[1]["3.weight"].is_contiguous(memory_format=torch.channels_last)
+    for name, tensor in states[0].items():
+        assert torch.allclose(tensor, states[1][name], atol=1e-4), name
+
+
+def test_a_checkpoint_travels_in_parts(tmp_path):
+    unbroken = train.start(SMALL, tmp_path / "unbroken")
+    run = train.start(replace(SMALL, epochs=3), tmp_path / "run")
+    parts = run.split_checkpoint(10_000)
+    assert len(parts) > 3
+    assert max(part.stat().st_size for part in parts) == 10_000
+    run.checkpoint_file.unlink()
+    whole = parts[1].read_bytes()
+    parts[1].write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(InputError, match="checkpoint.parts is damaged or not complete .*checksum.*copy it again"):
+        train.resume(run, SMALL)
+    parts[1].unlink()
+    with pytest.raises(InputError, match="checkpoint.parts is damaged or not complete"):
+        train.resume(run, SMALL)
+    assert not run.checkpoint_file.exists()
+    parts[1].write_bytes(whole)
+    train.resume(run, SMALL)
+    assert without_times(run.metrics()) == without_times(unbroken.metrics())
+    with pytest.raises(InputError, match="no checkpoint.pt to split"):
+        RunFolder.create(tmp_path / "new", SMALL).split_checkpoint(1000)
+
+
+def test_mu_and_atoms_follow_from_batch_and_dimension(tmp_path):
+    recipe = replace(SMALL, epochs=1, vmcr2=VMCR2Settings(lr=1e-2, balance=0.1))
+    summary = train.start(recipe, tmp_path / "run").summary()
+    assert summary["mu"] == pytest.approx(0.1 * 32 / (100 * 0.5))  # 300 samples make batches of 100
+    assert summary["atoms_per_class"] == 3  # 32 // 10
+    uneven = replace(recipe, batch_size=200)  # 300 samples make batches of 150
+    assert train.start(uneven, tmp_path / "uneven").summary()["mu"] == pytest.approx(0.1 * 32 / (150 * 0.5))
+
+
+def test_preact_resnet18_has_the_parameters_it_should():
+    model = featurizers.build("preact_resnet18", (3, 32, 32), 500)
+    body = sum(parameter.numel() for layer in list(model)[:-5] for parameter in layer.parameters())
+    # The well-known CIFAR variant has 11,171,146 with a linear layer of 5,130 and no last BatchNorm.
+    assert body == 11_171_146 - 5_130 + 2 * 512
+    features = model(torch.rand(4, 3, 32, 32))
+    assert features.shape == (4, 500)
+    assert torch.allclose(features.norm(dim=1), torch.ones(4))

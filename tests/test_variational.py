@@ -8,6 +8,7 @@ from conftest import random_labels, random_rows, unit_rows
 from hypothesis import given
 from hypothesis import strategies as st
 
+import vmcr2
 from vmcr2.dictionary import proximal_step
 from vmcr2.membership import as_membership
 from vmcr2.variational import (
@@ -208,3 +209,44 @@ def test_small_residuals_keep_their_precision(distance):
         model = narrow[0].double() * narrow[1][:, j].double() @ narrow[0].double().T
         exact += 50 / 2 * float((own.T @ own / 50 - model).square().sum())
     assert float(residual(z, checked, *narrow, 1.0)) == pytest.approx(exact, rel=1e-5)
+
+
+def test_the_bound_of_proposition_3_1_against_its_formula():
+    u = np.random.default_rng(0).normal(size=(4, 5, 3))
+    expected = [sum(np.log(1 + 0.7 * np.linalg.norm(each[:, i]) ** 2) for i in range(3)) for each in u]
+    assert vmcr2.variational_logdet(torch.from_numpy(u), scale=0.7).numpy() == pytest.approx(np.array(expected))
+
+
+@given(st.integers(1, 6), st.integers(1, 9), st.floats(1e-3, 1e3), st.integers(0, 10_000))
+def test_proposition_3_1_bounds_the_log_determinant_and_is_met_at_the_svd(d, r, scale, seed):
+    u = torch.randn(d, r, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    exact = torch.logdet(torch.eye(d, dtype=torch.float64) + scale * u @ u.T)
+    assert vmcr2.variational_logdet(u, scale=scale) >= exact - 1e-9
+    left, values, _ = torch.linalg.svd(u, full_matrices=False)
+    assert vmcr2.variational_logdet(left * values, scale=scale) == pytest.approx(float(exact), rel=1e-9, abs=1e-9)
+    # Any other factor of the same matrix lies between: turning its columns cannot pass below the log-determinant.
+    turned = left * values @ torch.linalg.qr(torch.randn(len(values), len(values), dtype=torch.float64))[0]
+    assert vmcr2.variational_logdet(turned, scale=scale) >= exact - 1e-9
+
+
+def test_the_bound_of_proposition_3_1_is_differentiable_and_says_what_is_wrong():
+    u = torch.randn(2, 4, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda factor: vmcr2.variational_logdet(factor, scale=2.0), u)
+    for message, factor, scale in (
+        ("factor must be a torch.Tensor", [[1.0]], 1.0),
+        ("factor must be floating point of shape", torch.ones(3), 1.0),
+        ("factor must be floating point of shape", torch.ones(3, 3, dtype=torch.long), 1.0),
+        ("factor must be finite", torch.full((2, 2), torch.nan), 1.0),
+        ("scale must be a finite number > 0", torch.ones(2, 2), 0.0),
+    ):
+        with pytest.raises(vmcr2.InputError, match=message):
+            vmcr2.variational_logdet(factor, scale=scale)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert vmcr2.variational_logdet(torch.ones(2, 2, dtype=torch.bfloat16)).dtype == torch.float32
+
+
+def test_balanced_mu_weighs_the_residual_as_it_says():
+    assert vmcr2.balanced_mu(128, 500, eps_sq=0.5, balance=2.0) * 500 * 0.5 / 128 == pytest.approx(2.0)
+    for wrong in ({"feature_dim": 0}, {"batch_size": 2.5}, {"eps_sq": -1.0}, {"balance": 0.0}):
+        with pytest.raises(vmcr2.InputError, match=next(iter(wrong))):
+            vmcr2.balanced_mu(**({"feature_dim": 8, "batch_size": 4} | wrong))

@@ -10,9 +10,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from vmcr2.errors import InputError, NotLatchedError, NumericalError
-from vmcr2.losses import MCR2Loss, VMCR2Loss
+from vmcr2.losses import MCR2Loss, VMCR2Loss, balanced_mu
 from vmcr2.rates import RateReduction, coding_rate, rate_reduction
-from vmcr2.variational import VariationalRates
+from vmcr2.variational import VariationalRates, variational_logdet
 
 if TYPE_CHECKING:
     from vmcr2.sklearn import NearestSubspaceClassifier
@@ -28,8 +28,10 @@ __all__ = [
     "RateReduction",
     "VMCR2Loss",
     "VariationalRates",
+    "balanced_mu",
     "coding_rate",
     "rate_reduction",
+    "variational_logdet",
 ]
 
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vmcr2 import featurizers
+from vmcr2.data import Augmentation, augmented
 from vmcr2.featurizers import CrossEntropyHead
 from vmcr2.losses import MCR2Loss, VMCR2Loss
 
@@ -87,21 +89,33 @@ def timed(call: Callable[[], object], repeats: int, device: torch.device) -> Tim
 
 @dataclass(frozen=True)
 class EpochCost:
-    """What an epoch costs, the objective measured apart from the network.
+    """What an epoch costs, the objective measured apart from the network and from augmentation.
 
     Attributes:
+        augmentation: of one batch of images that lie on the device.
         network: one step of the network, forward, backward and update, without an objective.
         objectives: one step of each objective, forward and backward, on given features.
         steps: steps in an epoch.
     """
 
+    augmentation: Timing
     network: Timing
     objectives: dict[str, Timing]
     steps: int
 
+    @classmethod
+    def from_record(cls, record: dict[str, Any]) -> EpochCost:
+        """Returns what `dataclasses.asdict` gave, read back from JSON."""
+        objectives = {name: Timing(**timing) for name, timing in record["objectives"].items()}
+        return cls(Timing(**record["augmentation"]), Timing(**record["network"]), objectives, record["steps"])
+
+    def step(self, objective: str) -> float:
+        """Returns seconds of one step with an objective."""
+        return self.augmentation.median + self.network.median + self.objectives[objective].median
+
     def epoch(self, objective: str) -> float:
         """Returns seconds per epoch with an objective."""
-        return self.steps * (self.network.median + self.objectives[objective].median)
+        return self.steps * self.step(objective)
 
     def beyond_ce(self, objective: str) -> float:
         """Returns how much longer an epoch is than with cross-entropy, as a share."""
@@ -144,6 +158,37 @@ def epoch_cost(workload: Workload, device: torch.device, repeats: int) -> EpochC
     def objective_step(criterion: nn.Module) -> Callable[[], Tensor]:
         return lambda: torch.autograd.grad(criterion(features, labels), features)[0]
 
+    stored = (255 * images).to(torch.uint8)
+    generator = torch.Generator(device).manual_seed(0)
+    crops = Augmentation(crop=workload.shape[1], padding=4, flip=True)
+    augmentation = timed(lambda: augmented(stored, crops, generator), repeats, device)
     network = timed(network_step, max(1, repeats // 3), device)
     costs = {name: timed(objective_step(criterion), repeats, device) for name, criterion in criteria.items()}
-    return EpochCost(network, costs, -(-workload.samples // m))
+    return EpochCost(augmentation, network, costs, -(-workload.samples // m))
+
+
+COLUMNS = ("row", "s/epoch", "paper's A100 s/epoch", "beyond CE", "ms/step", "augmentation", "network", "objective")
+
+
+def rows(costs: Mapping[str, EpochCost]) -> list[list[str]]:
+    """Returns the table's lines: seconds per epoch, and of a step each part's median, quartile distance and share."""
+    lines = []
+    for name, cost in costs.items():
+        paper = {"mcr2": WORKLOADS[name].paper_mcr2, "vmcr2": WORKLOADS[name].paper_vmcr2}
+        for objective, timing in cost.objectives.items():
+            step = cost.step(objective)
+            parts = [
+                f"{1e3 * part.median:.3g} ± {1e3 * part.spread:.1g} ({part.median / step:.1%})"
+                for part in (cost.augmentation, cost.network, timing)
+            ]
+            lines.append(
+                [
+                    f"{name}, {objective}",
+                    f"{cost.epoch(objective):.3g}",
+                    str(paper.get(objective, "–")),
+                    f"{100 * cost.beyond_ce(objective):+.1f} %",
+                    f"{1e3 * step:.3g}",
+                    *parts,
+                ]
+            )
+    return lines

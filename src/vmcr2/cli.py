@@ -23,7 +23,9 @@ vmcr2: maximal coding rate reduction by variational forms
   vmcr2 compare RECIPE [flags]     V-MCR², MCR² and cross-entropy side by side
   vmcr2 evaluate RUN               measure a trained run again, with more detail
   vmcr2 plot RUN                   draw a run's, or a comparison's, figures again
+  vmcr2 reproduce TABLE [flags]    the paper's table1, table2, table3, figure1 or figure2, beside its numbers
   vmcr2 bench                      time the objectives, as the paper's Table 1
+  vmcr2 split RUN                  write a run's checkpoint in small parts, to carry it to another machine
   vmcr2 recipes [RECIPE]           list the recipes, or show one
 
 RECIPE is a name from the list or a recipe.json. Every field is a flag: vmcr2 train RECIPE --help shows them."""
@@ -217,28 +219,90 @@ def _bench(arguments: list[str], console: Console) -> None:
     options = tyro.cli(_BenchOptions, args=arguments, prog="vmcr2 bench")
     check_count("repeats", options.repeats)
     device = torch.device(chosen_device(options.device))
-    columns = ["row", "steps", "network s/step", "objective ms/step", "s/epoch", "beyond CE", "paper's A100 s/epoch"]
-    rows, record = [], {}
-    for name in options.rows:
-        cost = bench.epoch_cost(bench.WORKLOADS[name], device, options.repeats)
-        record[name] = asdict(cost)
-        paper = {"mcr2": bench.WORKLOADS[name].paper_mcr2, "vmcr2": bench.WORKLOADS[name].paper_vmcr2}
-        for objective, timing in cost.objectives.items():
-            rows.append(
-                [
-                    f"{name}, {objective}",
-                    str(cost.steps),
-                    f"{cost.network.median:.3g} ± {cost.network.spread:.1g}",
-                    f"{1e3 * timing.median:.3g} ± {1e3 * timing.spread:.1g}",
-                    f"{cost.epoch(objective):.3g}",
-                    f"{100 * cost.beyond_ce(objective):+.1f} %",
-                    str(paper.get(objective, "–")),
-                ]
-            )
+    costs: dict[str, bench.EpochCost] = {
+        name: bench.epoch_cost(bench.WORKLOADS[name], device, options.repeats) for name in options.rows
+    }
     where = describe_device(device)
-    console.print(table(f"Random images, median ± quartile distance; {where}", columns, rows))
+    title = f"Random images of the right size; ms a step, median ± quartile distance; {where}"
+    console.print(table(title, bench.COLUMNS, bench.rows(costs)))
     if options.out is not None:
-        write_atomically(options.out, (json.dumps({"where": where, "rows": record}, indent=2) + "\n").encode())
+        record = {"where": where, "rows": {name: asdict(cost) for name, cost in costs.items()}}
+        write_atomically(options.out, (json.dumps(record, indent=2) + "\n").encode())
+
+
+@dataclass(frozen=True)
+class _SplitOptions:
+    """What split takes.
+
+    Attributes:
+        run: the run folder.
+        megabytes: of the largest part.
+    """
+
+    run: Path
+    megabytes: int = 16
+
+
+def _split(arguments: list[str], console: Console) -> None:
+    import tyro
+
+    from vmcr2.membership import check_count
+    from vmcr2.run import RunFolder
+
+    options = tyro.cli(_SplitOptions, args=arguments, prog="vmcr2 split", config=(tyro.conf.PositionalRequiredArgs,))
+    check_count("megabytes", options.megabytes)
+    run = RunFolder.open(options.run)
+    with run.held():
+        parts = run.split_checkpoint(options.megabytes * 1_000_000)
+    console.print(
+        f"{len(parts)} parts in {run.parts_folder}; leave checkpoint.pt behind, carry the rest of {run.path}, "
+        "and go on with --resume",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+@dataclass(frozen=True)
+class _ReproduceOptions:
+    """What reproduce takes. Whatever was run before is gone on with, or shown as it is.
+
+    Attributes:
+        rows: which rows of the table, or data sets of the figure; all by default.
+        objectives: which to run; all of the table's by default.
+        seeds: which to run each with.
+        epochs: instead of the paper's 2000; more of them later go on with the runs.
+        train_size: train on the first so many samples only. The title says so.
+        evaluate_every: epochs between measurements, the points of figure1; by default the recipe's.
+        ours: our own recipes instead of the paper's settings.
+        out: where the runs, tables and figures lie.
+        data_root: folder of named data sets; also $VMCR2_DATA_ROOT. By default ./data.
+    """
+
+    rows: tuple[str, ...] = ()
+    objectives: tuple[Objective, ...] = ()
+    seeds: tuple[int, ...] = (0,)
+    epochs: int | None = None
+    train_size: int | None = None
+    evaluate_every: int | None = None
+    ours: bool = False
+    out: Path = Path("runs/paper")
+    data_root: Path | None = None
+
+
+def _reproduce(arguments: list[str], console: Console) -> None:
+    import tyro
+
+    from vmcr2 import reproduce
+
+    name, flags = _recipe_name(arguments)
+    asked_for_help = {"-h", "--help"} & set(flags)
+    if name not in reproduce.TARGETS and not (name is None and asked_for_help):
+        raise InputError(f"reproduce takes one of {', '.join(reproduce.TARGETS)}, got {name!r}")
+    options = tyro.cli(_ReproduceOptions, args=flags, prog=f"vmcr2 reproduce {name or 'TABLE'}")
+    assert name is not None
+    request = reproduce.Request(**{field.name: getattr(options, field.name) for field in dataclasses.fields(options)})
+    for path in reproduce.TARGETS[name](request, console):
+        console.print(str(path), highlight=False, soft_wrap=True)
 
 
 def _recipes(arguments: list[str], console: Console) -> None:
@@ -264,7 +328,9 @@ _COMMANDS: dict[str, Callable[[list[str], Console], None]] = {
     "compare": _compare,
     "evaluate": _evaluate,
     "plot": _plot,
+    "reproduce": _reproduce,
     "bench": _bench,
+    "split": _split,
     "recipes": _recipes,
 }
 

@@ -3,6 +3,7 @@
 digits                                       ships with scikit-learn
 mnist, fashion-mnist, cifar10, cifar100      torchvision's layout under the data root, downloaded if missing
 omniglot                                     <data root>/omniglot.npz, or built from torchvision's archive
+tiny-imagenet                                <data root>/tiny-imagenet-200, as its archive unpacks; cached at 32×32
 a folder                                     train/<class>/*.png and test/<class>/*.png
 a .npz file                                  x_train, y_train, x_test, y_test: images or ready embeddings
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -35,8 +37,8 @@ class DataSettings:
     """Which data, and how much of it.
 
     Attributes:
-        source: a name (digits, mnist, fashion-mnist, cifar10, cifar100, omniglot) or the path of a .npz file or of a
-            folder of images by class.
+        source: a name (digits, mnist, fashion-mnist, cifar10, cifar100, omniglot, tiny-imagenet) or the path of a
+            .npz file or of a folder of images by class.
         classes: keep the first so many classes only.
         train_size: keep the first so many training samples only.
         image_size: scale a folder's images to so many pixels a side; needed where they differ in size.
@@ -249,6 +251,75 @@ def _pack_omniglot(folder: Path) -> dict[str, np.ndarray]:
     return {name: np.asarray(values) for name, values in arrays.items()} | {"class_names": np.asarray(names)}
 
 
+_TINY_SIDE = 32  # Transformations 2 of the paper scale the 64×64 images to this
+
+
+def _tiny_imagenet(root: Path) -> Dataset:
+    """Reads the folder of the original archive, where a label is a WordNet id: once, then from the cache beside it."""
+    folder, cached = root / "tiny-imagenet-200", root / f"tiny-imagenet-{_TINY_SIDE}.npz"
+    if cached.is_file():
+        return _npz(cached)
+    if not folder.is_dir():
+        raise InputError(
+            f"tiny-imagenet: there is no folder {folder}; unpack tiny-imagenet-200.zip of the Stanford course CS231n "
+            f"under the data root, or name another one with --data-root or {DATA_ROOT_VARIABLE}"
+        )
+    wnids = sorted(_tiny_lines(folder / "wnids.txt"))
+    words = dict(line.split("\t", 1) for line in _tiny_lines(folder / "words.txt") if "\t" in line)
+    places = {wnid: j for j, wnid in enumerate(wnids)}
+    train, test = [], []
+    for wnid in wnids:
+        listed = _tiny_lines(folder / "train" / wnid / f"{wnid}_boxes.txt")
+        train += [(folder / "train" / wnid / "images" / line.split("\t")[0], places[wnid]) for line in listed]
+    for line in _tiny_lines(folder / "val" / "val_annotations.txt"):
+        name, wnid, *_ = [*line.split("\t"), "", ""]
+        if wnid not in places:
+            raise InputError(f"tiny-imagenet: val_annotations.txt names a class that wnids.txt lacks: {line!r}")
+        test.append((folder / "val" / "images" / name, places[wnid]))
+    missing = [file for file, _ in train + test if not file.is_file()]
+    if missing:
+        raise InputError(
+            f"tiny-imagenet: {len(missing)} of {len(train) + len(test)} images are missing under {folder}, "
+            f"the first is {missing[0]}; unpack the archive again"
+        )
+    images = _decode_all([file for file, _ in train + test], _TINY_SIDE, "tiny-imagenet, once")
+    arrays = {
+        "x_train": images[: len(train)],
+        "y_train": np.asarray([label for _, label in train]),
+        "x_test": images[len(train) :],
+        "y_test": np.asarray([label for _, label in test]),
+        "class_names": np.asarray([words.get(wnid, wnid).split(",")[0] for wnid in wnids]),
+    }
+    part = cached.with_suffix(".part.npz")
+    np.savez(part, allow_pickle=False, **arrays)
+    part.replace(cached)
+    return _npz(cached)
+
+
+def _tiny_lines(file: Path) -> list[str]:
+    try:
+        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, ValueError) as error:
+        raise InputError(f"tiny-imagenet: {file} cannot be read ({error}); unpack the archive again") from error
+    if not lines:
+        raise InputError(f"tiny-imagenet: {file} is empty; unpack the archive again")
+    return lines
+
+
+def _decode_all(files: list[Path], side: int, title: str) -> np.ndarray:
+    """Returns images (n, side, side, 3), decoded on all cores behind a progress bar."""
+    from rich.console import Console
+    from rich.progress import track
+
+    images = np.empty((len(files), side, side, 3), dtype=np.uint8)
+    # Pillow gives the interpreter lock back while it decodes.
+    with ThreadPoolExecutor() as pool:
+        decoded = pool.map(lambda file: _decode(file, side), files)
+        for i, image in enumerate(track(decoded, title, len(files), console=Console(stderr=True))):
+            images[i] = image
+    return images
+
+
 def _npz(path: Path) -> Dataset:
     if not path.is_file():
         raise InputError(f"data.source: there is no file {path}")
@@ -364,6 +435,7 @@ _NAMED: dict[str, Callable[[Path], Dataset]] = {
     "cifar10": _torchvision_source("cifar10"),
     "cifar100": _torchvision_source("cifar100"),
     "omniglot": _omniglot,
+    "tiny-imagenet": _tiny_imagenet,
 }
 
 

@@ -86,6 +86,39 @@ def _resnet18(input_shape: tuple[int, ...], feature_dim: int) -> nn.Module:
     return network
 
 
+class PreActBlock(nn.Module):
+    """A residual block with BatchNorm and ReLU before each convolution (He et al., 2016, Fig. 4e)."""
+
+    def __init__(self, before: int, after: int, stride: int) -> None:
+        super().__init__()
+        self.norm1 = nn.BatchNorm2d(before)
+        self.conv1 = nn.Conv2d(before, after, 3, stride=stride, padding=1, bias=False)
+        self.norm2 = nn.BatchNorm2d(after)
+        self.conv2 = nn.Conv2d(after, after, 3, padding=1, bias=False)
+        alike = stride == 1 and before == after
+        self.shortcut = None if alike else nn.Conv2d(before, after, 1, stride=stride, bias=False)
+
+    def forward(self, images: Float[Tensor, "m c h w"]) -> Float[Tensor, "m e i j"]:
+        """Returns the block's output; the shortcut, where shapes change, starts after the first activation."""
+        active = functional.relu(self.norm1(images))
+        kept = images if self.shortcut is None else self.shortcut(active)
+        return self.conv2(functional.relu(self.norm2(self.conv1(active)))) + kept
+
+
+def _preact_resnet18(input_shape: tuple[int, ...], feature_dim: int) -> nn.Module:
+    """PreAct ResNet-18 with a 3×3 stem, for 32×32 images (Section 7.4), and the reshaping head.
+
+    A last BatchNorm and ReLU precede the pooling, as in He et al.; some later versions leave them out.
+    """
+    layers: list[nn.Module] = [nn.Conv2d(_channels(input_shape), 64, 3, padding=1, bias=False)]
+    before = 64
+    for after, stride in ((64, 1), (128, 2), (256, 2), (512, 2)):
+        layers += [PreActBlock(before, after, stride), PreActBlock(after, after, 1)]
+        before = after
+    layers += [nn.BatchNorm2d(512), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    return nn.Sequential(*layers, *reshaping_head(512, feature_dim))
+
+
 def _channels(input_shape: tuple[int, ...]) -> int:
     if len(input_shape) != 3:
         raise InputError(f"this network takes images (c, h, w), got inputs of shape {input_shape}; use network = mlp")
@@ -97,6 +130,7 @@ NETWORKS: dict[str, Callable[[tuple[int, ...], int], nn.Module]] = {
     "conv4": _conv4,
     "cnn": _cnn,
     "resnet18": _resnet18,
+    "preact_resnet18": _preact_resnet18,
 }
 
 

@@ -85,6 +85,29 @@ class MCR2Loss(nn.Module):
         return f"num_classes={self.num_classes}, eps_sq={self.eps_sq}"
 
 
+def balanced_mu(feature_dim: int, batch_size: int, *, eps_sq: float = 0.5, balance: float = 0.05) -> float:
+    """Returns the µ at which the residual weighs ρ = µ m ε² / d against the rates in the dictionary's step.
+
+    What a good µ is depends on batch size and dimension, what a good ρ is hardly: 0.05 served every data set tried
+    (docs/choosing.md). From about 1 the dictionary no longer leads the features, and they may collapse; the paper's
+    µ = 1 has ρ from 2 to 4.
+
+    Args:
+        feature_dim: d ≥ 1.
+        batch_size: m ≥ 1, that of all ranks together.
+        eps_sq: ε² > 0.
+        balance: ρ > 0.
+
+    Raises:
+        InputError: a wrong argument (a ValueError).
+    """
+    check_count("feature_dim", feature_dim)
+    check_count("batch_size", batch_size)
+    check_number("eps_sq", eps_sq)
+    check_number("balance", balance)
+    return balance * feature_dim / (batch_size * eps_sq)
+
+
 class VMCR2Loss(nn.Module):
     """The variational objective of eq. (7): a dictionary that follows the features, and features that follow it.
 
@@ -101,7 +124,7 @@ class VMCR2Loss(nn.Module):
         num_classes: k ≥ 1. A batch may lack any of them.
         feature_dim: d ≥ 1.
         atoms_per_class: s = q/k, from 1 to d.
-        mu: the penalty weight µ > 0. Smaller is slower and stabler.
+        mu: the penalty weight µ > 0; 1 is the paper's. See `balanced_mu` for one that suits batch size and dimension.
         eps_sq: the squared precision ε² > 0.
         step_atoms: ν_Γ > 0, in units of the inverse Lipschitz bound.
         step_codes: ν_A > 0, likewise.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from vmcr2.recipes import Objective
 from vmcr2.run import RunFolder
 
 OBJECTIVE_NAMES = {"vmcr2": "V-MCR²", "mcr2": "MCR²", "ce": "cross-entropy"}
@@ -174,6 +175,71 @@ def draw_comparison(runs: Sequence[RunFolder], folder: Path) -> list[Path]:
         figure.colorbar(panels[0].images[0], ax=list(panels), shrink=0.6)
         drawn.append(_save(figure, folder / "similarity.png"))
     return drawn
+
+
+def draw_convergence(runs: Mapping[tuple[str, Objective], RunFolder], path: Path, title: str) -> Path:
+    """Draws ΔR over epochs, a panel a data set and a line an objective, R and R_c beside it (the paper's Figure 1).
+
+    Args:
+        runs: complete runs by (row, objective).
+        path: where to save.
+        title: of the figure.
+    """
+    names = list(dict.fromkeys(row for row, _ in runs))
+    columns = min(3, len(names))
+    lines = -(-len(names) // columns)
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(max(5.0, 3.1 * columns), 2.6 * lines + 0.5))
+        panels = figure.subplots(lines, columns, squeeze=False).flatten()
+        for axes, name in zip(panels, names, strict=False):
+            for (row, objective), run in runs.items():
+                if row != name:
+                    continue
+                measured = [line for line in run.metrics() if "train_reduction" in line]
+                epochs, colour = [line["epoch"] for line in measured], _COLOURS[objective]
+                marker = "o" if len(epochs) < 2 else None
+                reduction = [line["train_reduction"] for line in measured]
+                axes.plot(epochs, reduction, color=colour, label=f"ΔR, {OBJECTIVE_NAMES[objective]}", marker=marker)
+                for key, style in (("train_expansion", "--"), ("train_compression", ":")):
+                    axes.plot(epochs, [line[key] for line in measured], style, color=colour, linewidth=0.8)
+            axes.set_title(name, loc="left")
+            axes.set(xlabel="epoch")
+            axes.set_ylim(bottom=0)
+        for axes in panels[len(names) :]:
+            axes.set_visible(False)
+        panels[0].set_ylabel("nats")
+        panels[0].plot([], [], "--", color="black", linewidth=0.8, label="R")
+        panels[0].plot([], [], ":", color="black", linewidth=0.8, label="$R_c$")
+        panels[0].legend(loc="best", fontsize=7)
+        figure.suptitle(title, x=0.01, ha="left")
+        return _save(figure, path)
+
+
+def draw_similarities(runs: Mapping[tuple[str, Objective], RunFolder], path: Path, title: str) -> Path:
+    """Draws |z_i · z_i'| of training samples by class, data sets across and objectives down (the paper's Figure 2)."""
+    names = list(dict.fromkeys(row for row, _ in runs))
+    objectives = list(dict.fromkeys(objective for _, objective in runs))
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(2.6 * len(names) + 0.9, 2.5 * len(objectives) + 0.4))
+        panels = figure.subplots(len(objectives), len(names), squeeze=False)
+        for i, objective in enumerate(objectives):
+            for j, name in enumerate(names):
+                axes = panels[i][j]
+                if (name, objective) not in runs:
+                    axes.set_visible(False)
+                    continue
+                arrays = runs[name, objective].features()
+                draw_similarity(axes, arrays["features"], arrays["labels"], arrays["class_names"])
+                axes.set_xticklabels([])
+                axes.set_yticklabels([])
+                if i == 0:
+                    axes.set_title(name)
+                if j == 0:
+                    axes.set_ylabel(OBJECTIVE_NAMES[objective])
+        shown = next(axes for line in panels for axes in line if axes.images)
+        figure.colorbar(shown.images[0], ax=list(panels.flatten()), shrink=0.7)
+        figure.suptitle(title, x=0.01, ha="left")
+        return _save(figure, path)
 
 
 def _draw_seeds(axes: Axes, seeds: list[list[dict[str, Any]]], key: str, objective: str) -> None:

@@ -3,6 +3,7 @@
 recipe.json      the resolved recipe
 metrics.jsonl    one line an epoch
 checkpoint.pt    the latest state, tensors and primitives only; checkpoint.previous.pt the one before
+checkpoint.parts the same in small files, where asked for; read where checkpoint.pt is missing
 features.npz     features for the figures
 summary.json     the final numbers; there once the run is complete
 figures/*.png
@@ -10,6 +11,7 @@ figures/*.png
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -45,6 +47,10 @@ def is_free(path: Path) -> bool:
     return path.is_dir() and all(file.name.startswith(".") and ".part" in file.name for file in path.iterdir())
 
 
+def _digest(content: bytes) -> str:
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
+
+
 @dataclass(frozen=True)
 class RunFolder:
     """A run folder and the files in it."""
@@ -70,6 +76,11 @@ class RunFolder:
     def previous_checkpoint_file(self) -> Path:
         """checkpoint.previous.pt."""
         return self.path / "checkpoint.previous.pt"
+
+    @property
+    def parts_folder(self) -> Path:
+        """checkpoint.parts."""
+        return self.path / "checkpoint.parts"
 
     @property
     def features_file(self) -> Path:
@@ -175,6 +186,9 @@ class RunFolder:
             InputError: checkpoint.pt is damaged; it and the previous one are left as they are (a ValueError).
         """
         if not self.checkpoint_file.exists():
+            if (self.parts_folder / "parts.json").exists():
+                write_atomically(self.checkpoint_file, self._joined())
+                return self.load_checkpoint(device)
             if self.previous_checkpoint_file.exists():
                 raise InputError(
                     f"{self.checkpoint_file} is missing; to go on from the one before it, copy "
@@ -197,6 +211,40 @@ class RunFolder:
                 else "there is no checkpoint before it; start the run anew"
             )
             raise InputError(f"{self.checkpoint_file} is damaged ({error}); {cure}") from error
+
+    def split_checkpoint(self, part_bytes: int) -> list[Path]:
+        """Writes checkpoint.parts, to carry a run where large files cannot go, and returns the parts.
+
+        A run folder that has the parts but no checkpoint.pt goes on from them.
+
+        Args:
+            part_bytes: at most so many in a part.
+
+        Raises:
+            InputError: the run has no checkpoint yet (a ValueError).
+        """
+        if not self.checkpoint_file.exists():
+            raise InputError(f"{self.path} has no checkpoint.pt to split yet")
+        content = self.checkpoint_file.read_bytes()
+        shutil.rmtree(self.parts_folder, ignore_errors=True)
+        self.parts_folder.mkdir()
+        paths = []
+        for i, start in enumerate(range(0, len(content), part_bytes)):
+            paths.append(self.parts_folder / f"{i:04d}")
+            write_atomically(paths[-1], content[start : start + part_bytes])
+        listed = {"names": [path.name for path in paths], "blake2b": _digest(content)}
+        write_atomically(self.parts_folder / "parts.json", json.dumps(listed).encode())
+        return paths
+
+    def _joined(self) -> bytes:
+        try:
+            listed = json.loads((self.parts_folder / "parts.json").read_text(encoding="utf-8"))
+            content = b"".join((self.parts_folder / name).read_bytes() for name in listed["names"])
+            if _digest(content) != listed["blake2b"]:
+                raise ValueError("their checksum is wrong")
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{self.parts_folder} is damaged or not complete ({error}); copy it again") from error
+        return content
 
     def metrics(self) -> list[dict[str, Any]]:
         """Returns the lines of metrics.jsonl; a last line that was cut off by a kill is left out."""

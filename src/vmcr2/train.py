@@ -19,7 +19,7 @@ from vmcr2.data import Dataset
 from vmcr2.errors import InputError, NumericalError
 from vmcr2.evaluate import Measures, extract, for_figures, measure
 from vmcr2.featurizers import CrossEntropyHead
-from vmcr2.losses import MCR2Loss, VMCR2Loss
+from vmcr2.losses import MCR2Loss, VMCR2Loss, balanced_mu
 from vmcr2.rates import rate_reduction
 from vmcr2.recipes import Recipe
 from vmcr2.report import EpochProgress, device_name
@@ -175,7 +175,11 @@ def batches(dataset: Dataset, recipe: Recipe, generator: torch.Generator) -> Ite
     """Yields the indices of one epoch's batches, as equal as can be and of two samples at least, as BatchNorm needs."""
     m = len(dataset.train_labels)
     order = torch.randperm(m, generator=generator, device=generator.device)
-    yield from order.tensor_split(min(-(-m // recipe.batch_size), m // 2))
+    yield from order.tensor_split(_num_batches(m, recipe.batch_size))
+
+
+def _num_batches(m: int, batch_size: int) -> int:
+    return min(-(-m // batch_size), m // 2)
 
 
 def build_model(recipe: Recipe, dataset: Dataset) -> tuple[nn.Module, Criterion]:
@@ -191,11 +195,13 @@ def build_model(recipe: Recipe, dataset: Dataset) -> tuple[nn.Module, Criterion]
             return model, MCR2Loss(k, eps_sq=recipe.eps_sq)
         case "vmcr2":
             chosen = recipe.vmcr2
+            m = len(dataset.train_labels)
+            batch = math.ceil(m / _num_batches(m, recipe.batch_size))
             return model, VMCR2Loss(
                 k,
                 d,
-                atoms_per_class=chosen.atoms_per_class,
-                mu=chosen.mu,
+                atoms_per_class=chosen.atoms_per_class or max(1, d // k),
+                mu=chosen.mu or balanced_mu(d, batch, eps_sq=recipe.eps_sq, balance=chosen.balance),
                 eps_sq=recipe.eps_sq,
                 step_atoms=chosen.step_atoms,
                 step_codes=chosen.step_codes,
@@ -210,6 +216,10 @@ def _train(prepared: _Prepared, run: RunFolder, console: Console | None, state: 
     parameters = [*prepared.model.parameters(), *criterion.parameters()]
     optimizer = torch.optim.SGD(parameters, recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
     criterion.to(fabric.device)
+    if recipe.channels_last:
+        for parameter in prepared.model.parameters():
+            if parameter.ndim == 4:  # the layout of the weights is what convolutions go by
+                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
     model, optimizer = fabric.setup(prepared.model, optimizer)
     done, seconds = 0, 0.0
     if state is not None:
@@ -227,6 +237,8 @@ def _train(prepared: _Prepared, run: RunFolder, console: Console | None, state: 
     with EpochProgress(title, recipe.epochs, done, console) as progress:
         for epoch in range(done + 1, recipe.epochs + 1):
             began = time.perf_counter()
+            for group in optimizer.param_groups:
+                group["lr"] = recipe.lr_at(epoch)
             try:
                 line = {"epoch": epoch} | _train_epoch(recipe, dataset, fabric, model, criterion, optimizer, epoch)
                 line["seconds"] = time.perf_counter() - began
@@ -237,7 +249,8 @@ def _train(prepared: _Prepared, run: RunFolder, console: Console | None, state: 
                 raise _diverged(recipe, epoch, str(error)) from error
             run.add_metrics(line)
             history.append(line)
-            _check_progress(recipe, dataset, history)
+            if isinstance(criterion, VMCR2Loss):
+                _check_progress(recipe, dataset, criterion, history)
             if epoch == recipe.epochs or time.monotonic() - saved >= recipe.checkpoint_seconds:
                 run.save_checkpoint(_state(epoch, seconds, prepared, model, optimizer))
                 saved = time.monotonic()
@@ -315,23 +328,23 @@ def _diverged(recipe: Recipe, epoch: int, why: str) -> NumericalError:
     return NumericalError(f"training diverged in epoch {epoch}: {why}. {cure} (lr is {recipe.lr:g}).")
 
 
-def _check_progress(recipe: Recipe, dataset: Dataset, history: list[dict[str, Any]]) -> None:
+def _check_progress(recipe: Recipe, dataset: Dataset, criterion: VMCR2Loss, history: list[dict[str, Any]]) -> None:
     """Raises NumericalError once V-MCR² has collapsed: ΔR of the batches fell to a fifth and stayed there.
 
     It happens where the penalty outweighs the rates, µ m ε²/d well above 1: the dictionary then follows the features
     instead of leading them. A healthy run may start with a dip, but not so deep nor so long.
     """
-    if recipe.objective != "vmcr2" or len(history) < 4:
+    if len(history) < 4:
         return
     reductions = [line["batch_expansion"] - line["batch_compression"] for line in history]
     if max(reductions[-3:]) >= 0.2 * reductions[0]:
         return
     m = min(recipe.batch_size, len(dataset.train_labels))
-    balance = recipe.vmcr2.mu * m * recipe.eps_sq / recipe.feature_dim
+    balance = criterion.mu * m * recipe.eps_sq / recipe.feature_dim
     why = (
         f"the features have collapsed: ΔR of the batch fell from {reductions[0]:.3g} to {reductions[-1]:.3g} for good, "
         f"the residual is {history[-1]['residual']:.3g}. mu * batch_size * eps_sq / feature_dim is {balance:.2g}; "
-        f"above about 1 (vmcr2.mu {recipe.vmcr2.mu / balance:.2g}) the dictionary cannot lead the features"
+        f"above about 1 (vmcr2.mu {criterion.mu / balance:.2g}) the dictionary cannot lead the features"
     )
     raise _diverged(recipe, history[-1]["epoch"], why)
 
@@ -383,6 +396,8 @@ def _finish(
             "objective": recipe.objective,
             "seed": recipe.seed,
             "epochs": recipe.epochs,
+            "mu": criterion.mu if isinstance(criterion, VMCR2Loss) else None,
+            "atoms_per_class": criterion.atoms_per_class if isinstance(criterion, VMCR2Loss) else None,
             **asdict(measures),
             "seconds_per_epoch": seconds / recipe.epochs,
             "device": device_name(device),

@@ -21,8 +21,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from vmcr2.linalg import factor_shifted, half_logdet
-from vmcr2.membership import ClassGroup, Membership
+from vmcr2.errors import InputError
+from vmcr2.linalg import factor_shifted, half_logdet, wide_dtype
+from vmcr2.membership import ClassGroup, Membership, check_number
 
 
 class VariationalRates(NamedTuple):
@@ -63,6 +64,36 @@ def variational_compression(
 ) -> Float[Tensor, ""]:
     """Returns R_c^v(A) of eq. (7)."""
     return 0.5 * (class_weights * torch.log1p(codes * (feature_dim / eps_sq)).sum(0)).sum()
+
+
+def variational_logdet(factor: Float[Tensor, "*b d r"], *, scale: float = 1.0) -> Float[Tensor, "*b"]:
+    """Returns Σ_i log(1 + c ‖U_i‖²), which is at least logdet(I + c U Uᵀ): the bound of Proposition 3.1.
+
+    It is exact where the columns of U are orthogonal, as those of Ū S^½ from the SVD of M = U Uᵀ are, so that
+    minimising over U subject to U Uᵀ = M gives logdet(I + c M) without a determinant. Where a log-determinant is to be
+    made small (low rank as a heuristic, compression), this can stand in for it; where it is to be made large, not.
+
+    Args:
+        factor: U, (..., d, r), finite; M = U Uᵀ.
+        scale: c > 0.
+
+    Returns:
+        One value a matrix, in nats, ≥ 0, float32 or wider also under autocast. Differentiable.
+
+    Raises:
+        InputError: a wrong argument (a ValueError).
+    """
+    if not isinstance(factor, Tensor):
+        raise InputError(f"factor must be a torch.Tensor of shape (..., d, r), got {type(factor).__name__}")
+    if factor.ndim < 2 or not factor.is_floating_point():
+        raise InputError(
+            f"factor must be floating point of shape (..., d, r), got {factor.dtype} {tuple(factor.shape)}"
+        )
+    check_number("scale", scale)
+    if not bool(factor.detach().isfinite().all()):
+        raise InputError("factor must be finite, got NaN or infinite entries")
+    with torch.autocast(factor.device.type, enabled=False):
+        return torch.log1p(scale * factor.to(wide_dtype(factor)).square().sum(-2)).sum(-1)
 
 
 class ClassMoments(NamedTuple):
