@@ -25,7 +25,7 @@ import vmcr2
 from vmcr2 import data, featurizers
 from vmcr2.data import Dataset
 from vmcr2.errors import InputError, NumericalError
-from vmcr2.evaluate import extract, measure
+from vmcr2.evaluate import accuracy_by_components, extract, measure
 from vmcr2.featurizers import CrossEntropyHead
 from vmcr2.linalg import half_logdet
 from vmcr2.membership import Membership
@@ -72,6 +72,9 @@ class Setting:
     codes_at: str = "class"  # or batch: A itself is stored, at the scale of the batch
     frozen: bool = False  # the dictionary moves by latching alone
     unit_codes: bool = False  # codes scaled to sum to 1 a class after each step, as those of unit features do
+    energy: float | None = None  # or to another sum
+    balance: float | None = None  # ρ, from which µ follows at each batch size
+    weight_decay: float = 0.0
     rate: float = 0.1  # of the moving average of objective memory
     imbalance: float = 1.0  # the largest class over the smallest
 
@@ -109,8 +112,8 @@ class Variant(vmcr2.VMCR2Loss):
         if self.setting.order == "atoms_first":
             grad_codes = ascent_direction(z, checked, moved, codes, self.mu, self.eps_sq)[1]
         codes = (codes + self.step_codes * safe(grad_codes, self._bound_codes(atoms, codes, checked))).clamp_min(0)
-        if self.setting.unit_codes:
-            codes = codes / codes.sum(0).clamp_min(1e-8)
+        if self.energy is not None:
+            codes = codes * (self.energy / codes.sum(0).clamp_min(1e-8))
         self.dictionary.atoms.copy_(moved)
         self.dictionary.codes.copy_(codes * self._scale(checked))
 
@@ -230,11 +233,16 @@ def recipe_of(setting: Setting) -> Recipe:
     inner = {to: getattr(setting, of) for of, to in names.items() if getattr(setting, of) is not None}
     if setting.latch_every is not None:
         inner["latch_every"] = setting.latch_every
+    if setting.balance is not None:
+        inner |= {"balance": setting.balance, "mu": None}
+    if setting.unit_codes or setting.energy is not None:
+        inner["energy"] = setting.energy or 1.0
     return replace(base, seed=setting.seed, vmcr2=replace(base.vmcr2, structure=setting.structure, **inner), **changes)
 
 
-def criterion_of(setting: Setting, recipe: Recipe, k: int) -> torch.nn.Module:
+def criterion_of(setting: Setting, recipe: Recipe, k: int, m: int) -> torch.nn.Module:
     d = recipe.feature_dim
+    batch = -(-m // -(-m // recipe.batch_size))
     if setting.objective == "ce":
         return CrossEntropyHead(d, k)
     if setting.objective == "mcr2":
@@ -243,7 +251,9 @@ def criterion_of(setting: Setting, recipe: Recipe, k: int) -> torch.nn.Module:
         return MemoryMCR2(k, d, recipe.eps_sq, setting.rate)
     chosen = recipe.vmcr2
     given = {"num_classes": k, "feature_dim": d, "eps_sq": recipe.eps_sq, "structure": chosen.structure}
-    given |= {name: getattr(chosen, name) for name in ("atoms_per_class", "mu", "step_atoms", "step_codes")}
+    given |= {name: getattr(chosen, name) for name in ("step_atoms", "step_codes", "energy")}
+    given["atoms_per_class"] = chosen.atoms_per_class or max(1, d // k)
+    given["mu"] = chosen.mu or vmcr2.balanced_mu(d, batch, eps_sq=recipe.eps_sq, balance=chosen.balance)
     if setting.objective == "target":
         return FixedTarget(setting, **given)
     variant = Variant(setting, **given)
@@ -286,9 +296,12 @@ def run(setting: Setting, root: Path | None) -> dict[str, Any]:
     torch.manual_seed(recipe.seed)
     example = data.plain(dataset.train_inputs[:1], recipe.augmentation)
     model = featurizers.build(recipe.network, tuple(example.shape[1:]), recipe.feature_dim)
-    criterion = criterion_of(setting, recipe, dataset.num_classes)
+    criterion = criterion_of(setting, recipe, dataset.num_classes, len(dataset.train_labels))
     optimizer = torch.optim.SGD(
-        [*model.parameters(), *criterion.parameters()], lr_of(setting, recipe), momentum=recipe.momentum
+        [*model.parameters(), *criterion.parameters()],
+        lr_of(setting, recipe),
+        momentum=recipe.momentum,
+        weight_decay=setting.weight_decay,
     )
     line: dict[str, Any] = {"setting": asdict(setting), "history": [], "failed": None}
     began = time.perf_counter()
@@ -344,6 +357,7 @@ def state(recipe: Recipe, dataset: Dataset, model: torch.nn.Module, criterion: t
         for name, value in asdict(measure(features, dataset, recipe.eps_sq, head)).items()
         if value is not None
     }
+    found["accuracy_of_one"] = accuracy_by_components(features, dataset, [1])[1]
     test = vmcr2.rate_reduction(features.test, dataset.test_labels, num_classes=k, eps_sq=recipe.eps_sq)
     found["test_reduction"] = float(test.reduction)
     r = max(1, recipe.feature_dim // k)
@@ -403,7 +417,8 @@ def tables() -> str:
     ]
     columns = [
         ("R", "train_expansion", 1), ("R_c", "train_compression", 1), ("ΔR", "train_reduction", 2),
-        ("ΔR test", "test_reduction", 1), ("accuracy", "test_accuracy", 4), ("own head", "head_accuracy", 4),
+        ("ΔR test", "test_reduction", 1), ("accuracy", "test_accuracy", 4),
+        ("1 component", "accuracy_of_one", 4), ("own head", "head_accuracy", 4),
         ("overlap", "overlap_features", 3), ("of Γ", "overlap_dictionary", 3), ("Σ codes", "energy_of_codes", 2),
     ]  # fmt: skip
     for study, spec in STUDIES.items():

@@ -26,6 +26,24 @@ BASES: dict[str, Recipe] = {
     "omniglot200": replace(
         _OMNIGLOT, name="omniglot200", feature_dim=400, data=DataSettings(source="omniglot", classes=200)
     ),
+    # The recipes' defaults: µ by ρ = 0.05, ⌊d/k⌋ atoms a class.
+    "digits-now": replace(
+        RECIPES["digits"],
+        vmcr2=VMCR2Settings(lr=6e-2, energy=1.6),
+        mcr2=MCR2Settings(lr=1e-2),
+        ce=CESettings(lr=1e-1),
+    ),
+    "digits-free": replace(
+        RECIPES["digits"], vmcr2=VMCR2Settings(lr=6e-2), mcr2=MCR2Settings(lr=1e-2), ce=CESettings(lr=1e-1)
+    ),
+    "omniglot100-now": replace(_OMNIGLOT, vmcr2=VMCR2Settings(lr=2.5e-2)),
+    "omniglot200-now": replace(
+        _OMNIGLOT,
+        name="omniglot200",
+        feature_dim=400,
+        data=DataSettings(source="omniglot", classes=200),
+        vmcr2=VMCR2Settings(lr=1.25e-2),
+    ),
     # Architecture 1: no BatchNorm, so all features start nearly parallel.
     "digits-cnn": replace(
         RECIPES["digits"],
@@ -35,6 +53,9 @@ BASES: dict[str, Recipe] = {
         momentum=0.0,
         vmcr2=VMCR2Settings(lr=1e-3, mu=1.0, atoms_per_class=20),
     ),
+    "digits-cnn-now": replace(
+        RECIPES["digits"], name="digits-cnn", network="cnn", epochs=30, vmcr2=VMCR2Settings(lr=1e-2, energy=1.6)
+    ),
     "cifar100-20": Recipe(
         name="cifar100-20",
         epochs=15,
@@ -43,20 +64,19 @@ BASES: dict[str, Recipe] = {
         feature_dim=200,
         data=DataSettings(source="cifar100", classes=20, train_size=2000),
         augmentation=Augmentation(crop=32, padding=4, flip=True),
-        vmcr2=VMCR2Settings(lr=1e-2, mu=0.1, atoms_per_class=10),
+        vmcr2=VMCR2Settings(lr=2.5e-2),
         mcr2=MCR2Settings(lr=1e-2),
         ce=CESettings(lr=1e-1),
     ),
     "mnist5000": Recipe(
         name="mnist5000",
-        epochs=6,
+        epochs=15,
         batch_size=500,
         network="cnn",
         feature_dim=128,
-        momentum=0.0,
         data=DataSettings(source="mnist", train_size=5000),
         augmentation=Augmentation(crop=32, padding=4),
-        vmcr2=VMCR2Settings(lr=1e-3, mu=1.0, atoms_per_class=20),
+        vmcr2=VMCR2Settings(lr=3e-2),
         mcr2=MCR2Settings(lr=1e-2),
         ce=CESettings(lr=1e-1),
     ),
@@ -148,32 +168,6 @@ STUDIES: dict[str, dict[str, Any]] = {
             {"latch_every": 5, "lr": 0.2},
         ],
     },
-    "omniglot100": {
-        "about": "V-MCR² on omniglot100, one thing changed at a time. With another µ the learning rate keeps µ·lr.",
-        "base": "omniglot100",
-        "seeds": [0],
-        "rows": [
-            {},
-            {"momentum": 0.0},
-            {"mu": 0.005, "lr": 0.2},
-            {"mu": 0.1, "lr": 0.01},
-            {"mu": 0.5, "lr": 0.002},
-            {"latch_every": 5},
-            {"latch_every": 1000},
-            {"latch_mode": "eval"},
-            {"codes_at": "batch"},
-            {"step_atoms": 50.0},
-            {"step_codes": 1.0},
-            {"bounds": "diagonal", "step_atoms": 1.0, "step_codes": 1.0},
-            {"inner_steps": 3},
-            {"structure": "block"},
-            {"atoms": 1},
-            {"atoms": 4},
-            {"atoms": 15},
-            {"batch_size": 100, "lr": 0.25},
-            {"batch_size": 1500, "lr": 0.0167},
-        ],
-    },
     "why": {
         "about": "What V-MCR² owes to memory, to a moving target, to low rank: rivals on omniglot100.",
         "base": "omniglot100",
@@ -216,35 +210,124 @@ STUDIES: dict[str, dict[str, Any]] = {
             ),
         ],
     },
-    "imbalance": {
-        "about": "The largest class 100 times the smallest, digits with BatchNorm.",
-        "base": "digits",
-        "imbalance": 100.0,
-        "seeds": [0],
+    "energy": {
+        "about": (
+            "One set of defaults (µ by ρ = 0.05, ⌊d/k⌋ atoms, ν = 5): what the codes of a class sum to. None: they run "
+            "free. Exact MCR² and cross-entropy first."
+        ),
+        "base": "digits-now",
+        "seeds": [0, 1, 2, 3, 4],
         "rows": [
             {"objective": "mcr2"},
             {"objective": "ce"},
-            {},
-            {"unit_codes": True},
-            {"unit_codes": True, "reduction": "mean", "lr": 1.0},
+            *({"energy": energy} for energy in (1.0, 1.3, 1.6, 2.0)),
+            {"base": "digits-free"},
+            {"base": "omniglot100-now", "objective": "ce"},
+            *({"base": "omniglot100-now", "energy": energy} for energy in (1.0, 1.6, 3.0)),
+            {"base": "omniglot100-now"},
         ],
     },
+    "omniglot200-now": {
+        "about": "Twice the classes at the same defaults, against cross-entropy at its best learning rates.",
+        "base": "omniglot200-now",
+        "seeds": [0, 1, 2, 3, 4],
+        "rows": [{}, {"objective": "ce", "lr": 1.0}],
+    },
+    "balance": {
+        "about": "ρ = µ m ε²/d, with lr·ρ kept: digits and omniglot100.",
+        "base": "digits-now",
+        "seeds": [0, 1, 2],
+        "rows": [
+            *({"balance": rho, "lr": round(3e-3 / rho, 6)} for rho in (0.01, 0.02, 0.1, 0.2, 0.5, 1.0, 2.0, 4.0)),
+            *(
+                {"base": "omniglot100-now", "balance": rho, "lr": round(1.25e-3 / rho, 6)}
+                for rho in (0.01, 0.02, 0.1, 0.5, 2.0)
+            ),
+        ],
+    },
+    "no-collapse": {
+        "about": (
+            "Architecture 1 on digits (no BatchNorm), 30 epochs, momentum 0.9, the defaults: learning rates over two "
+            "decades, batches, and classes unbalanced 100 : 1. Compare with `collapse`."
+        ),
+        "base": "digits-cnn-now",
+        "seeds": [0],
+        "rows": [
+            {"objective": "mcr2", "lr": 1e-2},
+            *(
+                {"batch_size": batch, "lr": lr, "imbalance": ratio}
+                for batch in (100, 500, 1437)
+                for lr in (1e-3, 1e-2, 1e-1)
+                for ratio in (1.0, 100.0)
+            ),
+            *({"balance": rho, "lr": round(5e-4 / rho, 6)} for rho in (0.2, 0.5, 1.0, 2.0)),
+        ],
+    },
+    "omniglot100-now": {
+        "about": "The defaults on omniglot100, one thing changed at a time.",
+        "base": "omniglot100-now",
+        "seeds": [0, 1],
+        "rows": [
+            {},
+            {"momentum": 0.0},
+            {"weight_decay": 2e-3},
+            {"lr": 0.0125},
+            {"lr": 0.05},
+            {"latch_every": 5},
+            {"latch_every": 20},
+            {"latch_every": 1000},
+            {"latch_mode": "eval"},
+            {"codes_at": "batch"},
+            {"step_atoms": 1.0},
+            {"step_atoms": 20.0},
+            {"step_atoms": 50.0},
+            {"step_codes": 1.0},
+            {"step_codes": 20.0},
+            {"bounds": "diagonal", "step_atoms": 1.0, "step_codes": 1.0},
+            {"inner_steps": 3},
+            {"inner_steps": 10},
+            {"order": "atoms_first"},
+            {"structure": "block"},
+            {"atoms": 1},
+            {"atoms": 4},
+            {"atoms": 15},
+            {"batch_size": 100},
+            {"batch_size": 1500},
+        ],
+    },
+    "imbalance-now": {
+        "about": "The largest class 100 times the smallest, digits with BatchNorm, the defaults.",
+        "base": "digits-now",
+        "imbalance": 100.0,
+        "seeds": [0, 1, 2],
+        "rows": [{"objective": "mcr2"}, {"objective": "ce"}, {}, {"base": "digits-free"}],
+    },
     "mnist5000": {
-        "about": "Architecture 1 on 5,000 MNIST images, 6 epochs.",
+        "about": "Architecture 1 on 5,000 MNIST images, 15 epochs: the paper's settings (first), and the defaults.",
         "base": "mnist5000",
         "seeds": [0],
         "rows": [
+            {"mu": 1.0, "lr": 1e-3, "atoms": 20},
+            {"mu": 1.0, "lr": 1e-3, "atoms": 20, "momentum": 0.0},
             {"objective": "mcr2"},
             {"objective": "ce"},
+            {"energy": 1.6},
             {},
-            {"unit_codes": True, "reduction": "mean", "lr": 1.0},
+            {"energy": 1.6, "lr": 1e-2},
+            {"energy": 1.6, "lr": 1e-1},
         ],
     },
     "cifar100-20": {
         "about": "Architecture 2 (ResNet-18) on 2,000 images of the first 20 classes of CIFAR-100, 15 epochs.",
         "base": "cifar100-20",
         "seeds": [0],
-        "rows": [{"objective": "mcr2"}, {"objective": "ce"}, {}, {"unit_codes": True}],
+        "rows": [
+            {"mu": 1.0, "lr": 1e-3, "atoms": 10},
+            {"objective": "mcr2"},
+            {"objective": "ce"},
+            {"energy": 1.6},
+            {},
+        ],
     },
     "omniglot200": {
         "about": "Twice the classes: V-MCR² as on omniglot100, against cross-entropy at its best learning rates.",

@@ -251,15 +251,15 @@ def test_off_block_says_when_block_structure_is_another_method():
 
 
 @pytest.mark.parametrize("structure", STRUCTURES)
-def test_unit_energy_keeps_the_trace(structure):
+def test_energy_keeps_the_trace(structure):
     z, labels = unit_rows(60, 12), random_labels(60, 3)
-    loss = vmcr2.VMCR2Loss(4, 12, atoms_per_class=3, structure=structure, unit_energy=True).double()
+    loss = vmcr2.VMCR2Loss(4, 12, atoms_per_class=3, structure=structure, energy=1.0).double()
     for seed in range(5):
         loss(unit_rows(60, 12, seed=seed), labels)
     torch.testing.assert_close(loss.dictionary.codes.sum(0), torch.tensor([1.0, 1, 1, 0]).double())
     free = vmcr2.VMCR2Loss(4, 12, atoms_per_class=3, structure=structure).double()
     free(z, labels)
-    bound = vmcr2.VMCR2Loss(4, 12, atoms_per_class=3, structure=structure, unit_energy=True).double()
+    bound = vmcr2.VMCR2Loss(4, 12, atoms_per_class=3, structure=structure, energy=1.0).double()
     bound(z, labels)
     torch.testing.assert_close(
         bound.dictionary.codes[:, :3], (free.dictionary.codes / free.dictionary.codes.sum(0))[:, :3]

@@ -117,7 +117,7 @@ def test_every_row_has_its_recipe_with_the_papers_settings():
         assert recipe.eps_sq == 0.5
         assert recipe.vmcr2.latch_every == 50
         assert (recipe.vmcr2.step_atoms, recipe.vmcr2.step_codes) == (5.0, 5.0)
-        assert not recipe.vmcr2.unit_energy
+        assert recipe.vmcr2.energy is None
         assert recipe.batch_size == (1000 if name in ("mnist", "cifar10") else 2000)
         strong = name.endswith("-strong")
         assert recipe.vmcr2.mu == (0.1 if strong else 1.0)

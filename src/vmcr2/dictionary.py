@@ -139,7 +139,7 @@ def proximal_step(
     eps_sq: float,
     step_atoms: float,
     step_codes: float,
-    unit_energy: bool = False,
+    energy: float | None = None,
     moments: ClassMoments | None = None,
     num_classes: int | None = None,
 ) -> tuple[Float[Tensor, "d q"], Float[Tensor, "c k"]]:
@@ -157,7 +157,7 @@ def proximal_step(
         eps_sq: ε² > 0.
         step_atoms: ν_Γ, in units of 1/L_Γ.
         step_codes: ν_A, in units of 1/L_A, each class by its own.
-        unit_energy: scale each class's codes to sum to 1 at last, the trace of C_j for features of norm 1.
+        energy: what each class's codes are scaled to sum to at last; 1 is the trace of C_j for features of norm 1.
         moments: those of the batch, where they are known already.
         num_classes: k of the whole dictionary, where only the classes present were passed.
     """
@@ -169,9 +169,9 @@ def proximal_step(
     bound_codes = lipschitz_codes(overlap, membership.counts, mu, num_classes or membership.num_classes)
     moved = atoms + step_atoms * _divide(grad_atoms, bound_atoms)
     new_codes = (codes + step_codes * _divide(grad_codes, bound_codes)).clamp_min(0)
-    if unit_energy:
+    if energy is not None:
         sums = new_codes.sum(0)
-        new_codes = torch.where((sums > 0) & (membership.counts > 0), new_codes / sums, new_codes)
+        new_codes = torch.where((sums > 0) & (membership.counts > 0), new_codes * (energy / sums), new_codes)
     return nn.functional.normalize(moved, dim=0), new_codes
 
 
@@ -238,6 +238,7 @@ class Dictionary(nn.Module):
             fresh = torch.zeros_like(self.codes).scatter_(0, places, values)
             self.codes[:, chosen] = fresh[:, chosen]
         self.latched |= chosen
+        self.num_latched()  # asked now, so that no step has to
 
     def read(
         self, membership: Membership, dtype: torch.dtype

@@ -34,6 +34,11 @@ class _Gram(torch.autograd.Function):
             return (grad_outputs[0] + grad_outputs[0].mT) @ rows
 
 
+def may_read(tensor: Tensor) -> bool:
+    """Whether reading a value in mid-step is free. On an accelerator the host would wait for all that is queued."""
+    return tensor.device.type == "cpu"
+
+
 def gram(rows: Float[Tensor, "*b n d"]) -> Float[Tensor, "*b n n"]:
     """Returns X Xᵀ, the inner products of rows. Differentiable."""
     result = _Gram.apply(rows)
@@ -44,6 +49,8 @@ def gram(rows: Float[Tensor, "*b n d"]) -> Float[Tensor, "*b n n"]:
 def factor_shifted(matrix: Float[Tensor, "*b n n"]) -> Float[Tensor, "*b n n"]:
     """Returns the Cholesky factor of I + A for A positive semi-definite.
 
+    On an accelerator a failure is not waited for: the factor is then NaN, which `require_finite` finds.
+
     Raises:
         NumericalError: I + A is not positive definite, or not finite.
     """
@@ -51,9 +58,26 @@ def factor_shifted(matrix: Float[Tensor, "*b n n"]) -> Float[Tensor, "*b n n"]:
     shifted.diagonal(dim1=-2, dim2=-1).add_(1)
     factor, info = torch.linalg.cholesky_ex(shifted)
     # An infinite entry may pass as a success, so the diagonal is looked at too.
-    if bool(info.any() | ~factor.diagonal(dim1=-2, dim2=-1).isfinite().all()):
+    failed = info.any() | ~factor.diagonal(dim1=-2, dim2=-1).isfinite().all()
+    if not may_read(matrix):
+        return torch.where(failed, torch.nan, factor)
+    if bool(failed):
         raise NumericalError(_why_cholesky_failed(matrix))
     return factor
+
+
+def require_finite(rate: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
+    """Returns a rate found on an accelerator, once it is known that no factorisation failed on the way.
+
+    Raises:
+        NumericalError: one did.
+    """
+    if not may_read(rate) and not bool(rate.isfinite().all()):
+        raise NumericalError(
+            "logdet(I + A) failed: A overflowed or its precision is too low for its scale; lower the learning rate, "
+            "raise eps_sq or pass float64 features"
+        )
+    return rate
 
 
 class _HalfLogdet(torch.autograd.Function):
@@ -98,7 +122,7 @@ def half_logdet(matrix: Float[Tensor, "*b n n"]) -> Float[Tensor, "*b"]:
         One value a matrix, in nats, ≥ 0. Differentiable.
 
     Raises:
-        NumericalError: I + A is not positive definite, or not finite.
+        NumericalError: I + A is not positive definite, or not finite (on an accelerator the result is NaN instead).
     """
     result = _HalfLogdet.apply(matrix)
     assert isinstance(result, Tensor)

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from vmcr2.dictionary import Dictionary, MomentStream, latched_blocks, proximal_step
 from vmcr2.distributed import gather_rows
-from vmcr2.errors import InputError, NotLatchedError
-from vmcr2.linalg import wide_dtype
-from vmcr2.membership import Membership, as_membership, check_count, check_number
+from vmcr2.errors import InputError, NotLatchedError, NumericalError
+from vmcr2.linalg import may_read, require_finite, wide_dtype
+from vmcr2.membership import Condition, Membership, as_membership, check_count, check_number
 from vmcr2.rates import compression_rate, expansion_rate
 from vmcr2.variational import (
     VariationalRates,
@@ -30,16 +30,25 @@ from vmcr2.variational import (
     variational_expansion,
 )
 
+_STEP_HOLDS = "the dictionary's step must be finite (lower the learning rate or mu, or raise eps_sq)"
+_CHECK_EVERY = 64  # training steps on an accelerator: seldom enough to cost nothing
+
 
 def _gather_checked(
-    features: Tensor, membership: Tensor, num_classes: int, feature_dim: int | None = None
+    features: Tensor,
+    membership: Tensor,
+    num_classes: int,
+    feature_dim: int | None = None,
+    deferred: list[Condition] | None = None,
 ) -> tuple[Tensor, Membership]:
     """Checks this rank's batch, so that the rank at fault says so, and returns the batch of all ranks."""
-    checked = as_membership(features, membership, num_classes, feature_dim=feature_dim, unit=True)
+
+    def check(z: Tensor, pi: Tensor) -> Membership:
+        return as_membership(z, pi, num_classes, feature_dim=feature_dim, unit=True, deferred=deferred)
+
+    checked = check(features, membership)
     gathered, gathered_membership = gather_rows(features, membership)
-    if gathered is not features:
-        checked = as_membership(gathered, gathered_membership, num_classes, feature_dim=feature_dim, unit=True)
-    return gathered, checked
+    return gathered, checked if gathered is features else check(gathered, gathered_membership)
 
 
 class MCR2Loss(nn.Module):
@@ -78,7 +87,9 @@ class MCR2Loss(nn.Module):
         features, checked = _gather_checked(features, membership, self.num_classes)
         with torch.autocast(features.device.type, enabled=False):
             widened = features.to(wide_dtype(features))
-            return compression_rate(widened, checked, self.eps_sq) - expansion_rate(widened, self.eps_sq)
+            return require_finite(
+                compression_rate(widened, checked, self.eps_sq) - expansion_rate(widened, self.eps_sq)
+            )
 
     def extra_repr(self) -> str:
         """Returns the settings, for `repr`."""
@@ -128,9 +139,9 @@ class VMCR2Loss(nn.Module):
         eps_sq: the squared precision ε² > 0.
         step_atoms: ν_Γ > 0, in units of the inverse Lipschitz bound.
         step_codes: ν_A > 0, likewise.
-        unit_energy: after each step scale every class's codes to sum to 1, as the constraint of eq. (6) has it for
-            features of norm 1. The paper lets the sum run free: it grows, and the codes act as gains. With it ΔR comes
-            closer to its maximum; without it features compress further than ΔR asks for.
+        energy: what the codes of every class are scaled to sum to after each step. 1 is the constraint of eq. (6) for
+            features of norm 1, and gives the highest ΔR; somewhat more presses each class together beyond that. None
+            lets the sum run free, as the paper does: it grows (the more, the smaller µ), and with it that pressure.
         structure: "shared": every class may use every atom, codes (q, k). "block": class j uses its own s atoms only,
             codes (s, k); classes cost nothing while absent.
 
@@ -151,7 +162,7 @@ class VMCR2Loss(nn.Module):
         eps_sq: float = 0.5,
         step_atoms: float = 5.0,
         step_codes: float = 5.0,
-        unit_energy: bool = False,
+        energy: float | None = None,
         structure: Literal["shared", "block"] = "shared",
     ) -> None:
         super().__init__()
@@ -160,6 +171,8 @@ class VMCR2Loss(nn.Module):
         check_count("atoms_per_class", atoms_per_class, at_most=feature_dim, limit="feature_dim")
         for name, value in (("mu", mu), ("eps_sq", eps_sq), ("step_atoms", step_atoms), ("step_codes", step_codes)):
             check_number(name, value)
+        if energy is not None:
+            check_number("energy", energy)
         if structure not in ("shared", "block"):
             raise InputError(f'structure must be "shared" or "block", got {structure!r}')
         self.num_classes = num_classes
@@ -169,13 +182,56 @@ class VMCR2Loss(nn.Module):
         self.eps_sq = eps_sq
         self.step_atoms = step_atoms
         self.step_codes = step_codes
-        self.unit_energy = unit_energy
+        self.energy = energy
         self.structure = structure
         self.dictionary = Dictionary(num_classes, feature_dim, atoms_per_class, structure)
+        self._wrong: dict[str, Tensor] = {}
+        self._steps = 0
 
-    def _checked(self, features: Tensor, membership: Tensor) -> tuple[Tensor, Membership]:
+    def check(self) -> None:
+        """Raises what training steps on an accelerator found wrong but did not stop to say.
+
+        On a CPU a wrong batch raises at once. On an accelerator asking for values would hold up the host in every step,
+        so there a wrong batch gives a loss of NaN and no gradient, leaves the dictionary as it is, and is told of here.
+        Called every 64 training steps, and by `eval`, `latch`, `latch_from`, `rates` and `off_block`; call it yourself
+        around CUDA graphs and compiled steps.
+
+        Raises:
+            InputError: a batch since the last call was wrong (a ValueError).
+            NumericalError: a factorisation failed since the last call.
+        """
+        if not self._wrong:
+            return
+        broken = torch.stack(list(self._wrong.values())).tolist()
+        for flag in self._wrong.values():
+            flag.zero_()
+        for requirement, wrong in zip(self._wrong, broken, strict=True):
+            if wrong:
+                text = f"{requirement}; a batch since the last check did not keep to it. Its loss was NaN"
+                raise NumericalError(text) if requirement == _STEP_HOLDS else InputError(text)
+
+    def _defer(self, conditions: list[Condition]) -> Tensor:
+        """Notes what is wrong with a batch, for `check`, and returns whether nothing is."""
+        for condition in conditions:
+            if condition.requirement in self._wrong:
+                self._wrong[condition.requirement].logical_or_(condition.wrong)  # in place, for CUDA graphs
+            else:
+                self._wrong[condition.requirement] = condition.wrong.clone()
+        return ~torch.stack([condition.wrong for condition in conditions]).any()
+
+    def train(self, mode: bool = True) -> VMCR2Loss:
+        """Sets training or eval mode; before the latter, `check`."""
+        if not mode:
+            self.check()
+        return super().train(mode)
+
+    def _checked(
+        self, features: Tensor, membership: Tensor, deferred: list[Condition] | None = None
+    ) -> tuple[Tensor, Membership]:
         """Checks the batch of this rank, gathers it over ranks, and returns it in the dtype to compute in."""
-        gathered, checked = _gather_checked(features, membership, self.num_classes, self.feature_dim)
+        if deferred is None:
+            self.check()
+        gathered, checked = _gather_checked(features, membership, self.num_classes, self.feature_dim, deferred)
         if gathered.device != self.dictionary.atoms.device:
             raise InputError(
                 f"features must be on the loss's device {self.dictionary.atoms.device}, got {gathered.device}; "
@@ -194,11 +250,17 @@ class VMCR2Loss(nn.Module):
             membership: labels (m,) in [0, num_classes), or rows (m, num_classes) ≥ 0 that sum to 1.
 
         Raises:
-            InputError: a wrong argument (a ValueError).
+            InputError: a wrong argument (a ValueError); in training on an accelerator see `check`.
             NotLatchedError: eval mode, and nothing was ever latched (a ValueError too).
             NumericalError: the factorisation failed.
         """
-        widened, checked = self._checked(features, membership)
+        deferred = [] if self.training and isinstance(features, Tensor) and not may_read(features) else None
+        if deferred is not None and not torch.compiler.is_compiling():
+            self._steps += 1
+            capturing = features.is_cuda and torch.cuda.is_current_stream_capturing()
+            if self._steps % _CHECK_EVERY == 0 and not capturing:
+                self.check()
+        widened, checked = self._checked(features, membership, deferred)
         with torch.autocast(features.device.type, enabled=False):
             if self.training:
                 detached = widened.detach()
@@ -207,16 +269,23 @@ class VMCR2Loss(nn.Module):
                 )
                 if self.dictionary.num_latched() < self.num_classes:
                     self._latch(detached, still, only_new=True)
-                return self._step(widened, checked, detached, still)
+                return self._step(widened, checked, detached, still, deferred)
             atoms, codes, present, _ = self._dictionary(checked, widened.dtype)
             # Copies, since the buffers may move on before the backward pass.
             return residual(widened, present, atoms.clone(), codes.clone(), self.mu)
 
-    def _step(self, features: Tensor, membership: Membership, detached: Tensor, still: Membership) -> Tensor:
+    def _step(
+        self,
+        features: Tensor,
+        membership: Membership,
+        detached: Tensor,
+        still: Membership,
+        deferred: list[Condition] | None,
+    ) -> Tensor:
         """Moves the dictionary and returns the residual; what both need of the batch is found once."""
         atoms, codes, present, classes = self._dictionary(still, features.dtype)
         moments = class_moments(detached, present)
-        atoms, codes = proximal_step(
+        moved, new_codes = proximal_step(
             detached,
             present,
             atoms,
@@ -225,14 +294,21 @@ class VMCR2Loss(nn.Module):
             eps_sq=self.eps_sq,
             step_atoms=self.step_atoms,
             step_codes=self.step_codes,
-            unit_energy=self.unit_energy,
+            energy=self.energy,
             moments=moments,
             num_classes=self.num_classes,
         )
+        sound = None
+        if deferred is not None:
+            finite = moved.isfinite().all() & new_codes.isfinite().all()
+            sound = self._defer([*deferred, Condition(~finite, _STEP_HOLDS, str)])
+            moved, new_codes = torch.where(sound, moved, atoms), torch.where(sound, new_codes, codes)
+        atoms, codes = moved, new_codes
         self.dictionary.replace(atoms, codes, classes)
         if membership.soft is not None and membership.soft.requires_grad:
             present = membership if classes is None else membership.present()[0]
-        return residual(features, present, atoms, codes, self.mu, moments)
+        value = residual(features, present, atoms, codes, self.mu, moments)
+        return value if sound is None else torch.where(sound, value, torch.nan)
 
     def _dictionary(
         self, membership: Membership, dtype: torch.dtype
@@ -358,7 +434,7 @@ class VMCR2Loss(nn.Module):
             f"num_classes={self.num_classes}, feature_dim={self.feature_dim}, "
             f"atoms_per_class={self.atoms_per_class}, mu={self.mu}, eps_sq={self.eps_sq}, "
             f"step_atoms={self.step_atoms}, step_codes={self.step_codes}, "
-            f"unit_energy={self.unit_energy}, structure={self.structure!r}"
+            f"energy={self.energy}, structure={self.structure!r}"
         )
 
 

@@ -11,7 +11,7 @@ import math
 import numbers
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -19,15 +19,26 @@ from torch import Tensor
 from torch.nn import functional
 
 from vmcr2.errors import InputError
-from vmcr2.linalg import wide_dtype
+from vmcr2.linalg import may_read, wide_dtype
 
 UNIT_NORM_TOLERANCE = 0.02  # bf16 normalisation is off by up to 2⁻⁸ in the norm and as much in each entry
 _ABSENT = 1e-15  # a class with a smaller share of the samples counts as absent: its part in any rate is below rounding
 _LARGEST_LABEL = 10_000_000  # beyond this a forgotten num_classes is likelier than so many classes
 _GROUP_ELEMENTS = 2**25  # entries of the largest padded tensor a group may give rise to
 
-# Pairs of a 0-d bool tensor, true where the value is wrong, and a function that says how.
-Condition = tuple[Tensor, Callable[[], str]]
+
+class Condition(NamedTuple):
+    """Something that must hold of a tensor's values.
+
+    Attributes:
+        wrong: 0-d bool tensor, true where it does not hold.
+        requirement: what is required, of which argument.
+        got: says what was found instead.
+    """
+
+    wrong: Tensor
+    requirement: str
+    got: Callable[[], str]
 
 
 @dataclass(frozen=True)
@@ -130,13 +141,27 @@ class Membership:
         return Membership(self.labels, None if self.soft is None else self.soft.to(dtype), self.counts.to(dtype))
 
     def present(self) -> tuple[Membership, Int[Tensor, " p"]]:
-        """Returns the membership among the classes that have a sample alone, and which classes these are."""
+        """Returns the membership among the classes that have a sample alone, and which classes these are.
+
+        On an accelerator, where their number is not known to the host, as many classes as could have a sample.
+        """
+        if not may_read(self.counts):
+            return self._perhaps_present()
         if self.labels is not None:
             classes, labels = self.labels.unique(return_inverse=True)
             return Membership(labels, None, self.counts[classes]), classes
         assert self.soft is not None
         classes = self.counts.nonzero()[:, 0]
         return Membership(None, self.soft[:, classes], self.counts[classes]), classes
+
+    def _perhaps_present(self) -> tuple[Membership, Int[Tensor, " p"]]:
+        k = self.num_classes
+        places = torch.arange(k, device=self.counts.device)
+        if self.labels is None:
+            return self, places
+        classes = torch.argsort((self.counts == 0).to(torch.uint8), stable=True)[: min(k, self.num_samples)]
+        slots = torch.zeros_like(places).scatter_(0, classes, places[: len(classes)])
+        return Membership(slots[self.labels], None, self.counts[classes]), classes
 
     def rows(self) -> Float[Tensor, "m k"]:
         """Returns Π as rows."""
@@ -207,9 +232,10 @@ def check_count(name: str, value: int, *, at_least: int = 1, at_most: int | None
 
 def raise_first(conditions: Sequence[Condition]) -> None:
     """Raises InputError for the first condition that holds; one synchronisation with the device for all of them."""
-    for wrong, (_, say) in zip(torch.stack([flag for flag, _ in conditions]).tolist(), conditions, strict=True):
+    broken = torch.stack([condition.wrong for condition in conditions]).tolist()
+    for wrong, condition in zip(broken, conditions, strict=True):
         if wrong:
-            raise InputError(say())
+            raise InputError(f"{condition.requirement}, got {condition.got()}")
 
 
 def feature_conditions(features: Tensor, *, feature_dim: int | None = None, unit: bool = False) -> list[Condition]:
@@ -230,18 +256,22 @@ def feature_conditions(features: Tensor, *, feature_dim: int | None = None, unit
         raise InputError(f"features must have feature_dim = {feature_dim} columns, got shape {tuple(features.shape)}")
     detached = features.detach()
     finite = detached.isfinite().all()
-    conditions: list[Condition] = [
-        (~finite, lambda: f"features must be finite, got {int((~detached.isfinite()).sum())} NaN or infinite entries")
+    conditions = [
+        Condition(
+            ~finite,
+            "features must be finite",
+            lambda: f"{int((~detached.isfinite()).sum())} NaN or infinite entries",
+        )
     ]
     if unit:
         norms = torch.linalg.vector_norm(detached, dim=1, dtype=wide_dtype(detached))
         off = (norms - 1).abs().max() > UNIT_NORM_TOLERANCE
         conditions.append(
-            (
+            Condition(
                 off,
+                "features must have rows of norm 1 (the objective is unbounded otherwise)",
                 lambda: (
-                    f"features must have rows of norm 1 (the objective is unbounded otherwise), got norms from "
-                    f"{float(norms.min()):.3g} to {float(norms.max()):.3g}; "
+                    f"norms from {float(norms.min()):.3g} to {float(norms.max()):.3g}; "
                     "end the network with torch.nn.functional.normalize(z, dim=1)"
                 ),
             )
@@ -256,6 +286,7 @@ def as_membership(
     *,
     feature_dim: int | None = None,
     unit: bool = False,
+    deferred: list[Condition] | None = None,
 ) -> Membership:
     """Checks features and membership together and returns the membership in the form used inside the package.
 
@@ -265,6 +296,8 @@ def as_membership(
         num_classes: k, or None to take it from the membership (labels: the largest + 1).
         feature_dim: the d that is required, or None.
         unit: whether rows must have norm 1.
+        deferred: where given, what must hold of the values is added to it and not waited for; num_classes must then
+            be given, and a label outside of the range stands for the nearest one inside.
 
     Raises:
         InputError: names the argument, what it got and what it takes.
@@ -286,13 +319,16 @@ def as_membership(
         raise InputError(f"membership must be on the features' device {features.device}, got {membership.device}")
     if membership.dtype == torch.bool or membership.is_complex():
         raise InputError(f"membership must hold integer labels or real rows, got {membership.dtype}")
-    if membership.ndim == 1:
-        return _from_labels(membership, num_classes, conditions, wide_dtype(features))
-    return _from_rows(membership, num_classes, conditions, wide_dtype(features))
+    read = _from_labels if membership.ndim == 1 else _from_rows
+    return read(membership, num_classes, conditions, wide_dtype(features), deferred)
 
 
 def _from_labels(
-    labels: Tensor, num_classes: int | None, conditions: list[Condition], dtype: torch.dtype
+    labels: Tensor,
+    num_classes: int | None,
+    conditions: list[Condition],
+    dtype: torch.dtype,
+    deferred: list[Condition] | None,
 ) -> Membership:
     if labels.is_floating_point():
         raise InputError(
@@ -303,20 +339,32 @@ def _from_labels(
     lowest, highest = labels.min(), labels.max()
     limit = _LARGEST_LABEL if num_classes is None else num_classes
     conditions.append(
-        (
+        Condition(
             (lowest < 0) | (highest >= limit),
+            f"membership labels must lie in [0, {limit})",
             lambda: (
-                f"membership labels must lie in [0, {limit}), got labels from {int(lowest)} to {int(highest)}"
+                f"labels from {int(lowest)} to {int(highest)}"
                 + ("; pass num_classes if they are right" if num_classes is None else "")
             ),
         )
     )
+    if deferred is not None and num_classes is not None:
+        deferred += conditions
+        labels = labels.clamp(0, num_classes - 1)
+        counts = torch.zeros(num_classes, dtype=dtype, device=labels.device)
+        return Membership(labels, None, counts.index_add_(0, labels, counts.new_ones(len(labels))))
     raise_first(conditions)
     k = int(highest) + 1 if num_classes is None else num_classes
     return Membership(labels, None, torch.bincount(labels, minlength=k).to(dtype))
 
 
-def _from_rows(rows: Tensor, num_classes: int | None, conditions: list[Condition], dtype: torch.dtype) -> Membership:
+def _from_rows(
+    rows: Tensor,
+    num_classes: int | None,
+    conditions: list[Condition],
+    dtype: torch.dtype,
+    deferred: list[Condition] | None,
+) -> Membership:
     if rows.shape[1] == 0 or (num_classes is not None and rows.shape[1] != num_classes):
         raise InputError(
             f"membership rows must have num_classes = {num_classes or 'at least 1'} entries, "
@@ -327,13 +375,21 @@ def _from_rows(rows: Tensor, num_classes: int | None, conditions: list[Condition
     detached = rows.detach()
     sums = detached.sum(1)
     conditions += [
-        (~detached.isfinite().all(), lambda: "membership rows must be finite, got NaN or infinite entries"),
-        (detached.min() < 0, lambda: f"membership rows must be >= 0, got entries down to {float(detached.min()):.3g}"),
-        (
+        Condition(~detached.isfinite().all(), "membership rows must be finite", lambda: "NaN or infinite entries"),
+        Condition(
+            detached.min() < 0,
+            "membership rows must be >= 0",
+            lambda: f"entries down to {float(detached.min()):.3g}",
+        ),
+        Condition(
             (sums - 1).abs().max() > tolerance,
-            lambda: f"membership rows must sum to 1, got sums from {float(sums.min()):.3g} to {float(sums.max()):.3g}",
+            "membership rows must sum to 1",
+            lambda: f"sums from {float(sums.min()):.3g} to {float(sums.max()):.3g}",
         ),
     ]
-    raise_first(conditions)
+    if deferred is None:
+        raise_first(conditions)
+    else:
+        deferred += conditions
     counts = rows.sum(0)
     return Membership(None, rows, torch.where(counts > _ABSENT * len(rows), counts, 0))

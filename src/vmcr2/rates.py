@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-from vmcr2.linalg import gram, half_logdet, wide_dtype
+from vmcr2.linalg import gram, half_logdet, require_finite, wide_dtype
 from vmcr2.membership import Membership, as_membership, check_number, feature_conditions, raise_first
 
 
@@ -46,7 +46,7 @@ def coding_rate(features: Float[Tensor, "m d"], *, eps_sq: float = 0.5) -> Float
     check_number("eps_sq", eps_sq)
     raise_first(feature_conditions(features))
     with torch.autocast(features.device.type, enabled=False):
-        return expansion_rate(features.to(wide_dtype(features)), eps_sq)
+        return require_finite(expansion_rate(features.to(wide_dtype(features)), eps_sq))
 
 
 def rate_reduction(
@@ -75,7 +75,9 @@ def rate_reduction(
     checked = as_membership(features, membership, num_classes)
     with torch.autocast(features.device.type, enabled=False):
         widened = features.to(wide_dtype(features))
-        return RateReduction(expansion_rate(widened, eps_sq), compression_rate(widened, checked, eps_sq))
+        return RateReduction(
+            require_finite(expansion_rate(widened, eps_sq)), require_finite(compression_rate(widened, checked, eps_sq))
+        )
 
 
 def expansion_rate(features: Float[Tensor, "m d"], eps_sq: float) -> Float[Tensor, ""]:

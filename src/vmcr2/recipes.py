@@ -33,7 +33,7 @@ class VMCR2Settings:
         atoms_per_class: s = q/k, at most the feature dimension; None takes ⌊d/k⌋, and 1 at least.
         step_atoms: ν_Γ, in units of the inverse Lipschitz bound.
         step_codes: ν_A, likewise.
-        unit_energy: scale every class's codes to sum to 1 after each step, as the constraint has it.
+        energy: what every class's codes are scaled to sum to after each step; None lets them run free.
         structure: shared: every class may use every atom; block: its own s only.
         latch_every: epochs between latchings; the first is before the first epoch.
     """
@@ -44,15 +44,16 @@ class VMCR2Settings:
     atoms_per_class: int | None = None
     step_atoms: float = 5.0
     step_codes: float = 5.0
-    unit_energy: bool = False
+    energy: float | None = None
     structure: Literal["shared", "block"] = "shared"
     latch_every: int = 50
 
     def __post_init__(self) -> None:
         for name in ("lr", "balance", "step_atoms", "step_codes"):
             check_number(f"vmcr2.{name}", getattr(self, name))
-        if self.mu is not None:
-            check_number("vmcr2.mu", self.mu)
+        for name in ("mu", "energy"):
+            if getattr(self, name) is not None:
+                check_number(f"vmcr2.{name}", getattr(self, name))
         if self.atoms_per_class is not None:
             check_count("vmcr2.atoms_per_class", self.atoms_per_class)
         check_count("vmcr2.latch_every", self.latch_every)
@@ -242,7 +243,7 @@ def _ours(base: Recipe) -> Recipe:
         base,
         name=f"{base.name}-ours",
         about="our settings for the paper's data: µ by `balance`, ⌊d/k⌋ atoms a class, learning rates of their own",
-        vmcr2=VMCR2Settings(lr=3e-2, unit_energy=True),
+        vmcr2=VMCR2Settings(lr=3e-2, energy=1.6),
         mcr2=MCR2Settings(lr=1e-2),
         ce=CESettings(lr=1e-1),
     )
@@ -257,7 +258,7 @@ _ALL: tuple[Recipe, ...] = (
         network="mlp",
         feature_dim=128,
         augmentation=Augmentation(padding=1, crop=8),
-        vmcr2=VMCR2Settings(lr=3e-2, unit_energy=True),
+        vmcr2=VMCR2Settings(lr=6e-2, energy=1.6),
         mcr2=MCR2Settings(lr=1e-2),
         ce=CESettings(lr=1e-1),
     ),
@@ -271,7 +272,7 @@ _ALL: tuple[Recipe, ...] = (
         evaluate_every=5,
         data=DataSettings(source="omniglot", classes=100),
         augmentation=Augmentation(padding=2, crop=28),
-        vmcr2=VMCR2Settings(lr=5e-2),
+        vmcr2=VMCR2Settings(lr=2.5e-2),
         mcr2=MCR2Settings(lr=1e-2),
         ce=CESettings(lr=1.0),
     ),

@@ -205,7 +205,7 @@ def build_model(recipe: Recipe, dataset: Dataset) -> tuple[nn.Module, Criterion]
                 eps_sq=recipe.eps_sq,
                 step_atoms=chosen.step_atoms,
                 step_codes=chosen.step_codes,
-                unit_energy=chosen.unit_energy,
+                energy=chosen.energy,
                 structure=chosen.structure,
             )
 
@@ -300,6 +300,8 @@ def _train_epoch(
         optimizer.step()
         total += loss.detach()
         steps += 1
+    if isinstance(criterion, VMCR2Loss):
+        criterion.check()
     mean = float(total / steps)
     if not math.isfinite(mean):
         raise NumericalError(f"the mean loss is {mean}")

@@ -22,7 +22,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from vmcr2.errors import InputError
-from vmcr2.linalg import factor_shifted, half_logdet, wide_dtype
+from vmcr2.linalg import factor_shifted, half_logdet, may_read, wide_dtype
 from vmcr2.membership import ClassGroup, Membership, check_number
 
 
@@ -110,7 +110,9 @@ class ClassMoments(NamedTuple):
 
 @torch.no_grad()
 def class_moments(features: Float[Tensor, "m d"], membership: Membership) -> ClassMoments:
-    """Returns ‖C_j‖²_F and Σ_j π_ij C_j z_i, class by class on the smaller side."""
+    """Returns ‖C_j‖²_F and Σ_j π_ij C_j z_i: class by class on the smaller side, or by all pairs on an accelerator."""
+    if not may_read(features) and features.shape[0] <= _ALL_PAIRS:
+        return _moments_by_pairs(features, membership)
     norms_sq = features.new_zeros(membership.num_classes, dtype=torch.float64)
     pull = torch.zeros_like(features)
     for group in membership.groups(features.shape[1]):
@@ -130,6 +132,26 @@ def class_moments(features: Float[Tensor, "m d"], membership: Membership) -> Cla
         pulled = pulled * group.weights.to(rows.dtype)[..., None]
         group.give(pulled, to=pull)
     return ClassMoments(norms_sq, pull)
+
+
+_ALL_PAIRS = 8192  # samples whose m×m inner products are no burden
+
+
+def _moments_by_pairs(features: Float[Tensor, "m d"], membership: Membership) -> ClassMoments:
+    """Returns the same from all inner products, in float64: no shape depends on the sizes of the classes."""
+    z, counts = features.double(), membership.counts.double()
+    inverse = torch.where(counts > 0, 1 / torch.where(counts > 0, counts, 1), 0)
+    gram = z @ z.T
+    if membership.labels is not None:
+        mine = inverse[membership.labels]
+        shares = (membership.labels[:, None] == membership.labels) * mine
+        by_sample = (gram.square() * shares).sum(1) * mine
+        norms_sq = torch.zeros_like(counts).index_add_(0, membership.labels, by_sample)
+    else:
+        rows = membership.rows().double()
+        shares = (rows * inverse) @ rows.T
+        norms_sq = ((gram.square() @ rows) * rows).sum(0) * inverse.square()
+    return ClassMoments(norms_sq, (gram * shares) @ z)
 
 
 def residual(
@@ -179,17 +201,19 @@ class _Residual(torch.autograd.Function):
         mu: float,
         moments: ClassMoments,
     ) -> Tensor:
-        whole = (membership.counts.double() * moments.norms_sq).sum()
-        fit = _model_fit(features, membership, atoms, codes)
-        value = whole - 2 * fit.cross + fit.own
-        pull = moments.pull - fit.pull
+        counts = membership.counts.double()
         # In float32 each term is known to about 1e-7; a residual far below them would be noise, and so its gradient.
-        if features.dtype != torch.float64 and bool(value < _CANCELLED * (whole + fit.own)):
-            wide = features.double()
-            exact = _model_fit(wide, membership, atoms.double(), codes.double())
-            wide_moments = class_moments(wide, membership)
-            value = (membership.counts.double() * wide_moments.norms_sq).sum() - 2 * exact.cross + exact.own
-            pull = (wide_moments.pull - exact.pull).to(features.dtype)
+        # Whether it is cannot be asked on an accelerator without waiting, so there it is float64 from the start.
+        narrow = [features.dtype] if features.dtype != torch.float64 and may_read(features) else []
+        for dtype in (*narrow, torch.float64):
+            fit = _model_fit(features.to(dtype), membership, atoms.to(dtype), codes.to(dtype))
+            if dtype == torch.float64 and moments.pull.dtype != dtype:
+                moments = class_moments(features.double(), membership)
+            whole = (counts * moments.norms_sq).sum()
+            value = whole - 2 * fit.cross + fit.own
+            pull = (moments.pull - fit.pull).to(features.dtype)
+            if dtype != torch.float64 and bool(value >= _CANCELLED * (whole + fit.own)):
+                break
         if ctx.needs_input_grad[0]:
             ctx.save_for_backward(features, pull.mul_(2 * mu), atoms, codes)
             ctx.membership = Membership(membership.labels, membership.soft, membership.counts)
@@ -202,7 +226,10 @@ class _Residual(torch.autograd.Function):
         if torch.is_grad_enabled():  # a graph of the gradient is wanted, for second derivatives
             value = _residual_by_autograd(features, ctx.membership, atoms, codes, ctx.mu)
             (gradient,) = torch.autograd.grad(value, features, create_graph=True)
-        return grad_outputs[0] * gradient, None, None, None, None, None
+        scaled = grad_outputs[0] * gradient
+        if not may_read(scaled):  # a loss that was given up as NaN asks for no gradient, whatever this one holds
+            scaled = torch.where(grad_outputs[0] == 0, 0, scaled)
+        return scaled, None, None, None, None, None
 
 
 _CANCELLED = 0.05
@@ -219,6 +246,14 @@ class _ModelFit(NamedTuple):
 def _model_fit(
     features: Float[Tensor, "m d"], membership: Membership, atoms: Float[Tensor, "d q"], codes: Float[Tensor, "c k"]
 ) -> _ModelFit:
+    if is_block(atoms, codes) and not may_read(features):
+        if membership.labels is None:
+            return _model_fit(features, membership, atoms, as_shared(atoms, codes))
+        blocks, mine, projected, scaled = _by_sample(features, membership.labels, atoms, codes)
+        overlap, energies = (blocks @ blocks.mT).double().square(), codes.T.double()
+        own = torch.einsum("b,bs,bst,bt->", membership.counts.double(), energies, overlap, energies)
+        cross = (projected.double() * scaled.double()).sum()
+        return _ModelFit(cross, own, (scaled[:, None] @ mine)[:, 0])
     supports = _supports(atoms, codes)
     if supports is None:
         projected = features @ atoms
@@ -239,6 +274,19 @@ def _model_fit(
         own = own + torch.einsum("b,bs,bst,bt->", group.counts.double(), energies, overlap, energies)
         group.give(scaled @ blocks, to=pull)
     return _ModelFit(cross, own, pull)
+
+
+def _by_sample(
+    features: Float[Tensor, "m d"],
+    labels: Int[Tensor, " m"],
+    atoms: Float[Tensor, "d q"],
+    codes: Float[Tensor, "s k"],
+) -> tuple[Float[Tensor, "k s d"], Float[Tensor, "m s d"], Float[Tensor, "m s"], Float[Tensor, "m s"]]:
+    """Returns block atoms as rows, each sample's own, its inner products with them, and these times the codes."""
+    blocks = atoms.T.reshape(codes.shape[1], codes.shape[0], -1)
+    mine = blocks[labels]
+    projected = (mine @ features[..., None])[..., 0]
+    return blocks, mine, projected, projected * codes.T[labels]
 
 
 class _Supports(NamedTuple):
@@ -277,7 +325,7 @@ def _supports(atoms: Float[Tensor, "d q"], codes: Float[Tensor, "c k"]) -> _Supp
     if is_block(atoms, codes):
         s, k = codes.shape
         return _Supports(torch.arange(q, device=atoms.device).view(k, s), codes.T, disjoint=True)
-    if codes.device.type != "cpu":
+    if not may_read(codes):
         return None
     used = codes.T > 0
     widest = int(used.sum(1).max())
@@ -373,6 +421,8 @@ def _residual_gradients(
     overlap: Float[Tensor, "*b r r"],
 ) -> tuple[Float[Tensor, "d q"], Float[Tensor, "c k"]]:
     """Returns the gradients of M/2m in atoms and codes (eqs. 10 and 11, the sum over classes in closed form)."""
+    if is_block(atoms, codes) and not may_read(features):
+        return _block_gradients(features, membership, atoms, codes, overlap)
     supports = _supports(atoms, codes)
     if supports is None:
         projected = features @ atoms
@@ -402,6 +452,30 @@ def _residual_gradients(
             spent = (own.square() @ (n * block_codes)[..., None])[..., 0]
             grad_codes[:, group.classes] = (spent - (projected.square().mul_(weights)).sum(1)).T
     return grad_atoms.T, grad_codes
+
+
+def _block_gradients(
+    features: Float[Tensor, "m d"],
+    membership: Membership,
+    atoms: Float[Tensor, "d q"],
+    codes: Float[Tensor, "s k"],
+    overlap: Float[Tensor, "k s s"],
+) -> tuple[Float[Tensor, "d q"], Float[Tensor, "s k"]]:
+    """Returns the same for block codes, sample by sample: no shape depends on the sizes of the classes."""
+    s, k = codes.shape
+    if membership.labels is None:
+        shared = as_shared(atoms, codes)
+        grad_atoms, grad_codes = _residual_gradients(features, membership, atoms, shared, atoms.T @ atoms)
+        return grad_atoms, grad_codes.view(k, s, k).diagonal(dim1=0, dim2=2)
+    blocks, _, projected, scaled = _by_sample(features, membership.labels, atoms, codes)
+    outer = scaled[..., None] * features[:, None]
+    data = torch.zeros_like(blocks).index_add_(0, membership.labels, outer)
+    energies = codes.T
+    spent = energies * membership.counts[:, None]
+    model = (overlap * (spent[..., None] * energies[:, None])) @ blocks
+    fit = torch.zeros_like(energies).index_add_(0, membership.labels, projected.square())
+    grad_codes = (overlap.square() @ spent[..., None])[..., 0] - fit
+    return 2 * (model - data).flatten(0, 1).T, grad_codes.T
 
 
 def lipschitz_atoms(
