@@ -318,3 +318,18 @@ def test_a_damaged_tiny_imagenet_is_named(tmp_path, damage, said):
 def test_no_tiny_imagenet_says_where_it_belongs(tmp_path):
     with pytest.raises(InputError, match="no folder .*tiny-imagenet-200; unpack"):
         data.load(DataSettings(source="tiny-imagenet"), tmp_path)
+
+
+def test_label_noise_moves_the_share_it_says_and_no_test_label():
+    clean = data.load(DataSettings())
+    noisy = data.load(DataSettings(label_noise=0.3))
+    moved = clean.train_labels != noisy.train_labels
+    assert int(moved.sum()) == round(0.3 * len(moved))  # every label that was drawn is another one now
+    assert torch.equal(clean.test_labels, noisy.test_labels)
+    assert torch.equal(noisy.train_labels, data.load(DataSettings(label_noise=0.3)).train_labels)
+    into = torch.bincount((noisy.train_labels - clean.train_labels)[moved] % 10, minlength=10)
+    assert into[0] == 0
+    assert into[1:].min() > 20
+    for share in (-0.1, 1.0):
+        with pytest.raises(InputError, match="data.label_noise must be"):
+            DataSettings(label_noise=share)

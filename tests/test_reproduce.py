@@ -68,6 +68,17 @@ def test_figures_are_drawn_from_the_runs_of_the_table(small, tmp_path):
         assert (runs / name / "checkpoint.pt").stat().st_mtime_ns == time
 
 
+def test_wrong_labels_have_a_table_and_a_figure(small, tmp_path):
+    request = Request(rows=("mnist-noise0", "mnist-noise50"), objectives=("ce",), epochs=1, out=tmp_path)
+    text, record, figure = reproduce.noise(request, QUIET)
+    assert figure.stat().st_size > 5000
+    clean, noisy = json.loads(record.read_text())
+    assert (clean["row"], noisy["row"]) == ("mnist-noise0", "mnist-noise50")
+    assert noisy["head_accuracy"] < clean["head_accuracy"]
+    assert RunFolder.open(tmp_path / "mnist-noise50" / "ce-seed0").recipe().data.label_noise == 0.5
+    assert "mnist-noise50, cross-entropy" in text.read_text()
+
+
 def test_our_own_recipes_are_kept_apart(small, tmp_path):
     request = Request(rows=("mnist",), objectives=("ce",), ours=True, train_size=200, epochs=1, out=tmp_path)
     path, _ = reproduce.table2(request, QUIET)
@@ -106,7 +117,7 @@ def test_what_the_paper_does_not_have_is_refused(tmp_path, target, request_, sai
 
 def test_the_command_takes_a_target_and_every_field(capsys):
     assert cli.main(["reproduce", "table9"]) == 2
-    assert "table1, table2, table3, figure1, figure2" in capsys.readouterr().err
+    assert "table1, table2, table3, noise, figure1, figure2" in capsys.readouterr().err
     assert [f.name for f in fields(Request)] == [f.name for f in fields(cli._ReproduceOptions)]
 
 

@@ -23,7 +23,7 @@ vmcr2: maximal coding rate reduction by variational forms
   vmcr2 compare RECIPE [flags]     V-MCR², MCR² and cross-entropy side by side
   vmcr2 evaluate RUN               measure a trained run again, with more detail
   vmcr2 plot RUN                   draw a run's, or a comparison's, figures again
-  vmcr2 reproduce TABLE [flags]    the paper's table1, table2, table3, figure1 or figure2, beside its numbers
+  vmcr2 reproduce TABLE [flags]    table1 … table3, figure1, figure2 of the paper, or label noise
   vmcr2 bench                      time the objectives, as the paper's Table 1
   vmcr2 split RUN                  write a run's checkpoint in small parts, to carry it to another machine
   vmcr2 recipes [RECIPE]           list the recipes, or show one

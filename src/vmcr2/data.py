@@ -26,7 +26,7 @@ from torch.nn import functional
 
 from vmcr2._torchvision import import_torchvision
 from vmcr2.errors import InputError
-from vmcr2.membership import check_count
+from vmcr2.membership import check_count, check_number
 
 DATA_ROOT_VARIABLE = "VMCR2_DATA_ROOT"
 _IMAGE_ENDINGS = {".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".pgm", ".webp", ".tif", ".tiff"}
@@ -42,18 +42,23 @@ class DataSettings:
         classes: keep the first so many classes only.
         train_size: keep the first so many training samples only.
         image_size: scale a folder's images to so many pixels a side; needed where they differ in size.
+        label_noise: share of the training samples, drawn once for all runs, that get the label of another class.
     """
 
     source: str = "digits"
     classes: int | None = None
     train_size: int | None = None
     image_size: int | None = None
+    label_noise: float = 0.0
 
     def __post_init__(self) -> None:
         for name, least in (("classes", 2), ("train_size", 1), ("image_size", 1)):
             value = getattr(self, name)
             if value is not None:
                 check_count(f"data.{name}", value, at_least=least)
+        check_number("data.label_noise", self.label_noise, positive=False)
+        if self.label_noise >= 1:
+            raise InputError(f"data.label_noise must be a share below 1, got {self.label_noise}")
 
 
 @dataclass(frozen=True)
@@ -168,7 +173,19 @@ def _subset(dataset: Dataset, settings: DataSettings) -> Dataset:
             train_inputs=dataset.train_inputs[: settings.train_size].clone(),
             train_labels=dataset.train_labels[: settings.train_size].clone(),
         )
+    if settings.label_noise:
+        dataset = replace(dataset, train_labels=_mislabelled(dataset, settings.label_noise))
     return dataset
+
+
+def _mislabelled(dataset: Dataset, share: float) -> Int[Tensor, " m"]:
+    """Returns the training labels, a share of them moved to another class, each as likely as the next."""
+    m, k = len(dataset.train_labels), dataset.num_classes
+    generator = torch.Generator().manual_seed(0)
+    wrong = torch.randperm(m, generator=generator)[: round(share * m)]
+    labels = dataset.train_labels.clone()
+    labels[wrong] = (labels[wrong] + torch.randint(1, k, (len(wrong),), generator=generator)) % k
+    return labels
 
 
 def _digits(_: Path) -> Dataset:

@@ -242,6 +242,38 @@ def draw_similarities(runs: Mapping[tuple[str, Objective], RunFolder], path: Pat
         return _save(figure, path)
 
 
+def draw_noise(records: Sequence[dict[str, Any]], path: Path, title: str) -> Path:
+    """Draws test accuracy over the share of wrong training labels, a panel a data set.
+
+    Args:
+        records: summaries of runs with their `row`, "<data set>-noise<percent>".
+        path: where to save.
+        title: of the figure.
+    """
+    names = list(dict.fromkeys(record["row"].partition("-noise")[0] for record in records))
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(max(4.6, 3.4 * len(names)), 3.2))
+        panels = figure.subplots(1, len(names), squeeze=False)[0]
+        for axes, name in zip(panels, names, strict=True):
+            for objective, label in OBJECTIVE_NAMES.items():
+                for key, style in (("test_accuracy", "-"), ("head_accuracy", "--")):
+                    by_share: dict[int, list[float]] = {}
+                    for record in records:
+                        of, _, percent = record["row"].partition("-noise")
+                        if of == name and record["objective"] == objective and record[key] is not None:
+                            by_share.setdefault(int(percent), []).append(record[key])
+                    if by_share:
+                        shares = sorted(by_share)
+                        means = [float(np.mean(by_share[share])) for share in shares]
+                        own = ", own head" if key == "head_accuracy" else ""
+                        axes.plot(shares, means, style, color=_COLOURS[objective], marker="o", label=label + own)
+            axes.set_title(name, loc="left")
+            axes.set(xlabel="wrong training labels (%)", ylabel="test accuracy")
+        panels[0].legend(loc="best")
+        figure.suptitle(title, x=0.01, ha="left")
+        return _save(figure, path)
+
+
 def _draw_seeds(axes: Axes, seeds: list[list[dict[str, Any]]], key: str, objective: str) -> None:
     curves = [[(line["epoch"], line[key]) for line in metrics if key in line] for metrics in seeds]
     for curve in curves:
