@@ -305,7 +305,7 @@ def run(setting: Setting, root: Path | None) -> dict[str, Any]:
     )
     line: dict[str, Any] = {"setting": asdict(setting), "history": [], "failed": None}
     began = time.perf_counter()
-    every = max(1, recipe.epochs // 12)
+    every = max(recipe.evaluate_every, recipe.epochs // 12)
     try:
         for epoch in range(1, recipe.epochs + 1):
             generator = epoch_generator(recipe, epoch, torch.device("cpu"))

@@ -333,3 +333,10 @@ def test_label_noise_moves_the_share_it_says_and_no_test_label():
     for share in (-0.1, 1.0):
         with pytest.raises(InputError, match="data.label_noise must be"):
             DataSettings(label_noise=share)
+
+
+def test_label_noise_needs_another_class(tmp_path):
+    one = {name: np.zeros(n, dtype=int) for name, n in (("y_train", 20), ("y_test", 8))}
+    path = write_npz(tmp_path / "data.npz", **one)
+    with pytest.raises(InputError, match="number of classes beside data.label_noise must be an integer >= 2, got 1"):
+        data.load(DataSettings(source=str(path), label_noise=0.5))

@@ -1,13 +1,13 @@
 """The paper's tables and figures from one command, at the size of a test: the digits stand in for MNIST."""
 
 import json
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
 
 from vmcr2 import bench, cli, reproduce
-from vmcr2.data import DataSettings
+from vmcr2.data import Augmentation, DataSettings
 from vmcr2.errors import InputError
 from vmcr2.recipes import RECIPES, VMCR2Settings
 from vmcr2.reproduce import TABLE2, TABLE3, Request
@@ -31,21 +31,50 @@ def small(monkeypatch):
     monkeypatch.setitem(reproduce.RECIPES, "mnist-ours", replace(recipe, name="mnist-ours"))
 
 
+def cells(text):
+    """The table of a Markdown text: row name to column to cell."""
+    lines = [[cell.strip() for cell in line.strip("|\n").split("|")] for line in text.splitlines() if line[:1] == "|"]
+    return {line[0]: dict(zip(lines[0], line, strict=True)) for line in lines[2:]}
+
+
 def test_a_table_stands_beside_the_papers_and_goes_on(small, tmp_path):
     request = Request(rows=("mnist",), objectives=("vmcr2", "ce"), train_size=200, epochs=1, out=tmp_path)
     path, record = reproduce.table2(request, QUIET)
-    text = path.read_text()
-    assert "1 of 2000 epochs, the first 200 training images only" in text
-    assert "(44.21)" in text
-    assert "(0.9788)" in text
-    assert "(0.9738)" in text
+    assert "(1 of 2 epochs, the first 200 training images only)" in path.read_text()
+    table = cells(path.read_text())
+    variational, plain = table["mnist, V-MCR²"], table["mnist, cross-entropy"]
+    assert variational["ΔR"].endswith(" (44.21)")
+    assert variational["test accuracy"].endswith(" (0.9788)")
+    assert variational["own head"] == "–"
+    assert plain["own head"].endswith(" (0.9738)")
+    assert "(" not in plain["test accuracy"] + plain["ΔR"]
     run = RunFolder.open(tmp_path / "mnist-first200" / "vmcr2-seed0")
+    assert variational["ΔR"].startswith(f"{run.summary()['train_reduction']:.2f} ")
     before = run.checkpoint_file.stat().st_mtime_ns
     reproduce.table2(request, QUIET)
     assert run.checkpoint_file.stat().st_mtime_ns == before  # what is complete is not run again
     reproduce.table2(replace(request, epochs=3), QUIET)
     assert [line["epoch"] for line in run.metrics()] == [1, 2, 3]
     assert {line["epochs"] for line in json.loads(record.read_text())} == {3}
+    # Asking for less afterwards shows what is there, under a title that says so.
+    reproduce.table2(replace(request, objectives=("ce",), epochs=1), QUIET)
+    assert "the first 200 training images only)" in path.read_text()
+    assert " of 2 epochs" not in path.read_text()
+    assert cells(path.read_text()).keys() == table.keys()  # the other row is still there
+
+
+def test_everything_is_looked_at_before_anything_runs(small, monkeypatch, tmp_path):
+    monkeypatch.setattr(reproduce, "TABLE2", {"mnist": TABLE2["mnist"], "tiny-imagenet": TABLE2["tiny-imagenet"]})
+    out = tmp_path / "out"
+    request = Request(epochs=1, train_size=200, out=out, data_root=tmp_path)
+    with pytest.raises(InputError, match="tiny-imagenet: there is no folder"):
+        reproduce.table2(request, QUIET)
+    assert not out.exists()
+    one = replace(request, rows=("mnist",), objectives=("ce",))
+    reproduce.table2(one, QUIET)
+    with pytest.raises(InputError, match="another recipe .*evaluate_every"):
+        reproduce.table2(replace(one, objectives=("mcr2", "ce"), evaluate_every=2), QUIET)
+    assert not (out / "mnist-first200" / "mcr2-seed0").exists()
 
 
 def test_seeds_are_averaged(small, tmp_path):
@@ -91,13 +120,19 @@ def test_timings_are_kept_row_by_row(monkeypatch, tmp_path):
     tiny = bench.Workload(100, (1, 8, 8), 4, "mlp", 16, 2, 50, 1.0, 0.5)
     monkeypatch.setattr(bench, "WORKLOADS", {"mnist": tiny, "cifar10": tiny})
     reproduce.table1(Request(rows=("mnist",), out=tmp_path), QUIET)
-    kept = json.loads((tmp_path / "table1.json").read_text())
+    (kept,) = json.loads((tmp_path / "table1.json").read_text())
+    elsewhere = {"where": "another machine", "rows": kept["rows"]}
+    (tmp_path / "table1.json").write_text(json.dumps([elsewhere, kept]))
     path, stored = reproduce.table1(Request(out=tmp_path), QUIET)
-    (where,) = kept
-    after = json.loads(stored.read_text())[where]
-    assert after["mnist"] == kept[where]["mnist"]
-    assert after.keys() == {"mnist", "cifar10"}
+    first, after = json.loads(stored.read_text())
+    assert first == elsewhere
+    assert after["rows"]["mnist"] == kept["rows"]["mnist"]
+    assert after["rows"].keys() == {"mnist", "cifar10"}
     assert "cifar10, vmcr2 block" in path.read_text()
+    assert "another machine" in path.read_text()
+    stored.write_text("[")
+    with pytest.raises(InputError, match="table1.json is damaged"):
+        reproduce.table1(Request(out=tmp_path), QUIET)
 
 
 @pytest.mark.parametrize(
@@ -105,7 +140,10 @@ def test_timings_are_kept_row_by_row(monkeypatch, tmp_path):
     [
         (reproduce.table2, Request(rows=("imagenet",)), "rows of table2 must be among mnist, .* got imagenet"),
         (reproduce.table3, Request(objectives=("mcr2",)), "objectives must be some that table3 has, got mcr2"),
-        (reproduce.table3, Request(ours=True), "no recipe of our own for cifar100-strong"),
+        (reproduce.table3, Request(ours=True), "table3 --ours has no recipes of our own"),
+        (reproduce.figure1, Request(ours=True, rows=("cifar100-d100",)), "rows of figure1 --ours must be among mnist"),
+        (reproduce.table2, Request(seeds=()), "seeds must name at least one"),
+        (reproduce.table1, Request(epochs=3, ours=True), "epochs, ours has no meaning for table1"),
     ],
 )
 def test_what_the_paper_does_not_have_is_refused(tmp_path, target, request_, said):
@@ -115,10 +153,15 @@ def test_what_the_paper_does_not_have_is_refused(tmp_path, target, request_, sai
     assert not out.exists()
 
 
-def test_the_command_takes_a_target_and_every_field(capsys):
+def test_the_command_takes_a_target_and_its_flags(small, monkeypatch, capsys, tmp_path):
     assert cli.main(["reproduce", "table9"]) == 2
     assert "table1, table2, table3, noise, figure1, figure2" in capsys.readouterr().err
-    assert [f.name for f in fields(Request)] == [f.name for f in fields(cli._ReproduceOptions)]
+    given = ["--rows", "mnist", "--objectives", "ce", "--seeds", "1", "2", "--epochs", "1", "--train-size", "200"]
+    seen = []
+    monkeypatch.setitem(reproduce.TARGETS, "table2", lambda request, _: seen.append(request) or [])
+    assert cli.main(["reproduce", "table2", *given, "--out", str(tmp_path), "--ours", "--evaluate-every", "3"]) == 0
+    (request,) = seen
+    assert request == Request(("mnist",), ("ce",), (1, 2), 1, 200, 3, True, tmp_path, None)
 
 
 def test_every_row_has_its_recipe_with_the_papers_settings():
@@ -130,10 +173,16 @@ def test_every_row_has_its_recipe_with_the_papers_settings():
         assert (recipe.vmcr2.step_atoms, recipe.vmcr2.step_codes) == (5.0, 5.0)
         assert recipe.vmcr2.energy is None
         assert recipe.batch_size == (1000 if name in ("mnist", "cifar10") else 2000)
+        assert recipe.momentum == 0.9
+        assert recipe.network == ("cnn" if name == "mnist" else "preact_resnet18" if "strong" in name else "resnet18")
+        crops = Augmentation(crop=32, padding=4 if "strong" in name else 8, flip=True)
+        assert recipe.augmentation == (Augmentation(flip=True) if "tiny" in name else crops)
         strong = name.endswith("-strong")
+        assert recipe.weight_decay == (1e-4 if strong else 0)
         assert recipe.vmcr2.mu == (0.1 if strong else 1.0)
         assert (recipe.vmcr2.lr, recipe.mcr2.lr, recipe.ce.lr) == ((0.1, 0.1, 0.1) if strong else (1e-3, 1e-3, 1e-2))
     assert [RECIPES[name].feature_dim for name in TABLE2] == [128, 128, 500, 500]
+    assert [RECIPES[name].feature_dim for name in ("cifar100-d100", "tiny-imagenet-d200")] == [100, 200]
     assert [RECIPES[name].vmcr2.atoms_per_class for name in TABLE2] == [20, 20, 10, 10]
     strong = RECIPES["cifar100-strong"]
     rates = [strong.lr_at(epoch) for epoch in (1, 1000, 1001, 1500, 1501, 2000)]
@@ -141,7 +190,7 @@ def test_every_row_has_its_recipe_with_the_papers_settings():
 
 
 def test_the_subset_is_what_is_trained_on(small, tmp_path):
-    request = Request(rows=("mnist",), train_size=200, epochs=1, out=tmp_path)
-    recipe = request.recipe("mnist", "ce", 0)
-    assert recipe.data == DataSettings(train_size=200)
-    assert recipe.epochs == 1
+    reproduce.table2(Request(rows=("mnist",), objectives=("ce",), train_size=70, epochs=1, out=tmp_path), QUIET)
+    run = RunFolder.open(tmp_path / "mnist-first70" / "ce-seed0")
+    assert run.recipe().data == DataSettings(train_size=70)
+    assert len(run.features()["labels"]) == 70  # the figures show up to 50 of each class: here all there are

@@ -405,6 +405,9 @@ def test_channels_last_does_not_change_the_result(tmp_path):
 def test_a_checkpoint_travels_in_parts(tmp_path):
     unbroken = train.start(SMALL, tmp_path / "unbroken")
     run = train.start(replace(SMALL, epochs=3), tmp_path / "run")
+    run.split_checkpoint(10_000)
+    train.resume(run, replace(SMALL, epochs=4))
+    assert not run.parts_folder.exists()  # they would be those of an earlier state
     parts = run.split_checkpoint(10_000)
     assert len(parts) > 3
     assert max(part.stat().st_size for part in parts) == 10_000
@@ -441,3 +444,12 @@ def test_preact_resnet18_has_the_parameters_it_should():
     features = model(torch.rand(4, 3, 32, 32))
     assert features.shape == (4, 500)
     assert torch.allclose(features.norm(dim=1), torch.ones(4))
+
+
+def test_a_run_is_not_shortened_nor_its_schedule_stretched(tmp_path):
+    run = train.start(replace(SMALL, objective="ce", epochs=4, lr_drops=(0.5,)), tmp_path / "run")
+    with pytest.raises(InputError, match="epochs must stay 4 .* got 8: its lr_drops are shares"):
+        train.resume(run, replace(run.recipe(), epochs=8))
+    run.summary_file.unlink()
+    with pytest.raises(InputError, match="epochs must be at least the 4 .* got 2"):
+        train.resume(run, replace(run.recipe(), epochs=2))

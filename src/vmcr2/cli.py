@@ -255,8 +255,8 @@ def _split(arguments: list[str], console: Console) -> None:
     with run.held():
         parts = run.split_checkpoint(options.megabytes * 1_000_000)
     console.print(
-        f"{len(parts)} parts in {run.parts_folder}; leave checkpoint.pt behind, carry the rest of {run.path}, "
-        "and go on with --resume",
+        f"{len(parts)} part{'s' * (len(parts) > 1)} in {run.parts_folder}; leave checkpoint.pt behind, "
+        f"carry the rest of {run.path}, and go on with --resume",
         highlight=False,
         soft_wrap=True,
     )

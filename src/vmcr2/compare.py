@@ -52,19 +52,10 @@ def compare(
         for seed in seeds
         for objective in objectives
     ]
-    for path, wanted in planned:
-        if (path / "recipe.json").is_file():
-            differing = differences(RunFolder.open(path).recipe(), wanted)
-            if differing:
-                raise InputError(f"{path} belongs to another recipe (there, here): {'; '.join(differing)}")
-        elif not is_free(path):
-            raise InputError(f"{path} exists and is no run folder; choose another --out")
+    refuse_conflicts(planned)
     runs = []
     for path, wanted in planned:
-        if (path / "recipe.json").is_file():
-            runs.append(train.resume(RunFolder.open(path), wanted, data_root, console))
-        else:
-            runs.append(train.start(wanted, path, data_root, console))
+        runs.append(completed(path, wanted, data_root, console))
         plot.draw_run(runs[-1])
     summaries = [run.summary() for run in runs]
     write_atomically(out / "comparison.json", (json.dumps(summaries, indent=2) + "\n").encode())
@@ -73,6 +64,25 @@ def compare(
     write_atomically(out / "comparison.md", text.encode())
     plot.draw_comparison(runs, out / "figures")
     return runs
+
+
+def refuse_conflicts(planned: Sequence[tuple[Path, Recipe]]) -> None:
+    """Raises InputError if the folder of a planned run holds something else, before any of them is run."""
+    for path, wanted in planned:
+        if (path / "recipe.json").is_file():
+            stored = RunFolder.open(path).recipe()
+            differing = differences(stored, replace(wanted, epochs=stored.epochs))
+            if differing:
+                raise InputError(f"{path} belongs to another recipe (there, here): {'; '.join(differing)}")
+        elif not is_free(path):
+            raise InputError(f"{path} exists and is no run folder; choose another --out")
+
+
+def completed(path: Path, recipe: Recipe, data_root: Path | None, console: Console | None) -> RunFolder:
+    """Returns the run of a recipe in a folder, after starting it or going on with it as far as is needed."""
+    if (path / "recipe.json").is_file():
+        return train.resume(RunFolder.open(path), recipe, data_root, console)
+    return train.start(recipe, path, data_root, console)
 
 
 def hardware(summary: dict[str, Any]) -> str:

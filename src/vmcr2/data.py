@@ -174,6 +174,7 @@ def _subset(dataset: Dataset, settings: DataSettings) -> Dataset:
             train_labels=dataset.train_labels[: settings.train_size].clone(),
         )
     if settings.label_noise:
+        check_count("the number of classes beside data.label_noise", dataset.num_classes, at_least=2)
         dataset = replace(dataset, train_labels=_mislabelled(dataset, settings.label_noise))
     return dataset
 
@@ -242,7 +243,7 @@ def _omniglot(root: Path) -> Dataset:
     datasets = import_torchvision().datasets
     source = _present_or_downloaded("omniglot", datasets.Omniglot, root, background=True)
     arrays = _pack_omniglot(Path(source.target_folder))
-    part = packed.with_suffix(".part.npz")
+    part = packed.with_suffix(f".{os.getpid()}.part.npz")
     np.savez_compressed(part, allow_pickle=False, **arrays)
     part.replace(packed)
     return _npz(packed)
@@ -307,7 +308,7 @@ def _tiny_imagenet(root: Path) -> Dataset:
         "y_test": np.asarray([label for _, label in test]),
         "class_names": np.asarray([words.get(wnid, wnid).split(",")[0] for wnid in wnids]),
     }
-    part = cached.with_suffix(".part.npz")
+    part = cached.with_suffix(f".{os.getpid()}.part.npz")
     np.savez(part, allow_pickle=False, **arrays)
     part.replace(cached)
     return _npz(cached)

@@ -18,7 +18,20 @@ from vmcr2.dictionary import Dictionary, MomentStream, latched_blocks, proximal_
 from vmcr2.distributed import gather_rows
 from vmcr2.errors import InputError, NotLatchedError, NumericalError
 from vmcr2.linalg import may_read, require_finite, wide_dtype
-from vmcr2.membership import Condition, Membership, as_membership, check_count, check_number
+from vmcr2.membership import (
+    FINITE,
+    ROWS_FINITE,
+    ROWS_POSITIVE,
+    ROWS_SUM,
+    UNIT,
+    Condition,
+    Membership,
+    as_membership,
+    check_count,
+    check_number,
+    labels_within,
+    raise_first,
+)
 from vmcr2.rates import compression_rate, expansion_rate
 from vmcr2.variational import (
     VariationalRates,
@@ -49,6 +62,11 @@ def _gather_checked(
     checked = check(features, membership)
     gathered, gathered_membership = gather_rows(features, membership)
     return gathered, checked if gathered is features else check(gathered, gathered_membership)
+
+
+def _detached(membership: Membership) -> Membership:
+    soft = None if membership.soft is None else membership.soft.detach()
+    return Membership(membership.labels, soft, membership.counts.detach())
 
 
 class MCR2Loss(nn.Module):
@@ -99,9 +117,8 @@ class MCR2Loss(nn.Module):
 def balanced_mu(feature_dim: int, batch_size: int, *, eps_sq: float = 0.5, balance: float = 0.05) -> float:
     """Returns the µ at which the residual weighs ρ = µ m ε² / d against the rates in the dictionary's step.
 
-    What a good µ is depends on batch size and dimension, what a good ρ is hardly: 0.05 served every data set tried
-    (docs/choosing.md). From about 1 the dictionary no longer leads the features, and they may collapse; the paper's
-    µ = 1 has ρ from 2 to 4.
+    What a good µ is depends on batch size and dimension, what a good ρ is hardly (docs/choosing.md). From about 1 the
+    dictionary no longer leads the features, and they may collapse; the paper's µ = 1 has ρ from 2 to 10.
 
     Args:
         feature_dim: d ≥ 1.
@@ -185,39 +202,39 @@ class VMCR2Loss(nn.Module):
         self.energy = energy
         self.structure = structure
         self.dictionary = Dictionary(num_classes, feature_dim, atoms_per_class, structure)
-        self._wrong: dict[str, Tensor] = {}
+        self._requirements = (
+            FINITE, UNIT, labels_within(num_classes), ROWS_FINITE, ROWS_POSITIVE, ROWS_SUM, _STEP_HOLDS
+        )  # fmt: skip
+        self.register_buffer("_wrong", torch.zeros(len(self._requirements), dtype=torch.bool), persistent=False)
         self._steps = 0
 
     def check(self) -> None:
         """Raises what training steps on an accelerator found wrong but did not stop to say.
 
         On a CPU a wrong batch raises at once. On an accelerator asking for values would hold up the host in every step,
-        so there a wrong batch gives a loss of NaN and no gradient, leaves the dictionary as it is, and is told of here.
-        Called every 64 training steps, and by `eval`, `latch`, `latch_from`, `rates` and `off_block`; call it yourself
-        around CUDA graphs and compiled steps.
+        so there a wrong batch gives a loss of NaN and a gradient of 0 in the features, leaves the dictionary as it is,
+        and is told of here. (What made the features NaN may still spoil the network's own gradients.) Called every 64
+        training steps, and by `eval`, `latch`, `latch_from`, `rates` and `off_block`; call it yourself before saving
+        weights, and around CUDA graphs and compiled steps.
 
         Raises:
             InputError: a batch since the last call was wrong (a ValueError).
             NumericalError: a factorisation failed since the last call.
         """
-        if not self._wrong:
+        broken = [name for name, wrong in zip(self._requirements, self._wrong.tolist(), strict=True) if wrong]
+        if not broken:
             return
-        broken = torch.stack(list(self._wrong.values())).tolist()
-        for flag in self._wrong.values():
-            flag.zero_()
-        for requirement, wrong in zip(self._wrong, broken, strict=True):
-            if wrong:
-                text = f"{requirement}; a batch since the last check did not keep to it. Its loss was NaN"
-                raise NumericalError(text) if requirement == _STEP_HOLDS else InputError(text)
+        self._wrong.zero_()
+        text = f"{'; '.join(broken)}: a batch since the last check did not keep to this, and its loss was NaN"
+        raise NumericalError(text) if broken == [_STEP_HOLDS] else InputError(text)
 
     def _defer(self, conditions: list[Condition]) -> Tensor:
         """Notes what is wrong with a batch, for `check`, and returns whether nothing is."""
-        for condition in conditions:
-            if condition.requirement in self._wrong:
-                self._wrong[condition.requirement].logical_or_(condition.wrong)  # in place, for CUDA graphs
-            else:
-                self._wrong[condition.requirement] = condition.wrong.clone()
-        return ~torch.stack([condition.wrong for condition in conditions]).any()
+        fine = torch.zeros_like(self._wrong[0])
+        found = {condition.requirement: condition.wrong for condition in conditions}
+        flags = torch.stack([found.get(name, fine) for name in self._requirements])
+        self._wrong.logical_or_(flags)  # in place, as CUDA graphs need it
+        return ~flags.any()
 
     def train(self, mode: bool = True) -> VMCR2Loss:
         """Sets training or eval mode; before the latter, `check`."""
@@ -254,42 +271,53 @@ class VMCR2Loss(nn.Module):
             NotLatchedError: eval mode, and nothing was ever latched (a ValueError too).
             NumericalError: the factorisation failed.
         """
-        deferred = [] if self.training and isinstance(features, Tensor) and not may_read(features) else None
-        if deferred is not None and not torch.compiler.is_compiling():
+        if not (self.training and isinstance(features, Tensor) and not may_read(features)):
+            widened, checked = self._checked(features, membership)
+            with torch.autocast(features.device.type, enabled=False):
+                if self.training:
+                    if self.dictionary.num_latched() < self.num_classes:
+                        self._latch(widened.detach(), _detached(checked), only_new=True)
+                    return self._step(widened, checked)
+                atoms, codes, present, _ = self._dictionary(checked, widened.dtype)
+                # Copies, since the buffers may move on before the backward pass.
+                return residual(widened, present, atoms.clone(), codes.clone(), self.mu)
+        return self._step_unread(features, membership)
+
+    def _step_unread(self, features: Tensor, membership: Tensor) -> Tensor:
+        """Takes a training step without reading a value, but for checks and new classes now and then."""
+        if not torch.compiler.is_compiling():
             self._steps += 1
-            capturing = features.is_cuda and torch.cuda.is_current_stream_capturing()
-            if self._steps % _CHECK_EVERY == 0 and not capturing:
+            if self._steps % _CHECK_EVERY == 0 and not (features.is_cuda and torch.cuda.is_current_stream_capturing()):
                 self.check()
+        deferred: list[Condition] = []
         widened, checked = self._checked(features, membership, deferred)
         with torch.autocast(features.device.type, enabled=False):
-            if self.training:
-                detached = widened.detach()
-                still = Membership(
-                    checked.labels, None if checked.soft is None else checked.soft.detach(), checked.counts.detach()
-                )
-                if self.dictionary.num_latched() < self.num_classes:
-                    self._latch(detached, still, only_new=True)
-                return self._step(widened, checked, detached, still, deferred)
-            atoms, codes, present, _ = self._dictionary(checked, widened.dtype)
-            # Copies, since the buffers may move on before the backward pass.
-            return residual(widened, present, atoms.clone(), codes.clone(), self.mu)
+            early = self._steps <= _CHECK_EVERY or self._steps % _CHECK_EVERY == 0
+            if early and self.dictionary.num_latched() < self.num_classes:
+                raise_first(deferred)
+                self._latch(widened.detach(), _detached(checked), only_new=True)
+            sound = self._defer(deferred)
+            # What is wrong is replaced, so that neither the step nor a gradient can carry it on.
+            widened = torch.where(sound, widened, self.feature_dim**-0.5)
+            if checked.soft is not None:
+                soft = torch.where(sound, checked.soft, 1 / self.num_classes)
+                counts = torch.where(sound, checked.counts, checked.num_samples / self.num_classes)
+                checked = Membership(None, soft, counts)
+            return self._step(widened, checked, sound)
 
-    def _step(
-        self,
-        features: Tensor,
-        membership: Membership,
-        detached: Tensor,
-        still: Membership,
-        deferred: list[Condition] | None,
-    ) -> Tensor:
-        """Moves the dictionary and returns the residual; what both need of the batch is found once."""
-        atoms, codes, present, classes = self._dictionary(still, features.dtype)
+    def _step(self, features: Tensor, membership: Membership, sound: Tensor | None = None) -> Tensor:
+        """Moves the dictionary and returns the residual; what both need of the batch is found once.
+
+        Where `sound` is given and false, or the step fails, the dictionary stays and the residual is NaN.
+        """
+        detached = features.detach()
+        before, codes_before, present, classes = self._dictionary(_detached(membership), features.dtype)
         moments = class_moments(detached, present)
-        moved, new_codes = proximal_step(
+        atoms, codes = proximal_step(
             detached,
             present,
-            atoms,
-            codes,
+            before,
+            codes_before,
             mu=self.mu,
             eps_sq=self.eps_sq,
             step_atoms=self.step_atoms,
@@ -298,12 +326,10 @@ class VMCR2Loss(nn.Module):
             moments=moments,
             num_classes=self.num_classes,
         )
-        sound = None
-        if deferred is not None:
-            finite = moved.isfinite().all() & new_codes.isfinite().all()
-            sound = self._defer([*deferred, Condition(~finite, _STEP_HOLDS, str)])
-            moved, new_codes = torch.where(sound, moved, atoms), torch.where(sound, new_codes, codes)
-        atoms, codes = moved, new_codes
+        if sound is not None:
+            failed = ~(atoms.isfinite().all() & codes.isfinite().all())
+            sound = sound & self._defer([Condition(failed, _STEP_HOLDS, str)])
+            atoms, codes = torch.where(sound, atoms, before), torch.where(sound, codes, codes_before)
         self.dictionary.replace(atoms, codes, classes)
         if membership.soft is not None and membership.soft.requires_grad:
             present = membership if classes is None else membership.present()[0]

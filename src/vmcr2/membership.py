@@ -27,6 +27,18 @@ _LARGEST_LABEL = 10_000_000  # beyond this a forgotten num_classes is likelier t
 _GROUP_ELEMENTS = 2**25  # entries of the largest padded tensor a group may give rise to
 
 
+FINITE = "features must be finite"
+UNIT = "features must have rows of norm 1 (the objective is unbounded otherwise)"
+ROWS_FINITE = "membership rows must be finite"
+ROWS_POSITIVE = "membership rows must be >= 0"
+ROWS_SUM = "membership rows must sum to 1"
+
+
+def labels_within(num_classes: int) -> str:
+    """Returns what is required of labels, in words."""
+    return f"membership labels must lie in [0, {num_classes})"
+
+
 class Condition(NamedTuple):
     """Something that must hold of a tensor's values.
 
@@ -259,7 +271,7 @@ def feature_conditions(features: Tensor, *, feature_dim: int | None = None, unit
     conditions = [
         Condition(
             ~finite,
-            "features must be finite",
+            FINITE,
             lambda: f"{int((~detached.isfinite()).sum())} NaN or infinite entries",
         )
     ]
@@ -269,7 +281,7 @@ def feature_conditions(features: Tensor, *, feature_dim: int | None = None, unit
         conditions.append(
             Condition(
                 off,
-                "features must have rows of norm 1 (the objective is unbounded otherwise)",
+                UNIT,
                 lambda: (
                     f"norms from {float(norms.min()):.3g} to {float(norms.max()):.3g}; "
                     "end the network with torch.nn.functional.normalize(z, dim=1)"
@@ -341,7 +353,7 @@ def _from_labels(
     conditions.append(
         Condition(
             (lowest < 0) | (highest >= limit),
-            f"membership labels must lie in [0, {limit})",
+            labels_within(limit),
             lambda: (
                 f"labels from {int(lowest)} to {int(highest)}"
                 + ("; pass num_classes if they are right" if num_classes is None else "")
@@ -375,15 +387,15 @@ def _from_rows(
     detached = rows.detach()
     sums = detached.sum(1)
     conditions += [
-        Condition(~detached.isfinite().all(), "membership rows must be finite", lambda: "NaN or infinite entries"),
+        Condition(~detached.isfinite().all(), ROWS_FINITE, lambda: "NaN or infinite entries"),
         Condition(
             detached.min() < 0,
-            "membership rows must be >= 0",
+            ROWS_POSITIVE,
             lambda: f"entries down to {float(detached.min()):.3g}",
         ),
         Condition(
             (sums - 1).abs().max() > tolerance,
-            "membership rows must sum to 1",
+            ROWS_SUM,
             lambda: f"sums from {float(sums.min()):.3g} to {float(sums.max()):.3g}",
         ),
     ]

@@ -103,8 +103,8 @@ class Recipe:
         eps_sq: the squared precision ε² of the coding rates.
         momentum: of SGD.
         weight_decay: of SGD.
-        lr_drops: shares of the epochs after each of which the learning rate is divided by ten; a run whose epochs are
-            raised later goes on at the rate that the new number of epochs gives.
+        lr_drops: shares of the epochs after each of which the learning rate is divided by ten. The epochs of a run
+            with drops cannot be raised later.
         evaluate_every: epochs between evaluations on the whole training and test set.
         checkpoint_seconds: the least time between two checkpoints; the last epoch always writes one.
         device: auto (cuda where there is one, else cpu), cpu or cuda.
@@ -229,6 +229,9 @@ def _strong(base: Recipe) -> Recipe:
         name=f"{base.name}-strong",
         about="the paper's Table 3: PreAct ResNet-18, weight decay, lr 0.1 and its two drops, µ = 0.1",
         network="preact_resnet18",
+        # The recipe that Section 7.4 follows crops CIFAR by 4 pixels. For Tiny ImageNet "the same transformations"
+        # would be random resized crops of the 64×64 images, which are not kept; there only mirroring is left.
+        augmentation=replace(base.augmentation, padding=4 if base.augmentation.crop else 0),
         weight_decay=1e-4,
         lr_drops=(0.5, 0.75),
         vmcr2=replace(base.vmcr2, lr=1e-1, mu=0.1),

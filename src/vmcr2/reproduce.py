@@ -12,8 +12,8 @@ import torch
 from rich.console import Console
 
 from vmcr2 import bench, plot, train
-from vmcr2.compare import hardware
-from vmcr2.data import resolved
+from vmcr2.compare import completed, hardware, refuse_conflicts
+from vmcr2.data import load, resolved
 from vmcr2.errors import InputError
 from vmcr2.recipes import RECIPES, Objective, Recipe
 from vmcr2.report import describe_device, markdown_table
@@ -96,14 +96,7 @@ class Request:
 
     def recipe(self, row: str, objective: Objective, seed: int) -> Recipe:
         """Returns the recipe of one run."""
-        base, _, percent = row.partition("-noise")
-        name = f"{base}-ours" if self.ours else base
-        if name not in RECIPES:
-            raise InputError(f"ours: there is no recipe of our own for {row}")
-        recipe = replace(RECIPES[name], objective=objective, seed=seed)
-        if percent:
-            noisy = replace(recipe.data, label_noise=int(percent) / 100)
-            recipe = replace(recipe, name=f"{name}-noise{percent}", data=noisy)
+        recipe = replace(_base(row, self.ours), objective=objective, seed=seed)
         if self.epochs is not None:
             recipe = replace(recipe, epochs=self.epochs)
         if self.evaluate_every is not None:
@@ -112,39 +105,56 @@ class Request:
 
     def folder(self, recipe: Recipe) -> Path:
         """Returns where a run lies; runs on part of the data apart from those on all of it."""
-        part = "" if self.train_size is None else f"-first{self.train_size}"
-        return self.out / f"{recipe.name}{part}" / f"{recipe.objective}-seed{recipe.seed}"
+        return self.out / f"{recipe.name}{self.suffix()}" / f"{recipe.objective}-seed{recipe.seed}"
 
-    def size(self) -> str:
-        """Returns what is smaller than in the paper, in words for a title."""
-        parts = [] if self.epochs is None else [f"{self.epochs} of 2000 epochs"]
-        if self.train_size is not None:
-            parts.append(f"the first {self.train_size} training images only")
-        return f" ({', '.join(parts)})" if parts else ""
+    def suffix(self) -> str:
+        """Returns what tells the files of a part of the data from those of all of it."""
+        return "" if self.train_size is None else f"-first{self.train_size}"
+
+    def path(self, name: str, ending: str) -> Path:
+        """Returns where a table or figure is written."""
+        return self.out / f"{name}{'-ours' if self.ours else ''}{self.suffix()}.{ending}"
+
+
+def _base(row: str, ours: bool) -> Recipe:
+    """Returns the recipe that a row stands for, at its full length."""
+    base, _, percent = row.partition("-noise")
+    recipe = RECIPES[f"{base}-ours" if ours else base]
+    if not percent:
+        return recipe
+    noisy = replace(recipe.data, label_noise=int(percent) / 100)
+    return replace(recipe, name=f"{recipe.name}-noise{percent}", data=noisy)
 
 
 def _runs(
     request: Request, rows: dict[str, dict[Objective, Any]], name: str, console: Console
 ) -> Iterator[tuple[str, Objective, list[RunFolder]]]:
-    """Yields the runs of every row and objective, complete, running what is missing."""
-    chosen = request.chosen(rows, name)
+    """Yields the runs of every row and objective, complete; all that is asked for is looked at before anything runs."""
+    if not request.seeds:
+        raise InputError("seeds must name at least one")
+    if request.ours:
+        rows = {row: cells for row, cells in rows.items() if f"{row.partition('-noise')[0]}-ours" in RECIPES}
+        name += " --ours"
+        if not rows:
+            raise InputError(f"ours: {name} has no recipes of our own")
     planned = [
         (row, objective, [request.recipe(row, objective, seed) for seed in request.seeds])
-        for row in chosen
+        for row in request.chosen(rows, name)
         for objective in rows[row]
         if not request.objectives or objective in request.objectives
     ]
     if not planned:
         raise InputError(f"objectives must be some that {name} has, got {', '.join(request.objectives)}")
+    recipes = [recipe for *_, wanted in planned for recipe in wanted]
+    refuse_conflicts([(request.folder(recipe), recipe) for recipe in recipes])
+    for settings in dict.fromkeys(recipe.data for recipe in recipes):
+        load(settings, request.data_root)
     for row, objective, wanted in planned:
-        done = []
-        for recipe in wanted:
-            path = request.folder(recipe)
-            if (path / "recipe.json").is_file():
-                done.append(train.resume(RunFolder.open(path), recipe, request.data_root, console))
-            else:
-                done.append(train.start(recipe, path, request.data_root, console))
-        yield row, objective, done
+        yield (
+            row,
+            objective,
+            [completed(request.folder(recipe), recipe, request.data_root, console) for recipe in wanted],
+        )
 
 
 def _beside(value: float | None, printed: float | None, digits: int) -> str:
@@ -159,65 +169,105 @@ def _mean(summaries: list[dict[str, Any]], key: str) -> float | None:
 
 
 def _table(request: Request, rows: dict[str, dict[Objective, Printed]], name: str, console: Console) -> list[Path]:
-    lines, records = [], []
-    for row, objective, runs in _runs(request, rows, name, console):
-        summaries = [run.summary() for run in runs]
-        records += [{"row": row} | summary for summary in summaries]
+    """Runs what is asked for and writes the table of all that this and earlier calls have run."""
+    text, record = request.path(name, "md"), request.path(name, "json")
+    for row, _, runs in _runs(request, rows, name, console):
+        # After every run, so that breaking off loses nothing that was there to see.
+        fresh = [{"row": row, "train_size": request.train_size} | run.summary() for run in runs]
+        known = {_identity(line): line for line in [*_records(record), *fresh]}
+        order = [str(cell) for cell in _cells(rows)]
+        lines = sorted(known.values(), key=lambda line: (order.index(str(_identity(line)[:2])), line["seed"]))
+        write_atomically(record, (json.dumps(lines, indent=2) + "\n").encode())
+        write_atomically(text, _rendered(lines, rows, name, request.ours).encode())
+    console.print(text.read_text(encoding="utf-8"), highlight=False, soft_wrap=True)
+    return [text, record]
+
+
+def _cells(rows: dict[str, dict[Objective, Any]]) -> list[tuple[str, Objective]]:
+    return [(row, objective) for row, cells in rows.items() for objective in cells]
+
+
+def _identity(record: dict[str, Any]) -> tuple[str, str, int]:
+    return record["row"], record["objective"], record["seed"]
+
+
+def _records(path: Path) -> list[dict[str, Any]]:
+    if not path.is_file():
+        return []
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path} is damaged ({error}); delete it, the runs beside it are kept") from error
+
+
+def _rendered(records: list[dict[str, Any]], rows: dict[str, dict[Objective, Printed]], name: str, ours: bool) -> str:
+    """Returns the table in Markdown; the title says what is smaller than it should be."""
+    lines, sizes = [], []
+    for row, objective in _cells(rows):
+        members = [record for record in records if (record["row"], record["objective"]) == (row, objective)]
+        if not members:
+            continue
+        full = _base(row, ours).epochs
+        sizes += [f"{member['epochs']} of {full} epochs" for member in members if member["epochs"] < full]
         printed = rows[row][objective]
         lines.append(
             [
                 f"{row}, {plot.OBJECTIVE_NAMES[objective]}",
-                ", ".join(str(summary["seed"]) for summary in summaries),
-                ", ".join(sorted({str(summary["epochs"]) for summary in summaries})),
-                _beside(_mean(summaries, "train_expansion"), None, 2),
-                _beside(_mean(summaries, "train_compression"), None, 2),
-                _beside(_mean(summaries, "train_reduction"), printed.reduction, 2),
-                _beside(_mean(summaries, "test_accuracy"), None if objective == "ce" else printed.accuracy, 4),
-                _beside(_mean(summaries, "head_accuracy"), printed.accuracy, 4),
-                _beside(_mean(summaries, "seconds_per_epoch"), None, 2),
+                ", ".join(str(member["seed"]) for member in members),
+                ", ".join(sorted({str(member["epochs"]) for member in members})),
+                _beside(_mean(members, "train_expansion"), None, 2),
+                _beside(_mean(members, "train_compression"), None, 2),
+                _beside(_mean(members, "train_reduction"), printed.reduction, 2),
+                _beside(_mean(members, "test_accuracy"), None if objective == "ce" else printed.accuracy, 4),
+                _beside(_mean(members, "head_accuracy"), printed.accuracy, 4),
+                _beside(_mean(members, "seconds_per_epoch"), None, 2),
             ]
         )
-        # After every run, so that breaking off loses nothing that was there to see.
-        columns = ["row", "seeds", "epochs", "R", "R_c", "ΔR", "test accuracy", "own head", "s/epoch"]
-        settings = (
-            "our settings" if request.ours else "the recipes' settings" if name == "noise" else "the paper's settings"
-        )
-        where = sorted({hardware(record) for record in records})
-        text = (
-            f"## {name}, {settings}{request.size()}\n\nThe paper's numbers, where it has some, in brackets. "
-            f"{'; '.join(where)}.\n\n"
-            f"{markdown_table(columns, lines)}"
-        )
-        path = request.out / f"{name}{'-ours' if request.ours else ''}{_suffix(request)}.md"
-        write_atomically(path, text.encode())
-        write_atomically(path.with_suffix(".json"), (json.dumps(records, indent=2) + "\n").encode())
-    console.print(path.read_text(encoding="utf-8"), highlight=False, soft_wrap=True)
-    return [path, path.with_suffix(".json")]
+    sizes = list(dict.fromkeys(sizes))
+    part = {record["train_size"] for record in records} - {None}
+    sizes += [f"the first {size} training images only" for size in part]
+    settings = "our settings" if ours else ("the recipes' settings" if name == "noise" else "the paper's settings")
+    where = "; ".join(dict.fromkeys(hardware(record) for record in records))
+    columns = ["row", "seeds", "epochs", "R", "R_c", "ΔR", "test accuracy", "own head", "s/epoch"]
+    notes = " ".join(["The paper's numbers, where it has some, in brackets.", *_NOTES.get(name, ())])
+    title = f"{name}, {settings}" + (f" ({', '.join(sizes)})" if sizes else "")
+    return f"## {title}\n\n{notes} {where}.\n\n{markdown_table(columns, lines)}"
 
 
-def _suffix(request: Request) -> str:
-    return "" if request.train_size is None else f"-first{request.train_size}"
+_NOTES: dict[str, tuple[str, ...]] = {
+    "table2": ("The paper's MCR² on Tiny ImageNet had 200 epochs.",),
+    "table3": (
+        "The paper gives cross-entropy's best epoch on the test set; here it is the last. Tiny ImageNet is mirrored, "
+        "but not cropped from its 64×64 images.",
+    ),
+    "noise": ("R_c and ΔR are those of the labels trained on, wrong ones included; test labels are right.",),
+}
 
 
 def table1(request: Request, console: Console) -> list[Path]:
-    """Times an epoch of every row, each once for a device and a version of torch; epochs and seeds are not used."""
+    """Times an epoch of every row, each once for a device and a version of torch."""
+    unused = [name for name in ("objectives", "epochs", "train_size", "evaluate_every") if getattr(request, name)]
+    if unused or request.ours:
+        raise InputError(
+            f"{', '.join([*unused, *['ours'] * request.ours])} has no meaning for table1, which times steps"
+        )
     rows = request.chosen(dict.fromkeys(bench.WORKLOADS), "table1")
     device = torch.device(train.chosen_device("auto"))
     where = describe_device(device)
     stored = request.out / "table1.json"
-    known: dict[str, dict[str, Any]] = {}
-    if stored.is_file():
-        known = json.loads(stored.read_text(encoding="utf-8")).get(where, {})
+    everywhere = {record["where"]: record["rows"] for record in _records(stored)}
+    known: dict[str, Any] = everywhere.setdefault(where, {})
     request.out.mkdir(parents=True, exist_ok=True)
     for row in rows:
         if row not in known:
             console.print(f"timing {row}", highlight=False)
             known[row] = asdict(bench.epoch_cost(bench.WORKLOADS[row], device, 9))
-            write_atomically(stored, (json.dumps({where: known}, indent=2) + "\n").encode())
-    costs = {row: bench.EpochCost.from_record(known[row]) for row in rows}
-    text = f"## table1\n\nSeconds per epoch. Random images of the right size; {where}.\n\n" + markdown_table(
-        bench.COLUMNS, bench.rows(costs)
-    )
+            records = [{"where": place, "rows": timed} for place, timed in everywhere.items()]
+            write_atomically(stored, (json.dumps(records, indent=2) + "\n").encode())
+    text = "## table1\n\nSeconds per epoch on random images of the right size.\n"
+    for place, timed in everywhere.items():
+        costs = {row: bench.EpochCost.from_record(timed[row]) for row in bench.WORKLOADS if row in timed}
+        text += f"\n{place}:\n\n{markdown_table(bench.COLUMNS, bench.rows(costs))}"
     path = request.out / "table1.md"
     write_atomically(path, text.encode())
     console.print(text, highlight=False, soft_wrap=True)
@@ -236,26 +286,27 @@ def table3(request: Request, console: Console) -> list[Path]:
 
 def noise(request: Request, console: Console) -> list[Path]:
     """Trains the three objectives with wrong labels, tests them on right ones, and draws the accuracies."""
-    written = _table(request, NOISE, "noise", console)
-    records = json.loads(written[-1].read_text(encoding="utf-8"))
-    return [
-        *written,
-        plot.draw_noise(records, written[0].with_suffix(".png"), f"Wrong training labels{request.size()}"),
-    ]
+    text, record = _table(request, NOISE, "noise", console)
+    return [text, record, plot.draw_noise(_records(record), request.path("noise", "png"), "Wrong training labels")]
 
 
 def figure1(request: Request, console: Console) -> list[Path]:
     """Draws ΔR of the training set over epochs, from the runs of table 2 and of the other feature dimensions."""
     runs = {(row, objective): found[0] for row, objective, found in _runs(request, FIGURE1, "figure1", console)}
-    path = request.out / f"figure1{'-ours' if request.ours else ''}{_suffix(request)}.png"
-    return [plot.draw_convergence(runs, path, f"ΔR of the training set{request.size()}")]
+    title = "ΔR of the training set" + _part_of(request)
+    return [plot.draw_convergence(runs, request.path("figure1", "png"), title)]
 
 
 def figure2(request: Request, console: Console) -> list[Path]:
     """Draws |ZᵀZ| of training samples sorted by class, from the runs of table 2."""
     runs = {(row, objective): found[0] for row, objective, found in _runs(request, FIGURE2, "figure2", console)}
-    path = request.out / f"figure2{'-ours' if request.ours else ''}{_suffix(request)}.png"
-    return [plot.draw_similarities(runs, path, f"|cosine| between training samples, by class{request.size()}")]
+    epochs = sorted({run.recipe().epochs for run in runs.values()})
+    title = f"|cosine| between training samples, by class; {', '.join(map(str, epochs))} epochs" + _part_of(request)
+    return [plot.draw_similarities(runs, request.path("figure2", "png"), title)]
+
+
+def _part_of(request: Request) -> str:
+    return "" if request.train_size is None else f", the first {request.train_size} training images only"
 
 
 TARGETS: dict[str, Callable[[Request, Console], list[Path]]] = {

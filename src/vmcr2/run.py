@@ -32,7 +32,7 @@ from vmcr2.recipes import Recipe
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Writes a file so that at any moment its old or its new content is there, whole."""
-    part = path.with_name(f".{path.name}.part")
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     with part.open("wb") as file:
         file.write(content)
         file.flush()
@@ -178,6 +178,7 @@ class RunFolder:
                 shutil.copyfile(self.checkpoint_file, spare)
             spare.replace(self.previous_checkpoint_file)
         part.replace(self.checkpoint_file)
+        shutil.rmtree(self.parts_folder, ignore_errors=True)  # they are those of an earlier state
 
     def load_checkpoint(self, device: torch.device | str = "cpu") -> dict[str, Any] | None:
         """Returns the latest checkpoint, or None where none was written yet.
@@ -221,9 +222,9 @@ class RunFolder:
             part_bytes: at most so many in a part.
 
         Raises:
-            InputError: the run has no checkpoint yet (a ValueError).
+            InputError: the run has no checkpoint yet, or a damaged one (a ValueError).
         """
-        if not self.checkpoint_file.exists():
+        if self.load_checkpoint() is None:
             raise InputError(f"{self.path} has no checkpoint.pt to split yet")
         content = self.checkpoint_file.read_bytes()
         shutil.rmtree(self.parts_folder, ignore_errors=True)

@@ -84,6 +84,13 @@ def resume(
         )
     if run.is_complete() and recipe.epochs <= stored.epochs:
         return run
+    if recipe.epochs < stored.epochs:
+        raise InputError(f"epochs must be at least the {stored.epochs} that {run.path} is to have, got {recipe.epochs}")
+    if recipe.epochs > stored.epochs and recipe.lr_drops:
+        raise InputError(
+            f"epochs must stay {stored.epochs} for {run.path}, got {recipe.epochs}: its lr_drops are shares of the "
+            "epochs, so a longer run is another one from the first drop on; start it in a folder of its own"
+        )
     prepared = _prepare(recipe, data_root)
     with run.held():
         state = run.load_checkpoint()

@@ -111,7 +111,7 @@ class ClassMoments(NamedTuple):
 @torch.no_grad()
 def class_moments(features: Float[Tensor, "m d"], membership: Membership) -> ClassMoments:
     """Returns ‖C_j‖²_F and Σ_j π_ij C_j z_i: class by class on the smaller side, or by all pairs on an accelerator."""
-    if not may_read(features) and features.shape[0] <= _ALL_PAIRS:
+    if not may_read(features):
         return _moments_by_pairs(features, membership)
     norms_sq = features.new_zeros(membership.num_classes, dtype=torch.float64)
     pull = torch.zeros_like(features)
@@ -134,24 +134,29 @@ def class_moments(features: Float[Tensor, "m d"], membership: Membership) -> Cla
     return ClassMoments(norms_sq, pull)
 
 
-_ALL_PAIRS = 8192  # samples whose m×m inner products are no burden
+_PAIRS = 2**24  # inner products held at once
 
 
 def _moments_by_pairs(features: Float[Tensor, "m d"], membership: Membership) -> ClassMoments:
     """Returns the same from all inner products, in float64: no shape depends on the sizes of the classes."""
-    z, counts = features.double(), membership.counts.double()
+    z, counts, labels = features.double(), membership.counts.double(), membership.labels
     inverse = torch.where(counts > 0, 1 / torch.where(counts > 0, counts, 1), 0)
-    gram = z @ z.T
-    if membership.labels is not None:
-        mine = inverse[membership.labels]
-        shares = (membership.labels[:, None] == membership.labels) * mine
-        by_sample = (gram.square() * shares).sum(1) * mine
-        norms_sq = torch.zeros_like(counts).index_add_(0, membership.labels, by_sample)
-    else:
-        rows = membership.rows().double()
-        shares = (rows * inverse) @ rows.T
-        norms_sq = ((gram.square() @ rows) * rows).sum(0) * inverse.square()
-    return ClassMoments(norms_sq, (gram * shares) @ z)
+    norms_sq, pull = torch.zeros_like(counts), []
+    rows = None if labels is not None else membership.rows().double()
+    at_once = max(1, _PAIRS // len(z))
+    for start in range(0, len(z), at_once):
+        part = slice(start, start + at_once)
+        gram = z[part] @ z.T
+        if labels is not None:
+            shares = (labels[part, None] == labels) * inverse[labels]
+            by_sample = (gram.square() * shares).sum(1) * inverse[labels[part]]
+            norms_sq.index_add_(0, labels[part], by_sample)
+        else:
+            assert rows is not None
+            shares = (rows[part] * inverse) @ rows.T
+            norms_sq += ((gram.square() @ rows) * rows[part]).sum(0) * inverse.square()
+        pull.append((gram * shares) @ z)
+    return ClassMoments(norms_sq, torch.cat(pull))
 
 
 def residual(
@@ -226,10 +231,7 @@ class _Residual(torch.autograd.Function):
         if torch.is_grad_enabled():  # a graph of the gradient is wanted, for second derivatives
             value = _residual_by_autograd(features, ctx.membership, atoms, codes, ctx.mu)
             (gradient,) = torch.autograd.grad(value, features, create_graph=True)
-        scaled = grad_outputs[0] * gradient
-        if not may_read(scaled):  # a loss that was given up as NaN asks for no gradient, whatever this one holds
-            scaled = torch.where(grad_outputs[0] == 0, 0, scaled)
-        return scaled, None, None, None, None, None
+        return grad_outputs[0] * gradient, None, None, None, None, None
 
 
 _CANCELLED = 0.05
@@ -247,13 +249,12 @@ def _model_fit(
     features: Float[Tensor, "m d"], membership: Membership, atoms: Float[Tensor, "d q"], codes: Float[Tensor, "c k"]
 ) -> _ModelFit:
     if is_block(atoms, codes) and not may_read(features):
-        if membership.labels is None:
-            return _model_fit(features, membership, atoms, as_shared(atoms, codes))
-        blocks, mine, projected, scaled = _by_sample(features, membership.labels, atoms, codes)
+        blocks = atoms.T.reshape(codes.shape[1], codes.shape[0], -1)
         overlap, energies = (blocks @ blocks.mT).double().square(), codes.T.double()
         own = torch.einsum("b,bs,bst,bt->", membership.counts.double(), energies, overlap, energies)
-        cross = (projected.double() * scaled.double()).sum()
-        return _ModelFit(cross, own, (scaled[:, None] @ mine)[:, 0])
+        chosen = _by_sample(features, membership, atoms, codes)
+        cross = (chosen.projected.double() * chosen.scaled.double()).sum()
+        return _ModelFit(cross, own, chosen.back(atoms))
     supports = _supports(atoms, codes)
     if supports is None:
         projected = features @ atoms
@@ -276,17 +277,38 @@ def _model_fit(
     return _ModelFit(cross, own, pull)
 
 
+class _BySample(NamedTuple):
+    """Samples against block atoms, without asking how large the classes are.
+
+    With labels and more classes than dimensions each sample meets the atoms of its own class alone, which are gathered
+    (`mine`); else all atoms, which then is less memory.
+    """
+
+    projected: Float[Tensor, "m *r s"]
+    weights: Float[Tensor, "m ..."]
+    scaled: Float[Tensor, "m *r s"]
+    mine: Float[Tensor, "m s d"] | None
+
+    def back(self, atoms: Float[Tensor, "d q"]) -> Float[Tensor, "m d"]:
+        """Returns Σ_j π_ij Γ_j Diag(Ã_j) Γ_jᵀ z_i."""
+        return self.scaled.flatten(1) @ atoms.T if self.mine is None else (self.scaled[:, None] @ self.mine)[:, 0]
+
+
 def _by_sample(
-    features: Float[Tensor, "m d"],
-    labels: Int[Tensor, " m"],
-    atoms: Float[Tensor, "d q"],
-    codes: Float[Tensor, "s k"],
-) -> tuple[Float[Tensor, "k s d"], Float[Tensor, "m s d"], Float[Tensor, "m s"], Float[Tensor, "m s"]]:
-    """Returns block atoms as rows, each sample's own, its inner products with them, and these times the codes."""
-    blocks = atoms.T.reshape(codes.shape[1], codes.shape[0], -1)
-    mine = blocks[labels]
-    projected = (mine @ features[..., None])[..., 0]
-    return blocks, mine, projected, projected * codes.T[labels]
+    features: Float[Tensor, "m d"], membership: Membership, atoms: Float[Tensor, "d q"], codes: Float[Tensor, "s k"]
+) -> _BySample:
+    s, k = codes.shape
+    labels = membership.labels
+    if labels is not None and k > features.shape[1]:
+        mine = atoms.T.reshape(k, s, -1)[labels]
+        projected = (mine @ features[..., None])[..., 0]
+        return _BySample(projected, projected.new_ones(len(labels)), projected * codes.T[labels], mine)
+    projected = (features @ atoms).view(-1, k, s)
+    if labels is None:
+        weights = membership.rows().to(features.dtype)
+    else:
+        weights = (labels[:, None] == torch.arange(k, device=labels.device)).to(features.dtype)
+    return _BySample(projected, weights, projected * weights[..., None] * codes.T, None)
 
 
 class _Supports(NamedTuple):
@@ -463,17 +485,19 @@ def _block_gradients(
 ) -> tuple[Float[Tensor, "d q"], Float[Tensor, "s k"]]:
     """Returns the same for block codes, sample by sample: no shape depends on the sizes of the classes."""
     s, k = codes.shape
-    if membership.labels is None:
-        shared = as_shared(atoms, codes)
-        grad_atoms, grad_codes = _residual_gradients(features, membership, atoms, shared, atoms.T @ atoms)
-        return grad_atoms, grad_codes.view(k, s, k).diagonal(dim1=0, dim2=2)
-    blocks, _, projected, scaled = _by_sample(features, membership.labels, atoms, codes)
-    outer = scaled[..., None] * features[:, None]
-    data = torch.zeros_like(blocks).index_add_(0, membership.labels, outer)
     energies = codes.T
+    chosen = _by_sample(features, membership, atoms, codes)
+    squares = chosen.projected.square() * chosen.weights[..., None]
+    if chosen.mine is None:
+        data = (chosen.scaled.flatten(1).T @ features).view(k, s, -1)
+        fit = squares.sum(0)
+    else:
+        assert membership.labels is not None
+        outer = chosen.scaled[..., None] * features[:, None]
+        data = outer.new_zeros(k, *outer.shape[1:]).index_add_(0, membership.labels, outer)
+        fit = torch.zeros_like(energies).index_add_(0, membership.labels, squares)
     spent = energies * membership.counts[:, None]
-    model = (overlap * (spent[..., None] * energies[:, None])) @ blocks
-    fit = torch.zeros_like(energies).index_add_(0, membership.labels, projected.square())
+    model = (overlap * (spent[..., None] * energies[:, None])) @ atoms.T.reshape(k, s, -1)
     grad_codes = (overlap.square() @ spent[..., None])[..., 0] - fit
     return 2 * (model - data).flatten(0, 1).T, grad_codes.T
 
