@@ -75,6 +75,7 @@ class Setting:
     energy: float | None = None  # or to another sum
     balance: float | None = None  # ρ, from which µ follows at each batch size
     weight_decay: float = 0.0
+    gradient_clip: float | None = None
     rate: float = 0.1  # of the moving average of objective memory
     imbalance: float = 1.0  # the largest class over the smallest
 
@@ -318,6 +319,8 @@ def run(setting: Setting, root: Path | None) -> dict[str, Any]:
                 loss = criterion(features, dataset.train_labels[rows])
                 optimizer.zero_grad()
                 loss.backward()
+                if setting.gradient_clip is not None:
+                    torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], setting.gradient_clip)
                 optimizer.step()
             if epoch % every == 0 or epoch == recipe.epochs:
                 line["history"].append({"epoch": epoch} | state(recipe, dataset, model, criterion))

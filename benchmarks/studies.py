@@ -259,17 +259,26 @@ STUDIES: dict[str, dict[str, Any]] = {
     "no-collapse": {
         "about": (
             "Architecture 1 on digits (no BatchNorm), 30 epochs, momentum 0.9, the defaults: learning rates over two "
-            "decades, batches, and classes unbalanced 100 : 1. Compare with `collapse`."
+            "decades, batches, and classes unbalanced 100 : 1; without and with gradients clipped to norm 0.1. Compare with "
+            "`collapse`."
         ),
         "base": "digits-cnn-now",
         "seeds": [0],
         "rows": [
             {"objective": "mcr2", "lr": 1e-2},
             *(
-                {"batch_size": batch, "lr": lr, "imbalance": ratio}
+                {"batch_size": batch, "lr": lr, "imbalance": ratio, "gradient_clip": clip}
+                for clip in (None, 0.1)
                 for batch in (100, 500, 1437)
                 for lr in (1e-3, 1e-2, 1e-1)
                 for ratio in (1.0, 100.0)
+            ),
+            {"objective": "mcr2", "lr": 1e-1, "epochs": 200},
+            {"objective": "mcr2", "lr": 1e-2, "epochs": 200},
+            *(
+                {"batch_size": 500, "lr": lr, "gradient_clip": clip, "epochs": 200}
+                for clip in (None, 0.1)
+                for lr in (1e-2, 1e-1)
             ),
             *({"balance": rho, "lr": round(5e-4 / rho, 6)} for rho in (0.2, 0.5, 1.0, 2.0)),
         ],
@@ -324,6 +333,8 @@ STUDIES: dict[str, dict[str, Any]] = {
             {"objective": "ce"},
             {"energy": 1.6},
             {},
+            {"lr": 0.1, "gradient_clip": 0.1},
+            {"lr": 0.1, "gradient_clip": 0.1, "energy": 1.6},
         ],
     },
     "cifar100-20": {

@@ -453,3 +453,18 @@ def test_a_run_is_not_shortened_nor_its_schedule_stretched(tmp_path):
     run.summary_file.unlink()
     with pytest.raises(InputError, match="epochs must be at least the 4 .* got 2"):
         train.resume(run, replace(run.recipe(), epochs=2))
+
+
+def test_gradients_are_clipped(tmp_path):
+    """With plain SGD a clipped step moves the weights by at most lr times the norm allowed."""
+    recipe = replace(SMALL, objective="ce", momentum=0.0, batch_size=300, epochs=1, gradient_clip=1e-3)
+    run = train.start(recipe, tmp_path / "run")
+    trained = train.load_trained(run)[2:]
+    before = train.build_model(recipe, data.load(recipe.data))
+    pairs = [
+        pair for two in zip(trained, before, strict=True) for pair in zip(*(m.parameters() for m in two), strict=True)
+    ]
+    length = float(torch.cat([(a - b).detach().flatten() for a, b in pairs]).norm())
+    assert length == pytest.approx(0.1 * 1e-3, rel=1e-2)
+    with pytest.raises(InputError, match="gradient_clip must be a finite number > 0, got 0"):
+        replace(recipe, gradient_clip=0.0)

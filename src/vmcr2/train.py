@@ -304,6 +304,8 @@ def _train_epoch(
         loss = criterion(features, labels)
         optimizer.zero_grad()
         fabric.backward(loss)
+        if recipe.gradient_clip is not None:
+            nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], recipe.gradient_clip)
         optimizer.step()
         total += loss.detach()
         steps += 1
@@ -334,6 +336,7 @@ def _train_epoch(
 
 def _diverged(recipe: Recipe, epoch: int, why: str) -> NumericalError:
     cure = "Lower vmcr2.lr or vmcr2.mu" if recipe.objective == "vmcr2" else f"Lower {recipe.objective}.lr"
+    cure += "" if recipe.gradient_clip else ", or set gradient_clip to 0.1"
     return NumericalError(f"training diverged in epoch {epoch}: {why}. {cure} (lr is {recipe.lr:g}).")
 
 
