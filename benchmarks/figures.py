@@ -52,7 +52,7 @@ def balance() -> None:
     ):
         rows = [row for row in STUDIES["balance"]["rows"] if row.get("base", "digits-now") == base]
         found = {row["balance"]: lines_of("balance", **row) for row in rows}
-        found[0.05] = lines_of("energy", base=base)
+        found[0.05] = lines_of("energy", base=base, **({"energy": 1.6} if base == "digits-now" else {}))
         shares = sorted(found)
         for axes, name, scale in ((left, "train_reduction", limit), (right, "test_accuracy", 1.0)):
             means, spreads = zip(*(end(found[share], name) for share in shares), strict=True)
