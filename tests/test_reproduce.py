@@ -156,12 +156,26 @@ def test_what_the_paper_does_not_have_is_refused(tmp_path, target, request_, sai
 def test_the_command_takes_a_target_and_its_flags(small, monkeypatch, capsys, tmp_path):
     assert cli.main(["reproduce", "table9"]) == 2
     assert "table1, table2, table3, noise, figure1, figure2" in capsys.readouterr().err
-    given = ["--rows", "mnist", "--objectives", "ce", "--seeds", "1", "2", "--epochs", "1", "--train-size", "200"]
+    given = [
+        "--rows",
+        "mnist",
+        "--objectives",
+        "ce",
+        "--seeds",
+        "1",
+        "2",
+        "--epochs",
+        "1",
+        "--train-size",
+        "200",
+        "--test-size",
+        "50",
+    ]
     seen = []
     monkeypatch.setitem(reproduce.TARGETS, "table2", lambda request, _: seen.append(request) or [])
     assert cli.main(["reproduce", "table2", *given, "--out", str(tmp_path), "--ours", "--evaluate-every", "3"]) == 0
     (request,) = seen
-    assert request == Request(("mnist",), ("ce",), (1, 2), 1, 200, 3, True, tmp_path, None)
+    assert request == Request(("mnist",), ("ce",), (1, 2), 1, 200, 50, 3, True, tmp_path, None)
 
 
 def test_every_row_has_its_recipe_with_the_papers_settings():
@@ -190,7 +204,10 @@ def test_every_row_has_its_recipe_with_the_papers_settings():
 
 
 def test_the_subset_is_what_is_trained_on(small, tmp_path):
-    reproduce.table2(Request(rows=("mnist",), objectives=("ce",), train_size=70, epochs=1, out=tmp_path), QUIET)
-    run = RunFolder.open(tmp_path / "mnist-first70" / "ce-seed0")
-    assert run.recipe().data == DataSettings(train_size=70)
+    request = Request(rows=("mnist",), objectives=("ce",), train_size=70, test_size=9, epochs=1, out=tmp_path)
+    path, _ = reproduce.table2(request, QUIET)
+    assert "the first 70 training images only, the first 9 test images only" in path.read_text()
+    run = RunFolder.open(tmp_path / "mnist-first70-test9" / "ce-seed0")
+    assert run.recipe().data == DataSettings(train_size=70, test_size=9)
+    assert run.summary()["test_accuracy"] * 9 == pytest.approx(round(run.summary()["test_accuracy"] * 9))
     assert len(run.features()["labels"]) == 70  # the figures show up to 50 of each class: here all there are

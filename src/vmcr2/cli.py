@@ -272,6 +272,7 @@ class _ReproduceOptions:
         seeds: which to run each with.
         epochs: instead of the paper's 2000; more of them later go on with the runs.
         train_size: train on the first so many samples only. The title says so.
+        test_size: test on the first so many samples only. The title says so.
         evaluate_every: epochs between measurements, the points of figure1; by default the recipe's.
         ours: our own recipes instead of the paper's settings.
         out: where the runs, tables and figures lie.
@@ -283,6 +284,7 @@ class _ReproduceOptions:
     seeds: tuple[int, ...] = (0,)
     epochs: int | None = None
     train_size: int | None = None
+    test_size: int | None = None
     evaluate_every: int | None = None
     ours: bool = False
     out: Path = Path("runs/paper")

@@ -41,6 +41,7 @@ class DataSettings:
             .npz file or of a folder of images by class.
         classes: keep the first so many classes only.
         train_size: keep the first so many training samples only.
+        test_size: keep the first so many test samples only.
         image_size: scale a folder's images to so many pixels a side; needed where they differ in size.
         label_noise: share of the training samples, drawn once for all runs, that get the label of another class.
     """
@@ -48,11 +49,12 @@ class DataSettings:
     source: str = "digits"
     classes: int | None = None
     train_size: int | None = None
+    test_size: int | None = None
     image_size: int | None = None
     label_noise: float = 0.0
 
     def __post_init__(self) -> None:
-        for name, least in (("classes", 2), ("train_size", 1), ("image_size", 1)):
+        for name, least in (("classes", 2), ("train_size", 1), ("test_size", 1), ("image_size", 1)):
             value = getattr(self, name)
             if value is not None:
                 check_count(f"data.{name}", value, at_least=least)
@@ -165,14 +167,12 @@ def _subset(dataset: Dataset, settings: DataSettings) -> Dataset:
             dataset.test_labels[test],
             dataset.class_names[: settings.classes],
         )
-    if settings.train_size is not None:
-        m = len(dataset.train_labels)
-        check_count("data.train_size", settings.train_size, at_most=m, limit=f"samples in {settings.source}")
-        dataset = replace(
-            dataset,
-            train_inputs=dataset.train_inputs[: settings.train_size].clone(),
-            train_labels=dataset.train_labels[: settings.train_size].clone(),
-        )
+    for part, size in (("train", settings.train_size), ("test", settings.test_size)):
+        if size is not None:
+            inputs, labels = getattr(dataset, f"{part}_inputs"), getattr(dataset, f"{part}_labels")
+            check_count(f"data.{part}_size", size, at_most=len(labels), limit=f"samples in {settings.source}")
+            kept = {f"{part}_inputs": inputs[:size].clone(), f"{part}_labels": labels[:size].clone()}
+            dataset = replace(dataset, **kept)
     if settings.label_noise:
         check_count("the number of classes beside data.label_noise", dataset.num_classes, at_least=2)
         dataset = replace(dataset, train_labels=_mislabelled(dataset, settings.label_noise))

@@ -67,6 +67,7 @@ class Request:
         seeds: one run each.
         epochs: instead of the recipe's; None keeps them.
         train_size: the first so many training samples only; None keeps all.
+        test_size: the first so many test samples only; None keeps all.
         evaluate_every: epochs between measurements; None keeps the recipe's.
         ours: our own recipes instead of the paper's.
         out: where runs, tables and figures lie.
@@ -78,6 +79,7 @@ class Request:
     seeds: tuple[int, ...] = (0,)
     epochs: int | None = None
     train_size: int | None = None
+    test_size: int | None = None
     evaluate_every: int | None = None
     ours: bool = False
     out: Path = Path("runs/paper")
@@ -101,7 +103,9 @@ class Request:
             recipe = replace(recipe, epochs=self.epochs)
         if self.evaluate_every is not None:
             recipe = replace(recipe, evaluate_every=self.evaluate_every)
-        return replace(recipe, data=resolved(replace(recipe.data, train_size=self.train_size)))
+        return replace(
+            recipe, data=resolved(replace(recipe.data, train_size=self.train_size, test_size=self.test_size))
+        )
 
     def folder(self, recipe: Recipe) -> Path:
         """Returns where a run lies; runs on part of the data apart from those on all of it."""
@@ -109,7 +113,8 @@ class Request:
 
     def suffix(self) -> str:
         """Returns what tells the files of a part of the data from those of all of it."""
-        return "" if self.train_size is None else f"-first{self.train_size}"
+        parts = [("first", self.train_size), ("test", self.test_size)]
+        return "".join(f"-{name}{size}" for name, size in parts if size is not None)
 
     def path(self, name: str, ending: str) -> Path:
         """Returns where a table or figure is written."""
@@ -173,7 +178,8 @@ def _table(request: Request, rows: dict[str, dict[Objective, Printed]], name: st
     text, record = request.path(name, "md"), request.path(name, "json")
     for row, _, runs in _runs(request, rows, name, console):
         # After every run, so that breaking off loses nothing that was there to see.
-        fresh = [{"row": row, "train_size": request.train_size} | run.summary() for run in runs]
+        sizes = {"train_size": request.train_size, "test_size": request.test_size}
+        fresh = [{"row": row} | sizes | run.summary() for run in runs]
         known = {_identity(line): line for line in [*_records(record), *fresh]}
         order = [str(cell) for cell in _cells(rows)]
         lines = sorted(known.values(), key=lambda line: (order.index(str(_identity(line)[:2])), line["seed"]))
@@ -224,8 +230,7 @@ def _rendered(records: list[dict[str, Any]], rows: dict[str, dict[Objective, Pri
             ]
         )
     sizes = list(dict.fromkeys(sizes))
-    part = {record["train_size"] for record in records} - {None}
-    sizes += [f"the first {size} training images only" for size in part]
+    sizes += _parts(records[0]["train_size"], records[0]["test_size"])  # those of a file are alike
     settings = "our settings" if ours else ("the recipes' settings" if name == "noise" else "the paper's settings")
     where = "; ".join(dict.fromkeys(hardware(record) for record in records))
     columns = ["row", "seeds", "epochs", "R", "R_c", "ΔR", "test accuracy", "own head", "s/epoch"]
@@ -246,7 +251,9 @@ _NOTES: dict[str, tuple[str, ...]] = {
 
 def table1(request: Request, console: Console) -> list[Path]:
     """Times an epoch of every row, each once for a device and a version of torch."""
-    unused = [name for name in ("objectives", "epochs", "train_size", "evaluate_every") if getattr(request, name)]
+    unused = [
+        name for name in ("objectives", "epochs", "train_size", "test_size", "evaluate_every") if getattr(request, name)
+    ]
     if unused or request.ours:
         raise InputError(
             f"{', '.join([*unused, *['ours'] * request.ours])} has no meaning for table1, which times steps"
@@ -306,7 +313,12 @@ def figure2(request: Request, console: Console) -> list[Path]:
 
 
 def _part_of(request: Request) -> str:
-    return "" if request.train_size is None else f", the first {request.train_size} training images only"
+    return "".join(f", {part}" for part in _parts(request.train_size, request.test_size))
+
+
+def _parts(train_size: int | None, test_size: int | None) -> list[str]:
+    sizes = (("training", train_size), ("test", test_size))
+    return [f"the first {size} {part} images only" for part, size in sizes if size is not None]
 
 
 TARGETS: dict[str, Callable[[Request, Console], list[Path]]] = {

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from vmcr2 import data, featurizers, recipes
 from vmcr2.data import Dataset
 from vmcr2.errors import InputError, NumericalError
-from vmcr2.evaluate import Measures, extract, for_figures, measure
+from vmcr2.evaluate import Features, extract, for_figures, measure
 from vmcr2.featurizers import CrossEntropyHead
 from vmcr2.losses import MCR2Loss, VMCR2Loss, balanced_mu
 from vmcr2.rates import rate_reduction
@@ -241,6 +241,7 @@ def _train(prepared: _Prepared, run: RunFolder, console: Console | None, state: 
     history = run.metrics()
     saved = time.monotonic()
     title = f"{recipe.name} {recipe.objective} seed {recipe.seed}"
+    features = None
     with EpochProgress(title, recipe.epochs, done, console) as progress:
         for epoch in range(done + 1, recipe.epochs + 1):
             began = time.perf_counter()
@@ -251,7 +252,8 @@ def _train(prepared: _Prepared, run: RunFolder, console: Console | None, state: 
                 line["seconds"] = time.perf_counter() - began
                 seconds += line["seconds"]
                 if epoch % recipe.evaluate_every == 0 or epoch == recipe.epochs:
-                    line |= asdict(_measure(recipe, dataset, model, criterion))
+                    features = extract(model, dataset, recipe.augmentation, recipe.batch_size)
+                    line |= asdict(measure(features, dataset, recipe.eps_sq, _head(criterion)))
             except (InputError, NumericalError) as error:
                 raise _diverged(recipe, epoch, str(error)) from error
             run.add_metrics(line)
@@ -262,7 +264,9 @@ def _train(prepared: _Prepared, run: RunFolder, console: Console | None, state: 
                 run.save_checkpoint(_state(epoch, seconds, prepared, model, optimizer))
                 saved = time.monotonic()
             progress.update(epoch, _figures(line))
-    _finish(recipe, dataset, run, model, criterion, seconds, fabric)
+    if features is None:  # the run was broken off after its last epoch
+        features = extract(model, dataset, recipe.augmentation, recipe.batch_size)
+    _finish(recipe, dataset, run, features, criterion, seconds, fabric)
 
 
 def _state(epoch: int, seconds: float, prepared: _Prepared, model: nn.Module, optimizer: Any) -> dict[str, Any]:
@@ -365,11 +369,6 @@ def _head(criterion: Criterion) -> CrossEntropyHead | None:
     return criterion if isinstance(criterion, CrossEntropyHead) else None
 
 
-def _measure(recipe: Recipe, dataset: Dataset, model: nn.Module, criterion: Criterion) -> Measures:
-    features = extract(model, dataset, recipe.augmentation, recipe.batch_size)
-    return measure(features, dataset, recipe.eps_sq, _head(criterion))
-
-
 def _figures(line: dict[str, Any]) -> dict[str, str]:
     """Returns what the progress bar shows of an epoch: ΔR of the training set where measured, else of the batch."""
     shown = {}
@@ -389,13 +388,12 @@ def _finish(
     recipe: Recipe,
     dataset: Dataset,
     run: RunFolder,
-    model: nn.Module,
+    features: Features,
     criterion: Criterion,
     seconds: float,
     fabric: Fabric,
 ) -> None:
     """Writes what the figures need and, last, the summary, whose presence says that the run is complete."""
-    features = extract(model, dataset, recipe.augmentation, recipe.batch_size)
     measures = measure(features, dataset, recipe.eps_sq, _head(criterion))
     arrays = for_figures(features, dataset)
     if isinstance(criterion, VMCR2Loss):
