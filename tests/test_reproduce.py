@@ -8,7 +8,7 @@ from rich.console import Console
 
 from vmcr2 import bench, cli, reproduce
 from vmcr2.data import Augmentation, DataSettings
-from vmcr2.errors import InputError
+from vmcr2.errors import InputError, NumericalError
 from vmcr2.recipes import RECIPES, VMCR2Settings
 from vmcr2.reproduce import TABLE2, TABLE3, Request
 from vmcr2.run import RunFolder
@@ -108,6 +108,17 @@ def test_wrong_labels_have_a_table_and_a_figure(small, tmp_path):
     assert "mnist-noise50, cross-entropy" in text.read_text()
 
 
+def test_a_run_that_diverges_leaves_the_others(small, monkeypatch, tmp_path, capsys):
+    recipe = reproduce.RECIPES["mnist"]
+    monkeypatch.setitem(reproduce.RECIPES, "mnist", replace(recipe, vmcr2=replace(recipe.vmcr2, lr=1e30)))
+    request = Request(rows=("mnist",), objectives=("vmcr2", "ce"), train_size=200, epochs=2, out=tmp_path)
+    path, _ = reproduce.table2(request, Console())
+    assert list(cells(path.read_text())) == ["mnist, cross-entropy"]
+    assert "mnist, vmcr2, seed 0 is left out: training diverged" in capsys.readouterr().out
+    with pytest.raises(NumericalError, match="every run of table2 diverged"):
+        reproduce.table2(replace(request, objectives=("vmcr2",), out=tmp_path / "other"), QUIET)
+
+
 def test_our_own_recipes_are_kept_apart(small, tmp_path):
     request = Request(rows=("mnist",), objectives=("ce",), ours=True, train_size=200, epochs=1, out=tmp_path)
     path, _ = reproduce.table2(request, QUIET)
@@ -186,6 +197,7 @@ def test_every_row_has_its_recipe_with_the_papers_settings():
         assert recipe.vmcr2.latch_every == 50
         assert (recipe.vmcr2.step_atoms, recipe.vmcr2.step_codes) == (5.0, 5.0)
         assert recipe.vmcr2.energy is None
+        assert not recipe.vmcr2.stop_on_collapse
         assert recipe.batch_size == (1000 if name in ("mnist", "cifar10") else 2000)
         assert recipe.momentum == 0.9
         assert recipe.network == ("cnn" if name == "mnist" else "preact_resnet18" if "strong" in name else "resnet18")

@@ -327,6 +327,8 @@ def test_collapse_is_said_and_what_to_change(tmp_path):
     ):
         train.start(heavy, tmp_path / "heavy")
     assert len(RunFolder(tmp_path / "heavy").metrics()) < 12
+    patient = replace(heavy, vmcr2=replace(heavy.vmcr2, stop_on_collapse=False))
+    assert len(train.start(patient, tmp_path / "patient").metrics()) == 12
     light = replace(recipe, vmcr2=VMCR2Settings(lr=1e-2, mu=0.1, atoms_per_class=20))
     metrics = train.start(light, tmp_path / "light").metrics()
     assert metrics[-1]["train_reduction"] > 1.5 * metrics[0]["train_reduction"]

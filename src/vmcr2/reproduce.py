@@ -14,7 +14,7 @@ from rich.console import Console
 from vmcr2 import bench, plot, train
 from vmcr2.compare import completed, hardware, refuse_conflicts
 from vmcr2.data import load, resolved
-from vmcr2.errors import InputError
+from vmcr2.errors import InputError, NumericalError
 from vmcr2.recipes import RECIPES, Objective, Recipe
 from vmcr2.report import describe_device, markdown_table
 from vmcr2.run import RunFolder, write_atomically
@@ -155,11 +155,14 @@ def _runs(
     for settings in dict.fromkeys(recipe.data for recipe in recipes):
         load(settings, request.data_root)
     for row, objective, wanted in planned:
-        yield (
-            row,
-            objective,
-            [completed(request.folder(recipe), recipe, request.data_root, console) for recipe in wanted],
-        )
+        done = []
+        for recipe in wanted:
+            try:
+                done.append(completed(request.folder(recipe), recipe, request.data_root, console))
+            except NumericalError as error:  # the other cells do not depend on this one
+                console.print(f"{row}, {objective}, seed {recipe.seed} is left out: {error}", soft_wrap=True)
+        if done:
+            yield row, objective, done
 
 
 def _beside(value: float | None, printed: float | None, digits: int) -> str:
@@ -185,6 +188,8 @@ def _table(request: Request, rows: dict[str, dict[Objective, Printed]], name: st
         lines = sorted(known.values(), key=lambda line: (order.index(str(_identity(line)[:2])), line["seed"]))
         write_atomically(record, (json.dumps(lines, indent=2) + "\n").encode())
         write_atomically(text, _rendered(lines, rows, name, request.ours).encode())
+    if not text.is_file():
+        raise NumericalError(f"every run of {name} diverged, there is nothing to show")
     console.print(text.read_text(encoding="utf-8"), highlight=False, soft_wrap=True)
     return [text, record]
 
@@ -300,6 +305,8 @@ def noise(request: Request, console: Console) -> list[Path]:
 def figure1(request: Request, console: Console) -> list[Path]:
     """Draws ΔR of the training set over epochs, from the runs of table 2 and of the other feature dimensions."""
     runs = {(row, objective): found[0] for row, objective, found in _runs(request, FIGURE1, "figure1", console)}
+    if not runs:
+        raise NumericalError("every run of figure1 diverged, there is nothing to draw")
     title = "ΔR of the training set" + _part_of(request)
     return [plot.draw_convergence(runs, request.path("figure1", "png"), title)]
 
@@ -307,6 +314,8 @@ def figure1(request: Request, console: Console) -> list[Path]:
 def figure2(request: Request, console: Console) -> list[Path]:
     """Draws |ZᵀZ| of training samples sorted by class, from the runs of table 2."""
     runs = {(row, objective): found[0] for row, objective, found in _runs(request, FIGURE2, "figure2", console)}
+    if not runs:
+        raise NumericalError("every run of figure2 diverged, there is nothing to draw")
     epochs = sorted({run.recipe().epochs for run in runs.values()})
     title = f"|cosine| between training samples, by class; {', '.join(map(str, epochs))} epochs" + _part_of(request)
     return [plot.draw_similarities(runs, request.path("figure2", "png"), title)]

@@ -258,7 +258,7 @@ def _train(prepared: _Prepared, run: RunFolder, console: Console | None, state: 
                 raise _diverged(recipe, epoch, str(error)) from error
             run.add_metrics(line)
             history.append(line)
-            if isinstance(criterion, VMCR2Loss):
+            if isinstance(criterion, VMCR2Loss) and recipe.vmcr2.stop_on_collapse:
                 _check_progress(recipe, dataset, criterion, history)
             if epoch == recipe.epochs or time.monotonic() - saved >= recipe.checkpoint_seconds:
                 run.save_checkpoint(_state(epoch, seconds, prepared, model, optimizer))
