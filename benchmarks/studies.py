@@ -247,6 +247,15 @@ STUDIES: dict[str, dict[str, Any]] = {
             {"base": "omniglot100-now", "mu": 1.0, "lr": 1e-3, "atoms": 10},
         ],
     },
+    "paper-patience": {
+        "about": (
+            "The paper's settings (µ = 1, lr 1e-3, no momentum) on digits with its MNIST network, 1000 epochs at "
+            "batches of 500: after the collapse."
+        ),
+        "base": "digits-cnn",
+        "seeds": [0],
+        "rows": [{"batch_size": 500, "epochs": 1000}],
+    },
     "omniglot200-now": {
         "about": "Twice the classes at the same defaults, against cross-entropy at its best learning rates.",
         "base": "omniglot200-now",
