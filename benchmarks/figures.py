@@ -64,7 +64,8 @@ def balance() -> None:
     for axes in (left, right):
         axes.set(xscale="log", xlabel="ρ = µ m ε² / d   (lr · ρ kept)")
         axes.axvline(0.05, color=GREY, linestyle=":", linewidth=1)
-        axes.set_ylim(bottom=0)
+    left.set_ylim(bottom=0)
+    right.set_ylim(0.8, 1.0)
     left.legend()
     figure.savefig(HERE / "balance.png")
 
@@ -157,6 +158,7 @@ def why() -> None:
             panels[1].plot(epochs, means, ":", color="black", label="… its dictionary")
     panels[0].set_title("R_c (lower: classes compressed)", loc="left")
     panels[1].set_title("overlap of the classes' subspaces", loc="left")
+    panels[1].annotate("latched again", (55, 1.3e-2), (28, 2e-1), fontsize=7, arrowprops={"arrowstyle": "-", "lw": 0.5})
     panels[2].set_title("test accuracy", loc="left")
     panels[1].set(yscale="log")
     for axes in panels:

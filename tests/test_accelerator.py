@@ -241,3 +241,16 @@ def test_the_step_compiles_in_one_graph(unread, structure):
         z = torch.nn.functional.normalize(z + 0.1 * i, dim=1)
         for one, two in zip(step(loss, z, y), step_of(compiled, other, z, y), strict=True):
             assert torch.allclose(one, two, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("structure", ["shared", "block"])
+def test_a_class_that_comes_late_waits_until_it_is_latched(unread, structure):
+    loss = vmcr2.VMCR2Loss(3, D, atoms_per_class=S, structure=structure)
+    z = unit_rows(12, D, dtype=torch.float32)
+    for _ in range(100):
+        loss(z, torch.arange(12) % 2)
+    for _ in range(27):
+        loss(z, torch.arange(12) % 3)
+        assert not loss.dictionary.codes[:, 2].any()
+    loss(z, torch.arange(12) % 3)  # the 128th step looks for new classes
+    assert loss.dictionary.latched.all()

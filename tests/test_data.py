@@ -282,11 +282,11 @@ def test_tiny_imagenet_is_decoded_once_at_half_size(tmp_path):
     assert first.train_inputs.shape == (12, 3, 32, 32)
     assert first.train_inputs.dtype == torch.uint8
     assert first.class_names == ("ash", "oak", "n03")
-    assert first.train_labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    assert first.train_labels.tolist() == [0, 1, 2] * 4
     assert first.test_labels.tolist() == [0, 1, 2]
     red = first.test_inputs[:, 0].float().mean((1, 2))
     assert torch.allclose(red, torch.tensor([0.0, 80.0, 160.0]), atol=3)  # each image under its own label
-    gray = first.train_inputs[4]
+    gray = first.train_inputs[1]
     assert (gray[0] == gray[1]).all()
     (folder / "wnids.txt").unlink()  # from now on the cache is read
     again = data.load(DataSettings(source="tiny-imagenet"), tmp_path)
@@ -340,3 +340,11 @@ def test_label_noise_needs_another_class(tmp_path):
     path = write_npz(tmp_path / "data.npz", **one)
     with pytest.raises(InputError, match="number of classes beside data.label_noise must be an integer >= 2, got 1"):
         data.load(DataSettings(source=str(path), label_noise=0.5))
+
+
+def test_a_subset_that_loses_a_class_is_refused(tmp_path):
+    path = write_npz(tmp_path / "data.npz", y_train=np.sort(np.arange(20) % 4))
+    with pytest.raises(
+        InputError, match=r"train_size must keep a sample of every class; .* none of 2 classes \(label 2"
+    ):
+        data.load(DataSettings(source=str(path), train_size=10))

@@ -70,7 +70,9 @@ def refuse_conflicts(planned: Sequence[tuple[Path, Recipe]]) -> None:
     """Raises InputError if the folder of a planned run holds something else, before any of them is run."""
     for path, wanted in planned:
         if (path / "recipe.json").is_file():
-            stored = RunFolder.open(path).recipe()
+            run = RunFolder.open(path)
+            stored = run.recipe()
+            train.refuse_epochs(run, stored, wanted)
             differing = differences(stored, replace(wanted, epochs=stored.epochs))
             if differing:
                 raise InputError(f"{path} belongs to another recipe (there, here): {'; '.join(differing)}")

@@ -171,6 +171,12 @@ def _subset(dataset: Dataset, settings: DataSettings) -> Dataset:
         if size is not None:
             inputs, labels = getattr(dataset, f"{part}_inputs"), getattr(dataset, f"{part}_labels")
             check_count(f"data.{part}_size", size, at_most=len(labels), limit=f"samples in {settings.source}")
+            lost = sorted({*labels.tolist()} - {*labels[:size].tolist()}) if part == "train" else []
+            if lost:
+                raise InputError(
+                    f"data.train_size must keep a sample of every class; the first {size} samples of {settings.source} "
+                    f"have none of {len(lost)} classes (label {lost[0]} is the first): take more, or fewer data.classes"
+                )
             kept = {f"{part}_inputs": inputs[:size].clone(), f"{part}_labels": labels[:size].clone()}
             dataset = replace(dataset, **kept)
     if settings.label_noise:
@@ -285,10 +291,13 @@ def _tiny_imagenet(root: Path) -> Dataset:
     wnids = sorted(_tiny_lines(folder / "wnids.txt"))
     words = dict(line.split("\t", 1) for line in _tiny_lines(folder / "words.txt") if "\t" in line)
     places = {wnid: j for j, wnid in enumerate(wnids)}
-    train, test = [], []
+    ranked, test = [], []
     for wnid in wnids:
         listed = _tiny_lines(folder / "train" / wnid / f"{wnid}_boxes.txt")
-        train += [(folder / "train" / wnid / "images" / line.split("\t")[0], places[wnid]) for line in listed]
+        names = [line.split("\t")[0] for line in listed]
+        ranked += [(i, places[wnid], folder / "train" / wnid / "images" / name) for i, name in enumerate(names)]
+    # Class after class in turn, so that the first so many samples hold all classes alike.
+    train = [(file, label) for _, label, file in sorted(ranked)]
     for line in _tiny_lines(folder / "val" / "val_annotations.txt"):
         name, wnid, *_ = [*line.split("\t"), "", ""]
         if wnid not in places:

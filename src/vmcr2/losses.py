@@ -157,8 +157,8 @@ class VMCR2Loss(nn.Module):
         step_atoms: ν_Γ > 0, in units of the inverse Lipschitz bound.
         step_codes: ν_A > 0, likewise.
         energy: what the codes of every class are scaled to sum to after each step. 1 is the constraint of eq. (6) for
-            features of norm 1, and gives the highest ΔR; somewhat more presses each class together beyond that. None
-            lets the sum run free, as the paper does: it grows (the more, the smaller µ), and with it that pressure.
+            features of norm 1, and gives V-MCR²'s highest ΔR; more presses each class together beyond that. None lets
+            the sum run free, as the paper does: it grows (the more, the smaller µ), and with it that pressure.
         structure: "shared": every class may use every atom, codes (q, k). "block": class j uses its own s atoms only,
             codes (s, k); classes cost nothing while absent.
 
@@ -221,6 +221,8 @@ class VMCR2Loss(nn.Module):
             InputError: a batch since the last call was wrong (a ValueError).
             NumericalError: a factorisation failed since the last call.
         """
+        if self._wrong.is_meta:  # weights being loaded without memory of their own
+            return
         broken = [name for name, wrong in zip(self._requirements, self._wrong.tolist(), strict=True) if wrong]
         if not broken:
             return
@@ -329,7 +331,13 @@ class VMCR2Loss(nn.Module):
         if sound is not None:
             failed = ~(atoms.isfinite().all() & codes.isfinite().all())
             sound = sound & self._defer([Condition(failed, _STEP_HOLDS, str)])
-            atoms, codes = torch.where(sound, atoms, before), torch.where(sound, codes, codes_before)
+            # A class not latched yet waits for that, since codes of its own would pass for latched ones.
+            known = self.dictionary.is_latched()
+            moves = sound & (known if classes is None else known[classes])
+            codes = torch.where(moves, codes, codes_before)
+            if classes is not None:
+                atoms = torch.where(moves.repeat_interleave(self.atoms_per_class), atoms, before)
+            atoms = torch.where(sound, atoms, before)
         self.dictionary.replace(atoms, codes, classes)
         if membership.soft is not None and membership.soft.requires_grad:
             present = membership if classes is None else membership.present()[0]

@@ -36,6 +36,8 @@ class VMCR2Settings:
         energy: what every class's codes are scaled to sum to after each step; None lets them run free.
         structure: shared: every class may use every atom; block: its own s only.
         latch_every: epochs between latchings; the first is before the first epoch.
+        gradient_clip: the largest norm a step's gradient may have, None for any. 0.1 keeps networks without BatchNorm,
+            whose first gradients are long, from collapsing at a learning rate of 0.1.
         stop_on_collapse: stop, with a reason, once ΔR of the batches has fallen to nothing for three epochs. A later
             latching may bring it back, slowly.
     """
@@ -49,12 +51,13 @@ class VMCR2Settings:
     energy: float | None = None
     structure: Literal["shared", "block"] = "shared"
     latch_every: int = 50
+    gradient_clip: float | None = None
     stop_on_collapse: bool = True
 
     def __post_init__(self) -> None:
         for name in ("lr", "balance", "step_atoms", "step_codes"):
             check_number(f"vmcr2.{name}", getattr(self, name))
-        for name in ("mu", "energy"):
+        for name in ("mu", "energy", "gradient_clip"):
             if getattr(self, name) is not None:
                 check_number(f"vmcr2.{name}", getattr(self, name))
         if self.atoms_per_class is not None:
@@ -106,8 +109,6 @@ class Recipe:
         eps_sq: the squared precision ε² of the coding rates.
         momentum: of SGD.
         weight_decay: of SGD.
-        gradient_clip: the largest norm a step's gradient may have, None for any. 0.1 lets V-MCR² train networks without
-            BatchNorm, whose first gradients are far too long, over two decades of learning rates.
         lr_drops: shares of the epochs after each of which the learning rate is divided by ten. The epochs of a run
             with drops cannot be raised later.
         evaluate_every: epochs between evaluations on the whole training and test set.
@@ -133,7 +134,6 @@ class Recipe:
     eps_sq: float = 0.5
     momentum: float = 0.9
     weight_decay: float = 0.0
-    gradient_clip: float | None = None
     lr_drops: tuple[float, ...] = ()
     evaluate_every: int = 1
     checkpoint_seconds: float = 10.0
@@ -162,8 +162,6 @@ class Recipe:
             check_number(name, getattr(self, name), positive=False)
         if self.momentum >= 1:
             raise InputError(f"momentum must be below 1, got {self.momentum}")
-        if self.gradient_clip is not None:
-            check_number("gradient_clip", self.gradient_clip)
         for share in self.lr_drops:
             check_number("lr_drops", share)
             if share >= 1:
@@ -260,8 +258,7 @@ def _ours(base: Recipe) -> Recipe:
         base,
         name=f"{base.name}-ours",
         about="the paper's data, network and batches at our defaults (docs/choosing.md)",
-        gradient_clip=None if normalised else 0.1,
-        vmcr2=VMCR2Settings(lr=5 / base.feature_dim if normalised else 0.1),
+        vmcr2=VMCR2Settings(lr=5 / base.feature_dim) if normalised else VMCR2Settings(lr=0.1, gradient_clip=0.1),
         mcr2=MCR2Settings(lr=1e-2),
         ce=CESettings(lr=1e-1),
     )

@@ -183,8 +183,9 @@ def _table(request: Request, rows: dict[str, dict[Objective, Printed]], name: st
         # After every run, so that breaking off loses nothing that was there to see.
         sizes = {"train_size": request.train_size, "test_size": request.test_size}
         fresh = [{"row": row} | sizes | run.summary() for run in runs]
-        known = {_identity(line): line for line in [*_records(record), *fresh]}
         order = [str(cell) for cell in _cells(rows)]
+        earlier = [line for line in _records(record) if str(_identity(line)[:2]) in order]
+        known = {_identity(line): line for line in [*earlier, *fresh]}
         lines = sorted(known.values(), key=lambda line: (order.index(str(_identity(line)[:2])), line["seed"]))
         write_atomically(record, (json.dumps(lines, indent=2) + "\n").encode())
         write_atomically(text, _rendered(lines, rows, name, request.ours).encode())
@@ -299,7 +300,8 @@ def table3(request: Request, console: Console) -> list[Path]:
 def noise(request: Request, console: Console) -> list[Path]:
     """Trains the three objectives with wrong labels, tests them on right ones, and draws the accuracies."""
     text, record = _table(request, NOISE, "noise", console)
-    return [text, record, plot.draw_noise(_records(record), request.path("noise", "png"), "Wrong training labels")]
+    title = "Wrong training labels" + _part_of(request)
+    return [text, record, plot.draw_noise(_records(record), request.path("noise", "png"), title)]
 
 
 def figure1(request: Request, console: Console) -> list[Path]:

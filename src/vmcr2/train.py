@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from vmcr2 import data, featurizers, recipes
 from vmcr2.data import Dataset
 from vmcr2.errors import InputError, NumericalError
-from vmcr2.evaluate import Features, extract, for_figures, measure
+from vmcr2.evaluate import Features, Measures, extract, for_figures, measure
 from vmcr2.featurizers import CrossEntropyHead
 from vmcr2.losses import MCR2Loss, VMCR2Loss, balanced_mu
 from vmcr2.rates import rate_reduction
@@ -84,13 +84,7 @@ def resume(
         )
     if run.is_complete() and recipe.epochs <= stored.epochs:
         return run
-    if recipe.epochs < stored.epochs:
-        raise InputError(f"epochs must be at least the {stored.epochs} that {run.path} is to have, got {recipe.epochs}")
-    if recipe.epochs > stored.epochs and recipe.lr_drops:
-        raise InputError(
-            f"epochs must stay {stored.epochs} for {run.path}, got {recipe.epochs}: its lr_drops are shares of the "
-            "epochs, so a longer run is another one from the first drop on; start it in a folder of its own"
-        )
+    refuse_epochs(run, stored, recipe)
     prepared = _prepare(recipe, data_root)
     with run.held():
         state = run.load_checkpoint()
@@ -101,6 +95,17 @@ def resume(
             run.write_recipe(recipe)
         _train(prepared, run, console, state)
     return run
+
+
+def refuse_epochs(run: RunFolder, stored: Recipe, recipe: Recipe) -> None:
+    """Raises InputError where a run cannot be given other epochs: fewer before it is done, or more with `lr_drops`."""
+    if recipe.epochs < stored.epochs and not run.is_complete():
+        raise InputError(f"epochs must be at least the {stored.epochs} that {run.path} is to have, got {recipe.epochs}")
+    if recipe.epochs > stored.epochs and recipe.lr_drops:
+        raise InputError(
+            f"epochs must stay {stored.epochs} for {run.path}, got {recipe.epochs}: its lr_drops are shares of the "
+            "epochs, so a longer run is another one from the first drop on; start it in a folder of its own"
+        )
 
 
 @dataclass(frozen=True)
@@ -241,7 +246,7 @@ def _train(prepared: _Prepared, run: RunFolder, console: Console | None, state: 
     history = run.metrics()
     saved = time.monotonic()
     title = f"{recipe.name} {recipe.objective} seed {recipe.seed}"
-    features = None
+    features = measures = None
     with EpochProgress(title, recipe.epochs, done, console) as progress:
         for epoch in range(done + 1, recipe.epochs + 1):
             began = time.perf_counter()
@@ -253,7 +258,8 @@ def _train(prepared: _Prepared, run: RunFolder, console: Console | None, state: 
                 seconds += line["seconds"]
                 if epoch % recipe.evaluate_every == 0 or epoch == recipe.epochs:
                     features = extract(model, dataset, recipe.augmentation, recipe.batch_size)
-                    line |= asdict(measure(features, dataset, recipe.eps_sq, _head(criterion)))
+                    measures = measure(features, dataset, recipe.eps_sq, _head(criterion))
+                    line |= asdict(measures)
             except (InputError, NumericalError) as error:
                 raise _diverged(recipe, epoch, str(error)) from error
             run.add_metrics(line)
@@ -264,9 +270,10 @@ def _train(prepared: _Prepared, run: RunFolder, console: Console | None, state: 
                 run.save_checkpoint(_state(epoch, seconds, prepared, model, optimizer))
                 saved = time.monotonic()
             progress.update(epoch, _figures(line))
-    if features is None:  # the run was broken off after its last epoch
+    if features is None or measures is None:  # the run was broken off after its last epoch
         features = extract(model, dataset, recipe.augmentation, recipe.batch_size)
-    _finish(recipe, dataset, run, features, criterion, seconds, fabric)
+        measures = measure(features, dataset, recipe.eps_sq, _head(criterion))
+    _finish(recipe, dataset, run, features, measures, criterion, seconds, fabric)
 
 
 def _state(epoch: int, seconds: float, prepared: _Prepared, model: nn.Module, optimizer: Any) -> dict[str, Any]:
@@ -308,8 +315,8 @@ def _train_epoch(
         loss = criterion(features, labels)
         optimizer.zero_grad()
         fabric.backward(loss)
-        if recipe.gradient_clip is not None:
-            nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], recipe.gradient_clip)
+        if isinstance(criterion, VMCR2Loss) and recipe.vmcr2.gradient_clip is not None:
+            nn.utils.clip_grad_norm_(model.parameters(), recipe.vmcr2.gradient_clip)
         optimizer.step()
         total += loss.detach()
         steps += 1
@@ -339,8 +346,9 @@ def _train_epoch(
 
 
 def _diverged(recipe: Recipe, epoch: int, why: str) -> NumericalError:
-    cure = "Lower vmcr2.lr or vmcr2.mu" if recipe.objective == "vmcr2" else f"Lower {recipe.objective}.lr"
-    cure += "" if recipe.gradient_clip else ", or set gradient_clip to 0.1"
+    cure = f"Lower {recipe.objective}.lr"
+    if recipe.objective == "vmcr2":
+        cure += " or vmcr2.mu" + ("" if recipe.vmcr2.gradient_clip else ", or set vmcr2.gradient_clip to 0.1")
     return NumericalError(f"training diverged in epoch {epoch}: {why}. {cure} (lr is {recipe.lr:g}).")
 
 
@@ -389,12 +397,12 @@ def _finish(
     dataset: Dataset,
     run: RunFolder,
     features: Features,
+    measures: Measures,
     criterion: Criterion,
     seconds: float,
     fabric: Fabric,
 ) -> None:
     """Writes what the figures need and, last, the summary, whose presence says that the run is complete."""
-    measures = measure(features, dataset, recipe.eps_sq, _head(criterion))
     arrays = for_figures(features, dataset)
     if isinstance(criterion, VMCR2Loss):
         arrays["codes"] = criterion.dictionary.codes.float().cpu().numpy()
