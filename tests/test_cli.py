@@ -111,3 +111,10 @@ def test_help_and_lists(capsys):
     printed = capsys.readouterr().out
     for flag in ("--objective", "--seed", "--epochs", "--data-root", "--out", "--resume", "--vmcr2.mu", "--ce.lr"):
         assert flag in printed
+
+
+def test_resume_without_a_folder_says_so(capsys):
+    assert main(["train", "--resume"]) == 2
+    assert "resume takes the run folder to go on with, got nothing" in capsys.readouterr().err
+    assert main(["reproduce"]) == 2
+    assert "got nothing" in capsys.readouterr().err

@@ -151,7 +151,11 @@ def test_timings_are_kept_row_by_row(monkeypatch, tmp_path):
     [
         (reproduce.table2, Request(rows=("imagenet",)), "rows of table2 must be among mnist, .* got imagenet"),
         (reproduce.table3, Request(objectives=("mcr2",)), "objectives must be some that table3 has, got mcr2"),
-        (reproduce.table3, Request(ours=True), "table3 --ours has no recipes of our own"),
+        (
+            reproduce.table3,
+            Request(ours=True),
+            "ours must be left away here: there are no recipes of our own for table3",
+        ),
         (reproduce.figure1, Request(ours=True, rows=("cifar100-d100",)), "rows of figure1 --ours must be among mnist"),
         (reproduce.table2, Request(seeds=()), "seeds must name at least one"),
         (reproduce.table1, Request(epochs=3, ours=True), "epochs, ours has no meaning for table1"),

@@ -77,6 +77,8 @@ def _train(arguments: list[str], console: Console) -> None:
 
     name, flags = _recipe_name(arguments)
     resumed = _value_of("--resume", flags)
+    if resumed is None and "--resume" in flags:
+        raise InputError("resume takes the run folder to go on with, got nothing")
     if resumed is not None:
         run = RunFolder.open(Path(resumed))
         if name is not None and find(name).name != run.recipe().name:
@@ -299,7 +301,8 @@ def _reproduce(arguments: list[str], console: Console) -> None:
     name, flags = _recipe_name(arguments)
     asked_for_help = {"-h", "--help"} & set(flags)
     if name not in reproduce.TARGETS and not (name is None and asked_for_help):
-        raise InputError(f"reproduce takes one of {', '.join(reproduce.TARGETS)}, got {name!r}")
+        got = "nothing" if name is None else repr(name)
+        raise InputError(f"reproduce takes one of {', '.join(reproduce.TARGETS)}, got {got}")
     options = tyro.cli(_ReproduceOptions, args=flags, prog=f"vmcr2 reproduce {name or 'TABLE'}")
     assert name is not None
     request = reproduce.Request(**{field.name: getattr(options, field.name) for field in dataclasses.fields(options)})

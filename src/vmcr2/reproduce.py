@@ -141,7 +141,7 @@ def _runs(
         rows = {row: cells for row, cells in rows.items() if f"{row.partition('-noise')[0]}-ours" in RECIPES}
         name += " --ours"
         if not rows:
-            raise InputError(f"ours: {name} has no recipes of our own")
+            raise InputError(f"ours must be left away here: there are no recipes of our own for {name.split()[0]}")
     planned = [
         (row, objective, [request.recipe(row, objective, seed) for seed in request.seeds])
         for row in request.chosen(rows, name)
