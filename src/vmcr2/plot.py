@@ -233,7 +233,7 @@ def draw_similarities(runs: Mapping[tuple[str, Objective], RunFolder], path: Pat
                 axes.set_xticklabels([])
                 axes.set_yticklabels([])
                 if i == 0:
-                    axes.set_title(name)
+                    axes.set_title(f"{name}, {runs[name, objective].recipe().epochs} epochs")
                 if j == 0:
                     axes.set_ylabel(OBJECTIVE_NAMES[objective])
         shown = next(axes for line in panels for axes in line if axes.images)

@@ -318,13 +318,13 @@ def figure2(request: Request, console: Console) -> list[Path]:
     runs = {(row, objective): found[0] for row, objective, found in _runs(request, FIGURE2, "figure2", console)}
     if not runs:
         raise NumericalError("every run of figure2 diverged, there is nothing to draw")
-    epochs = sorted({run.recipe().epochs for run in runs.values()})
-    title = f"|cosine| between training samples, by class; {', '.join(map(str, epochs))} epochs" + _part_of(request)
+    title = "|cosine| between training samples, by class" + _part_of(request)
     return [plot.draw_similarities(runs, request.path("figure2", "png"), title)]
 
 
 def _part_of(request: Request) -> str:
-    return "".join(f", {part}" for part in _parts(request.train_size, request.test_size))
+    parts = _parts(request.train_size, request.test_size)
+    return "\n" + ", ".join(parts) if parts else ""
 
 
 def _parts(train_size: int | None, test_size: int | None) -> list[str]:
