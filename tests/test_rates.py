@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import vmcr2
+from vmcr2 import linalg
 from vmcr2.linalg import half_logdet
 
 SIZES = [(40, 12, 4), (10, 30, 3), (60, 5, 7), (1, 6, 1), (33, 33, 2)]
@@ -171,3 +172,10 @@ def test_half_logdet_says_why_it_failed():
         half_logdet(torch.tensor([[torch.inf]]))
     with pytest.raises(vmcr2.NumericalError, match="smallest eigenvalue is -3"):
         half_logdet(torch.diag(torch.tensor([1.0, -3.0])))
+
+
+@pytest.mark.parametrize("n", [1, 255, 256, 600, 1025])
+@pytest.mark.parametrize("d", [1, 40])
+def test_products_by_halves_are_products(n, d):
+    rows = torch.randn(d, n, generator=torch.Generator().manual_seed(0), dtype=torch.float64).T
+    torch.testing.assert_close(linalg.symmetric_product(rows), rows @ rows.T)

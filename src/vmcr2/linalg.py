@@ -19,13 +19,30 @@ def wide_dtype(*tensors: Tensor) -> torch.dtype:
     return dtype
 
 
+_BLOCK = 128  # below about this many rows a plain product is as fast
+
+
+def symmetric_product(rows: Float[Tensor, "*b n d"]) -> Float[Tensor, "*b n n"]:
+    """Returns X Xᵀ, for many rows on a CPU by halves, since what lies above the diagonal need not be found again."""
+    n = rows.shape[-2]
+    if rows.ndim != 2 or n < 2 * _BLOCK or not may_read(rows):
+        return rows @ rows.mT
+    half = n // 2
+    product = rows.new_empty(n, n)
+    product[:half, :half] = symmetric_product(rows[:half])
+    product[half:, half:] = symmetric_product(rows[half:])
+    product[half:, :half] = rows[half:] @ rows[:half].mT
+    product[:half, half:] = product[half:, :half].mT
+    return product
+
+
 class _Gram(torch.autograd.Function):
     """X Xᵀ with the one product that its symmetry leaves in the gradient; autograd would take two."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor) -> Tensor:
         ctx.save_for_backward(rows)
-        return rows @ rows.mT
+        return symmetric_product(rows)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from vmcr2.errors import InputError
-from vmcr2.linalg import factor_shifted, half_logdet, may_read, wide_dtype
+from vmcr2.linalg import factor_shifted, half_logdet, may_read, symmetric_product, wide_dtype
 from vmcr2.membership import ClassGroup, Membership, check_number
 
 
@@ -390,7 +390,7 @@ def atom_overlap(atoms: Float[Tensor, "d q"], codes: Float[Tensor, "c k"]) -> Fl
     if is_block(atoms, codes):
         blocks = atoms.T.reshape(codes.shape[1], codes.shape[0], -1)
         return blocks @ blocks.mT
-    return atoms.T @ atoms
+    return symmetric_product(atoms.T)
 
 
 def ascent_direction(
@@ -524,7 +524,7 @@ def lipschitz_codes(
         mu: µ > 0.
         num_classes: k of the whole dictionary, which in block structure may be more than the classes given.
     """
-    norms_sq = overlap.square().square().sum((-2, -1))
+    norms = torch.linalg.vector_norm(overlap.square(), dim=(-2, -1))
     # A single class in block structure looks like a shared dictionary of one class, hence the second case.
     alike = num_classes if overlap.ndim == 3 else num_classes / len(class_counts)
-    return mu * class_counts * (norms_sq * alike).sqrt()
+    return mu * class_counts * norms * alike**0.5
