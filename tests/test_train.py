@@ -469,3 +469,20 @@ def test_gradients_are_clipped(tmp_path):
     assert length == pytest.approx(0.1 * 1e-3, rel=1e-2)
     with pytest.raises(InputError, match="gradient_clip must be a finite number > 0, got 0"):
         replace(settings, gradient_clip=0.0)
+
+
+def test_a_collapse_that_dropout_hides_is_said_too(tmp_path):
+    """No BatchNorm, classes unbalanced 100 : 1, lr 0.1: the batches' ΔR is noise, the training set's is nothing."""
+    digits = data.load(DataSettings())
+    kept = [(digits.train_labels == j).nonzero()[: round(143 * 100 ** (-j / 9)), 0] for j in range(10)]
+    rows = torch.cat(kept)
+    arrays = {"x_train": digits.train_inputs[rows, 0], "y_train": digits.train_labels[rows]}
+    arrays |= {"x_test": digits.test_inputs[:, 0], "y_test": digits.test_labels}
+    np.savez(tmp_path / "data.npz", **{name: tensor.numpy() for name, tensor in arrays.items()})
+    settings = VMCR2Settings(lr=0.1, energy=1.6)
+    source = DataSettings(source=str(tmp_path / "data.npz"))
+    recipe = replace(RECIPES["digits"], network="cnn", epochs=12, data=source, device="cpu", vmcr2=settings)
+    with pytest.raises(NumericalError, match=r"ΔR of the training set fell .* set vmcr2.gradient_clip to 0.1"):
+        train.start(recipe, tmp_path / "stopped")
+    clipped = replace(recipe, vmcr2=replace(settings, gradient_clip=0.1))
+    assert train.start(clipped, tmp_path / "clipped").summary()["train_reduction"] > 0.1

@@ -353,7 +353,7 @@ def _diverged(recipe: Recipe, epoch: int, why: str) -> NumericalError:
 
 
 def _check_progress(recipe: Recipe, dataset: Dataset, criterion: VMCR2Loss, history: list[dict[str, Any]]) -> None:
-    """Raises NumericalError once V-MCR² has collapsed: ΔR of the batches fell to a fifth and stayed there.
+    """Raises NumericalError once V-MCR² has collapsed: ΔR of the batches fell to a fifth, or of the set to a tenth.
 
     It happens where the penalty outweighs the rates, µ m ε²/d well above 1: the dictionary then follows the features
     instead of leading them. A healthy run may start with a dip, but not so deep nor so long.
@@ -361,12 +361,16 @@ def _check_progress(recipe: Recipe, dataset: Dataset, criterion: VMCR2Loss, hist
     if len(history) < 4:
         return
     reductions = [line["batch_expansion"] - line["batch_compression"] for line in history]
-    if max(reductions[-3:]) >= 0.2 * reductions[0]:
+    # Dropout makes noise that passes for ΔR in a batch; the whole training set, where it was measured, has none.
+    measured = [line["train_reduction"] for line in history if "train_reduction" in line]
+    flat = len(measured) > 5 and max(measured[-5:]) < 0.1 * measured[0]
+    if max(reductions[-3:]) >= 0.2 * reductions[0] and not flat:
         return
     m = min(recipe.batch_size, len(dataset.train_labels))
     balance = criterion.mu * m * recipe.eps_sq / recipe.feature_dim
     why = (
-        f"the features have collapsed: ΔR of the batch fell from {reductions[0]:.3g} to {reductions[-1]:.3g} for good, "
+        f"the features have collapsed: ΔR of the {'training set' if flat else 'batch'} fell from "
+        f"{(measured if flat else reductions)[0]:.3g} to {(measured if flat else reductions)[-1]:.3g} for good, "
         f"the residual is {history[-1]['residual']:.3g}. mu * batch_size * eps_sq / feature_dim is {balance:.2g}; "
         f"above about 1 (vmcr2.mu {criterion.mu / balance:.2g}) the dictionary cannot lead the features"
     )
