@@ -264,35 +264,6 @@ def _split(arguments: list[str], console: Console) -> None:
     )
 
 
-@dataclass(frozen=True)
-class _ReproduceOptions:
-    """What reproduce takes. Whatever was run before is gone on with, or shown as it is.
-
-    Attributes:
-        rows: which rows of the table, or data sets of the figure; all by default.
-        objectives: which to run; all of the table's by default.
-        seeds: which to run each with.
-        epochs: instead of the paper's 2000; more of them later go on with the runs.
-        train_size: train on the first so many samples only. The title says so.
-        test_size: test on the first so many samples only. The title says so.
-        evaluate_every: epochs between measurements, the points of figure1; by default the recipe's.
-        ours: our own recipes instead of the paper's settings.
-        out: where the runs, tables and figures lie.
-        data_root: folder of named data sets; also $VMCR2_DATA_ROOT. By default ./data.
-    """
-
-    rows: tuple[str, ...] = ()
-    objectives: tuple[Objective, ...] = ()
-    seeds: tuple[int, ...] = (0,)
-    epochs: int | None = None
-    train_size: int | None = None
-    test_size: int | None = None
-    evaluate_every: int | None = None
-    ours: bool = False
-    out: Path = Path("runs/paper")
-    data_root: Path | None = None
-
-
 def _reproduce(arguments: list[str], console: Console) -> None:
     import tyro
 
@@ -303,9 +274,8 @@ def _reproduce(arguments: list[str], console: Console) -> None:
     if name not in reproduce.TARGETS and not (name is None and asked_for_help):
         got = "nothing" if name is None else repr(name)
         raise InputError(f"reproduce takes one of {', '.join(reproduce.TARGETS)}, got {got}")
-    options = tyro.cli(_ReproduceOptions, args=flags, prog=f"vmcr2 reproduce {name or 'TABLE'}")
+    request = tyro.cli(reproduce.Request, args=flags, prog=f"vmcr2 reproduce {name or 'TABLE'}")
     assert name is not None
-    request = reproduce.Request(**{field.name: getattr(options, field.name) for field in dataclasses.fields(options)})
     for path in reproduce.TARGETS[name](request, console):
         console.print(str(path), highlight=False, soft_wrap=True)
 

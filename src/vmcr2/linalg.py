@@ -19,6 +19,11 @@ def wide_dtype(*tensors: Tensor) -> torch.dtype:
     return dtype
 
 
+def may_read(tensor: Tensor) -> bool:
+    """Whether reading a value in mid-step is free. On an accelerator the host would wait for all that is queued."""
+    return tensor.device.type == "cpu"
+
+
 _BLOCK = 128  # below about this many rows a plain product is as fast
 
 
@@ -49,11 +54,6 @@ class _Gram(torch.autograd.Function):
         (rows,) = ctx.saved_tensors
         with torch.autocast(rows.device.type, enabled=False):  # for a backward pass called under autocast
             return (grad_outputs[0] + grad_outputs[0].mT) @ rows
-
-
-def may_read(tensor: Tensor) -> bool:
-    """Whether reading a value in mid-step is free. On an accelerator the host would wait for all that is queued."""
-    return tensor.device.type == "cpu"
 
 
 def gram(rows: Float[Tensor, "*b n d"]) -> Float[Tensor, "*b n n"]:

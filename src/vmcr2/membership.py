@@ -26,7 +26,6 @@ _ABSENT = 1e-15  # a class with a smaller share of the samples counts as absent:
 _LARGEST_LABEL = 10_000_000  # beyond this a forgotten num_classes is likelier than so many classes
 _GROUP_ELEMENTS = 2**25  # entries of the largest padded tensor a group may give rise to
 
-
 FINITE = "features must be finite"
 UNIT = "features must have rows of norm 1 (the objective is unbounded otherwise)"
 ROWS_FINITE = "membership rows must be finite"

@@ -216,11 +216,18 @@ def draw_convergence(runs: Mapping[tuple[str, Objective], RunFolder], path: Path
 
 
 def draw_similarities(runs: Mapping[tuple[str, Objective], RunFolder], path: Path, title: str) -> Path:
-    """Draws |z_i · z_i'| of training samples by class, data sets across and objectives down (the paper's Figure 2)."""
+    """Draws |z_i · z_i'| of training samples by class, data sets across and objectives down (the paper's Figure 2).
+
+    Args:
+        runs: complete runs by (row, objective).
+        path: where to save.
+        title: of the figure.
+    """
     names = list(dict.fromkeys(row for row, _ in runs))
     objectives = list(dict.fromkeys(objective for _, objective in runs))
     with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(2.6 * len(names) + 0.9, 2.5 * len(objectives) + 0.4))
+        # Noise does not compress: at more dots an inch the file would be a megabyte.
+        figure = Figure(figsize=(2.6 * len(names) + 0.9, 2.5 * len(objectives) + 0.4), dpi=90)
         panels = figure.subplots(len(objectives), len(names), squeeze=False)
         for i, objective in enumerate(objectives):
             for j, name in enumerate(names):

@@ -59,19 +59,21 @@ FIGURE2: dict[str, dict[Objective, Printed | None]] = {
 
 @dataclass(frozen=True)
 class Request:
-    """What to reproduce, and how much of it.
+    """What to reproduce, and how much of it; the flags of the command.
+
+    Whatever was run before is gone on with, or shown as it is.
 
     Attributes:
-        rows: names from the table; none means all.
-        objectives: none means all of the table's.
-        seeds: one run each.
-        epochs: instead of the recipe's; None keeps them.
-        train_size: the first so many training samples only; None keeps all.
-        test_size: the first so many test samples only; None keeps all.
-        evaluate_every: epochs between measurements; None keeps the recipe's.
-        ours: our own recipes instead of the paper's.
-        out: where runs, tables and figures lie.
-        data_root: where named data sets lie.
+        rows: which rows of the table, or data sets of the figure; all by default.
+        objectives: which to run; all of the table's by default.
+        seeds: which to run each with.
+        epochs: instead of the recipe's; more of them later go on with the runs.
+        train_size: train on the first so many samples only. The title says so.
+        test_size: test on the first so many samples only. The title says so.
+        evaluate_every: epochs between measurements, the points of figure1; by default the recipe's.
+        ours: our own recipes instead of the paper's settings.
+        out: where the runs, tables and figures lie.
+        data_root: folder of named data sets; also $VMCR2_DATA_ROOT. By default ./data.
     """
 
     rows: tuple[str, ...] = ()
@@ -306,20 +308,27 @@ def noise(request: Request, console: Console) -> list[Path]:
 
 def figure1(request: Request, console: Console) -> list[Path]:
     """Draws ΔR of the training set over epochs, from the runs of table 2 and of the other feature dimensions."""
-    runs = {(row, objective): found[0] for row, objective, found in _runs(request, FIGURE1, "figure1", console)}
-    if not runs:
-        raise NumericalError("every run of figure1 diverged, there is nothing to draw")
-    title = "ΔR of the training set" + _part_of(request)
-    return [plot.draw_convergence(runs, request.path("figure1", "png"), title)]
+    return _figure(request, FIGURE1, "figure1", "ΔR of the training set", plot.draw_convergence, console)
 
 
 def figure2(request: Request, console: Console) -> list[Path]:
     """Draws |ZᵀZ| of training samples sorted by class, from the runs of table 2."""
-    runs = {(row, objective): found[0] for row, objective, found in _runs(request, FIGURE2, "figure2", console)}
+    title = "|cosine| between training samples, by class"
+    return _figure(request, FIGURE2, "figure2", title, plot.draw_similarities, console)
+
+
+def _figure(
+    request: Request,
+    rows: dict[str, dict[Objective, Any]],
+    name: str,
+    title: str,
+    draw: Callable[[dict[tuple[str, Objective], RunFolder], Path, str], Path],
+    console: Console,
+) -> list[Path]:
+    runs = {(row, objective): found[0] for row, objective, found in _runs(request, rows, name, console)}
     if not runs:
-        raise NumericalError("every run of figure2 diverged, there is nothing to draw")
-    title = "|cosine| between training samples, by class" + _part_of(request)
-    return [plot.draw_similarities(runs, request.path("figure2", "png"), title)]
+        raise NumericalError(f"every run of {name} diverged, there is nothing to draw")
+    return [draw(runs, request.path(name, "png"), title + _part_of(request))]
 
 
 def _part_of(request: Request) -> str:

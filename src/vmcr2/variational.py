@@ -304,10 +304,7 @@ def _by_sample(
         projected = (mine @ features[..., None])[..., 0]
         return _BySample(projected, projected.new_ones(len(labels)), projected * codes.T[labels], mine)
     projected = (features @ atoms).view(-1, k, s)
-    if labels is None:
-        weights = membership.rows().to(features.dtype)
-    else:
-        weights = (labels[:, None] == torch.arange(k, device=labels.device)).to(features.dtype)
+    weights = membership.rows().to(features.dtype)
     return _BySample(projected, weights, projected * weights[..., None] * codes.T, None)
 
 
