@@ -12,14 +12,14 @@ from conftest import random_labels, random_rows, unit_rows
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 import vmcr2
-from vmcr2 import dictionary, linalg, losses, membership, variational
+from vmcr2 import linalg, losses, membership, variational
 
 M, D, K, S = 40, 12, 7, 2
 
 
 @pytest.fixture
 def unread(monkeypatch):
-    for module in (dictionary, linalg, losses, membership, variational):
+    for module in (linalg, losses, membership, variational):
         monkeypatch.setattr(module, "may_read", lambda tensor: False)
 
 
@@ -57,7 +57,7 @@ def test_the_step_is_the_same(monkeypatch, kind, structure, energy, dtype):
         z, pi = batch(kind, M + i, dtype)
         expected = step(usual, z, pi)
         with monkeypatch.context() as patched:
-            for module in (dictionary, linalg, losses, membership, variational):
+            for module in (linalg, losses, membership, variational):
                 patched.setattr(module, "may_read", lambda tensor: False)
             found = step(other, z, pi)
         for one, two in zip(expected, found, strict=True):
@@ -84,7 +84,7 @@ def test_more_classes_than_dimensions(monkeypatch, kind):
     usual.latch(z, pi)
     other = copy.deepcopy(usual)
     expected = step(usual, z, pi)
-    for module in (dictionary, linalg, losses, membership, variational):
+    for module in (linalg, losses, membership, variational):
         monkeypatch.setattr(module, "may_read", lambda tensor: False)
     monkeypatch.setattr(variational, "_PAIRS", 700)  # and the inner products come in several parts
     for one, two in zip(expected, step(other, z, pi), strict=True):
@@ -100,7 +100,7 @@ def test_a_learned_membership_gets_its_gradient(monkeypatch, structure):
     for loss in (usual, other):
         learned = rows.clone().requires_grad_()
         gradients.append(torch.autograd.grad(loss(z, learned), learned)[0])
-        for module in (dictionary, linalg, losses, membership, variational):
+        for module in (linalg, losses, membership, variational):
             monkeypatch.setattr(module, "may_read", lambda tensor: False)
     assert torch.allclose(*gradients, rtol=1e-6, atol=1e-9)
 

@@ -14,14 +14,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from vmcr2.errors import NumericalError
-from vmcr2.linalg import may_read
 from vmcr2.membership import Membership
 from vmcr2.variational import (
     ClassMoments,
     ascent_direction,
     atom_overlap,
     class_moments,
-    is_block,
     lipschitz_atoms,
     lipschitz_codes,
 )
@@ -174,10 +172,7 @@ def proximal_step(
     if energy is not None:
         sums = new_codes.sum(0)
         new_codes = torch.where((sums > 0) & (membership.counts > 0), new_codes * (energy / sums), new_codes)
-    moved = nn.functional.normalize(moved, dim=0)
-    if is_block(atoms, codes) and not may_read(atoms):  # the places may hold classes without a sample: see `present`
-        moved = torch.where(membership.counts.repeat_interleave(codes.shape[0]) > 0, moved, atoms)
-    return moved, new_codes
+    return nn.functional.normalize(moved, dim=0), new_codes
 
 
 def _divide(gradient: Tensor, bound: Tensor) -> Tensor:

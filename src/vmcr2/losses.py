@@ -333,11 +333,11 @@ class VMCR2Loss(nn.Module):
             sound = sound & self._defer([Condition(failed, _STEP_HOLDS, str)])
             # A class not latched yet waits for that, since codes of its own would pass for latched ones.
             known = self.dictionary.is_latched()
-            moves = sound & (known if classes is None else known[classes])
+            # And a place of `present` may hold a class without a sample, which stays to the bit.
+            moves = sound & (known if classes is None else known[classes] & (present.counts > 0))
             codes = torch.where(moves, codes, codes_before)
-            if classes is not None:
-                atoms = torch.where(moves.repeat_interleave(self.atoms_per_class), atoms, before)
-            atoms = torch.where(sound, atoms, before)
+            own = sound if classes is None else moves.repeat_interleave(self.atoms_per_class)
+            atoms = torch.where(own, atoms, before)
         self.dictionary.replace(atoms, codes, classes)
         if membership.soft is not None and membership.soft.requires_grad:
             present = membership if classes is None else membership.present()[0]
