@@ -22,16 +22,17 @@ from studies import BASES, STUDIES
 from torch import Tensor
 
 import vmcr2
-from vmcr2 import data, featurizers
-from vmcr2.data import Dataset
 from vmcr2.errors import InputError, NumericalError
-from vmcr2.evaluate import accuracy_by_components, extract, measure
-from vmcr2.featurizers import CrossEntropyHead
+from vmcr2.lab import networks as featurizers
+from vmcr2.lab import sources as data
+from vmcr2.lab.evaluate import accuracy_by_components, extract, measure
+from vmcr2.lab.networks import CrossEntropyHead
+from vmcr2.lab.recipes import Recipe
+from vmcr2.lab.sources import Dataset
+from vmcr2.lab.train import batches, epoch_generator
 from vmcr2.linalg import half_logdet
 from vmcr2.membership import Membership
-from vmcr2.recipes import Recipe
 from vmcr2.subspaces import class_subspaces
-from vmcr2.train import batches, epoch_generator
 from vmcr2.variational import (
     ascent_direction,
     atom_overlap,

@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 import vmcr2
-from vmcr2.bench import Timing, timed
+from vmcr2.lab.bench import Timing, timed
+from vmcr2.lab.report import describe_device, markdown_table
 from vmcr2.membership import as_membership
-from vmcr2.report import describe_device, markdown_table
 from vmcr2.subspaces import class_subspaces, nearest_subspace
 from vmcr2.variational import residual
 

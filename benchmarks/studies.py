@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from vmcr2.data import Augmentation, DataSettings
-from vmcr2.recipes import RECIPES, CESettings, MCR2Settings, Recipe, VMCR2Settings
+from vmcr2.lab.recipes import RECIPES, CESettings, MCR2Settings, Recipe, VMCR2Settings
+from vmcr2.lab.sources import Augmentation, DataSettings
 
 _OMNIGLOT = replace(
     RECIPES["omniglot100"],

@@ -12,9 +12,9 @@ from jaxtyping import install_import_hook
 with install_import_hook("vmcr2", "beartype.beartype"):
     import torch
     import vmcr2
-    from vmcr2 import evaluate, train
-    from vmcr2.data import DataSettings
-    from vmcr2.recipes import OBJECTIVES, RECIPES, VMCR2Settings
+    from vmcr2.lab import evaluate, train
+    from vmcr2.lab.sources import DataSettings
+    from vmcr2.lab.recipes import OBJECTIVES, RECIPES, VMCR2Settings
 
 z = torch.nn.functional.normalize(torch.randn(30, 8), dim=1)
 labels = torch.arange(30) % 3

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
+from vmcr2.checks import check_count, check_number
 from vmcr2.dictionary import Dictionary, MomentStream, latched_blocks, proximal_step
 from vmcr2.distributed import gather_rows
 from vmcr2.errors import InputError, NotLatchedError, NumericalError
@@ -27,8 +28,6 @@ from vmcr2.membership import (
     Condition,
     Membership,
     as_membership,
-    check_count,
-    check_number,
     labels_within,
     raise_first,
 )

@@ -7,8 +7,6 @@ builds the k×m×m matrices of eq. (1) and only classes with a sample are touche
 
 from __future__ import annotations
 
-import math
-import numbers
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -18,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
 
+from vmcr2.checks import check_count
 from vmcr2.errors import InputError
 from vmcr2.linalg import may_read, wide_dtype
 
@@ -224,21 +223,6 @@ class Membership:
                     packed = packed * weights[places]
                 filled = inside.flatten().nonzero()[:, 0]
                 yield ClassGroup(chosen, order[places], packed, self.counts[chosen], filled, weights is None)
-
-
-def check_number(name: str, value: float, *, positive: bool = True) -> None:
-    """Raises InputError unless the value is a finite number, above 0 (or at least 0 where positive is false)."""
-    ok = isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
-    if not ok or value < 0 or (positive and value == 0):
-        raise InputError(f"{name} must be a finite number {'> 0' if positive else '>= 0'}, got {value!r}")
-
-
-def check_count(name: str, value: int, *, at_least: int = 1, at_most: int | None = None, limit: str = "") -> None:
-    """Raises InputError unless the value is an integer in the range; `limit` names what the upper end is."""
-    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < at_least:
-        raise InputError(f"{name} must be an integer >= {at_least}, got {value!r}")
-    if at_most is not None and value > at_most:
-        raise InputError(f"{name} must be at most {at_most}{f' ({limit})' if limit else ''}, got {value}")
 
 
 def raise_first(conditions: Sequence[Condition]) -> None:

@@ -13,8 +13,9 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
+from vmcr2.checks import check_number
 from vmcr2.linalg import gram, half_logdet, require_finite, wide_dtype
-from vmcr2.membership import Membership, as_membership, check_number, feature_conditions, raise_first
+from vmcr2.membership import Membership, as_membership, feature_conditions, raise_first
 
 
 class RateReduction(NamedTuple):

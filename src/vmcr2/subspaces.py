@@ -6,9 +6,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from vmcr2.checks import check_count
 from vmcr2.dictionary import latched_blocks
 from vmcr2.linalg import wide_dtype
-from vmcr2.membership import as_membership, check_count, feature_conditions, raise_first
+from vmcr2.membership import as_membership, feature_conditions, raise_first
 
 _CACHED = 2**20  # projections found at once: few enough to be squared and summed while they are in the cache
 

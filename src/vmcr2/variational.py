@@ -21,9 +21,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from vmcr2.checks import check_number
 from vmcr2.errors import InputError
 from vmcr2.linalg import factor_shifted, half_logdet, may_read, symmetric_product, wide_dtype
-from vmcr2.membership import ClassGroup, Membership, check_number
+from vmcr2.membership import ClassGroup, Membership
 
 
 class VariationalRates(NamedTuple):

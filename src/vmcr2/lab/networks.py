@@ -10,8 +10,8 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 from torch.nn import functional
 
-from vmcr2._torchvision import import_torchvision
 from vmcr2.errors import InputError
+from vmcr2.lab._torchvision import import_torchvision
 
 
 class Normalize(nn.Module):

@@ -12,10 +12,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from vmcr2.data import Augmentation, DataSettings
+from vmcr2.checks import check_count, check_number
 from vmcr2.errors import InputError
-from vmcr2.featurizers import NETWORKS
-from vmcr2.membership import check_count, check_number
+from vmcr2.lab.networks import NETWORKS
+from vmcr2.lab.sources import Augmentation, DataSettings
 
 Objective = Literal["vmcr2", "mcr2", "ce"]
 OBJECTIVES: tuple[Objective, ...] = ("vmcr2", "mcr2", "ce")

@@ -25,9 +25,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from vmcr2 import recipes
 from vmcr2.errors import InputError
-from vmcr2.recipes import Recipe
+from vmcr2.lab import recipes
+from vmcr2.lab.recipes import Recipe
 
 
 def write_atomically(path: Path, content: bytes) -> None:

@@ -11,11 +11,13 @@ from typing import Any
 
 from rich.console import Console
 
-from vmcr2 import data, plot, train
 from vmcr2.errors import InputError
-from vmcr2.recipes import Objective, Recipe, differences
-from vmcr2.report import markdown_table
-from vmcr2.run import RunFolder, is_free, write_atomically
+from vmcr2.lab import figures as plot
+from vmcr2.lab import sources as data
+from vmcr2.lab import train
+from vmcr2.lab.recipes import Objective, Recipe, differences
+from vmcr2.lab.report import markdown_table
+from vmcr2.lab.run import RunFolder, is_free, write_atomically
 
 COLUMNS = ("objective", "R", "R_c", "ΔR", "test accuracy", "own head", "s/epoch")
 

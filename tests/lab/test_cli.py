@@ -5,7 +5,7 @@ import json
 import pytest
 
 from vmcr2 import __version__
-from vmcr2.cli import main
+from vmcr2.lab.cli import main
 
 QUICK = ["--epochs", "2", "--data.train-size", "200", "--feature-dim", "24", "--device", "cpu"]
 QUICK += ["--vmcr2.atoms-per-class", "2"]

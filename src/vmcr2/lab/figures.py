@@ -11,8 +11,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from vmcr2.recipes import Objective
-from vmcr2.run import RunFolder
+from vmcr2.lab.recipes import Objective
+from vmcr2.lab.run import RunFolder
 
 OBJECTIVE_NAMES = {"vmcr2": "V-MCR²", "mcr2": "MCR²", "ce": "cross-entropy"}
 _COLOURS = {"vmcr2": "#0b6e99", "mcr2": "#d1495b", "ce": "#7a7a7a"}

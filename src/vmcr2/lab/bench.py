@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vmcr2 import featurizers
-from vmcr2.data import Augmentation, augmented
-from vmcr2.featurizers import CrossEntropyHead
+from vmcr2.lab import networks as featurizers
+from vmcr2.lab.networks import CrossEntropyHead
+from vmcr2.lab.sources import Augmentation, augmented
 from vmcr2.losses import MCR2Loss, VMCR2Loss
 
 

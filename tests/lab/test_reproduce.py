@@ -6,12 +6,12 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from vmcr2 import bench, cli, reproduce
-from vmcr2.data import Augmentation, DataSettings
 from vmcr2.errors import InputError, NumericalError
-from vmcr2.recipes import RECIPES, VMCR2Settings
-from vmcr2.reproduce import TABLE2, TABLE3, Request
-from vmcr2.run import RunFolder
+from vmcr2.lab import bench, cli, reproduce
+from vmcr2.lab.recipes import RECIPES, VMCR2Settings
+from vmcr2.lab.reproduce import TABLE2, TABLE3, Request
+from vmcr2.lab.run import RunFolder
+from vmcr2.lab.sources import Augmentation, DataSettings
 
 QUIET = Console(quiet=True)
 

@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from vmcr2 import bench, plot, train
-from vmcr2.compare import completed, hardware, refuse_conflicts
-from vmcr2.data import load, resolved
 from vmcr2.errors import InputError, NumericalError
-from vmcr2.recipes import RECIPES, Objective, Recipe
-from vmcr2.report import describe_device, markdown_table
-from vmcr2.run import RunFolder, write_atomically
+from vmcr2.lab import bench, train
+from vmcr2.lab import figures as plot
+from vmcr2.lab.recipes import RECIPES, Objective, Recipe
+from vmcr2.lab.report import describe_device, markdown_table
+from vmcr2.lab.run import RunFolder, write_atomically
+from vmcr2.lab.sources import load, resolved
+from vmcr2.lab.sweep import completed, hardware, refuse_conflicts
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 
-from vmcr2 import train
-from vmcr2.data import Augmentation, DataSettings
-from vmcr2.recipes import RECIPES, Recipe, VMCR2Settings
+from vmcr2.lab import train
+from vmcr2.lab.recipes import RECIPES, Recipe, VMCR2Settings
+from vmcr2.lab.sources import Augmentation, DataSettings
 
 
 def test_omniglot_many_classes_few_samples(data_root, tmp_path):

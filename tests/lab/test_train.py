@@ -15,11 +15,14 @@ import numpy as np
 import pytest
 import torch
 
-from vmcr2 import data, featurizers, plot, recipes, train
-from vmcr2.data import Augmentation, DataSettings
 from vmcr2.errors import InputError, NumericalError
-from vmcr2.recipes import RECIPES, Recipe, VMCR2Settings
-from vmcr2.run import RunFolder
+from vmcr2.lab import figures as plot
+from vmcr2.lab import networks as featurizers
+from vmcr2.lab import recipes, train
+from vmcr2.lab import sources as data
+from vmcr2.lab.recipes import RECIPES, Recipe, VMCR2Settings
+from vmcr2.lab.run import RunFolder
+from vmcr2.lab.sources import Augmentation, DataSettings
 
 # Dropout, augmentation and latching in mid-run: everything that draws on randomness or state.
 SMALL = replace(
@@ -100,7 +103,10 @@ def test_embeddings_train_too(tmp_path):
 
 def launch(*arguments):
     return subprocess.Popen(
-        [sys.executable, "-m", "vmcr2.cli", *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "vmcr2.lab.cli", *arguments],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
     )
 
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
-from vmcr2 import data
-from vmcr2.data import Augmentation, DataSettings
 from vmcr2.errors import InputError
+from vmcr2.lab import sources as data
+from vmcr2.lab.sources import Augmentation, DataSettings
 
 
 def write_npz(path, **changed):

@@ -24,9 +24,9 @@ from jaxtyping import Float, Int, Shaped, UInt8
 from torch import Tensor
 from torch.nn import functional
 
-from vmcr2._torchvision import import_torchvision
+from vmcr2.checks import check_count, check_number
 from vmcr2.errors import InputError
-from vmcr2.membership import check_count, check_number
+from vmcr2.lab._torchvision import import_torchvision
 
 DATA_ROOT_VARIABLE = "VMCR2_DATA_ROOT"
 _IMAGE_ENDINGS = {".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".pgm", ".webp", ".tif", ".tiff"}

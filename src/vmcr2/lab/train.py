@@ -14,16 +14,18 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from vmcr2 import data, featurizers, recipes
-from vmcr2.data import Dataset
 from vmcr2.errors import InputError, NumericalError
-from vmcr2.evaluate import Features, Measures, extract, for_figures, measure
-from vmcr2.featurizers import CrossEntropyHead
+from vmcr2.lab import networks as featurizers
+from vmcr2.lab import recipes
+from vmcr2.lab import sources as data
+from vmcr2.lab.evaluate import Features, Measures, extract, for_figures, measure
+from vmcr2.lab.networks import CrossEntropyHead
+from vmcr2.lab.recipes import Recipe
+from vmcr2.lab.report import EpochProgress, device_name
+from vmcr2.lab.run import RunFolder
+from vmcr2.lab.sources import Dataset
 from vmcr2.losses import MCR2Loss, VMCR2Loss, balanced_mu
 from vmcr2.rates import rate_reduction
-from vmcr2.recipes import Recipe
-from vmcr2.report import EpochProgress, device_name
-from vmcr2.run import RunFolder
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric

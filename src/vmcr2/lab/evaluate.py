@@ -9,9 +9,9 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
-from vmcr2.data import Augmentation, Dataset, plain
 from vmcr2.dictionary import latched_blocks
-from vmcr2.featurizers import CrossEntropyHead
+from vmcr2.lab.networks import CrossEntropyHead
+from vmcr2.lab.sources import Augmentation, Dataset, plain
 from vmcr2.membership import as_membership
 from vmcr2.rates import RateReduction, rate_reduction
 from vmcr2.subspaces import class_subspaces, nearest_subspace

@@ -13,7 +13,7 @@ from typing import Annotated, Literal, TypeVar
 from rich.console import Console
 
 from vmcr2.errors import InputError, NumericalError
-from vmcr2.recipes import OBJECTIVES, RECIPES, Objective, Recipe, find, to_json
+from vmcr2.lab.recipes import OBJECTIVES, RECIPES, Objective, Recipe, find, to_json
 
 USAGE = """\
 vmcr2: maximal coding rate reduction by variational forms
@@ -72,8 +72,9 @@ class _CompareOptions(_Options):
 
 
 def _train(arguments: list[str], console: Console) -> None:
-    from vmcr2 import plot, train
-    from vmcr2.run import RunFolder
+    from vmcr2.lab import figures as plot
+    from vmcr2.lab import train
+    from vmcr2.lab.run import RunFolder
 
     name, flags = _recipe_name(arguments)
     resumed = _value_of("--resume", flags)
@@ -98,7 +99,7 @@ def _train(arguments: list[str], console: Console) -> None:
 
 
 def _compare(arguments: list[str], console: Console) -> None:
-    from vmcr2.compare import compare
+    from vmcr2.lab.sweep import compare
 
     name, flags = _recipe_name(arguments)
     recipe, options = _parse("compare", _needed(name, "compare", flags), _CompareOptions, flags)
@@ -128,11 +129,11 @@ class _EvaluateOptions:
 def _evaluate(arguments: list[str], console: Console) -> None:
     import tyro
 
-    from vmcr2 import train
-    from vmcr2.evaluate import accuracy_by_components, extract, measure
-    from vmcr2.featurizers import CrossEntropyHead
-    from vmcr2.report import table
-    from vmcr2.run import RunFolder, write_atomically
+    from vmcr2.lab import train
+    from vmcr2.lab.evaluate import accuracy_by_components, extract, measure
+    from vmcr2.lab.networks import CrossEntropyHead
+    from vmcr2.lab.report import table
+    from vmcr2.lab.run import RunFolder, write_atomically
     from vmcr2.subspaces import default_components
 
     options = tyro.cli(
@@ -169,8 +170,8 @@ class _PlotOptions:
 def _plot(arguments: list[str], console: Console) -> None:
     import tyro
 
-    from vmcr2 import plot
-    from vmcr2.run import RunFolder
+    from vmcr2.lab import figures as plot
+    from vmcr2.lab.run import RunFolder
 
     folder = tyro.cli(_PlotOptions, args=arguments, prog="vmcr2 plot", config=(tyro.conf.PositionalRequiredArgs,)).run
     if (folder / "comparison.json").is_file():
@@ -212,11 +213,11 @@ def _bench(arguments: list[str], console: Console) -> None:
     import torch
     import tyro
 
-    from vmcr2 import bench
-    from vmcr2.membership import check_count
-    from vmcr2.report import describe_device, table
-    from vmcr2.run import write_atomically
-    from vmcr2.train import chosen_device
+    from vmcr2.checks import check_count
+    from vmcr2.lab import bench
+    from vmcr2.lab.report import describe_device, table
+    from vmcr2.lab.run import write_atomically
+    from vmcr2.lab.train import chosen_device
 
     options = tyro.cli(_BenchOptions, args=arguments, prog="vmcr2 bench")
     check_count("repeats", options.repeats)
@@ -248,8 +249,8 @@ class _SplitOptions:
 def _split(arguments: list[str], console: Console) -> None:
     import tyro
 
-    from vmcr2.membership import check_count
-    from vmcr2.run import RunFolder
+    from vmcr2.checks import check_count
+    from vmcr2.lab.run import RunFolder
 
     options = tyro.cli(_SplitOptions, args=arguments, prog="vmcr2 split", config=(tyro.conf.PositionalRequiredArgs,))
     check_count("megabytes", options.megabytes)
@@ -267,7 +268,7 @@ def _split(arguments: list[str], console: Console) -> None:
 def _reproduce(arguments: list[str], console: Console) -> None:
     import tyro
 
-    from vmcr2 import reproduce
+    from vmcr2.lab import reproduce
 
     name, flags = _recipe_name(arguments)
     asked_for_help = {"-h", "--help"} & set(flags)
@@ -281,7 +282,7 @@ def _reproduce(arguments: list[str], console: Console) -> None:
 
 
 def _recipes(arguments: list[str], console: Console) -> None:
-    from vmcr2.report import table
+    from vmcr2.lab.report import table
 
     if arguments[:1] in (["-h"], ["--help"]):
         print(USAGE)
@@ -350,8 +351,8 @@ def _parse(command: str, default: Recipe, kind: type[_Given], flags: list[str]) 
 
 
 def _show(console: Console, title: str, summaries: Sequence[dict]) -> None:
-    from vmcr2.compare import COLUMNS, hardware, rows
-    from vmcr2.report import table
+    from vmcr2.lab.report import table
+    from vmcr2.lab.sweep import COLUMNS, hardware, rows
 
     console.print(table(f"{title}, {hardware(summaries[0])}", COLUMNS, rows(summaries)))
 
