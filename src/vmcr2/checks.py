@@ -1,11 +1,19 @@
-"""Checks of single arguments, each with a message that names the argument, what it got and what it takes."""
+"""Checks of arguments, each with a message that names the argument, what it got and what it takes."""
 
 from __future__ import annotations
 
 import math
 import numbers
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
 
 from vmcr2.errors import InputError
+from vmcr2.linalg import is_batched, wide_dtype
+
+UNIT_NORM_TOLERANCE = 0.02  # bf16 normalisation is off by up to 2⁻⁸ in the norm and as much in each entry
 
 
 def check_number(name: str, value: float, *, positive: bool = True) -> None:
@@ -21,3 +29,89 @@ def check_count(name: str, value: int, *, at_least: int = 1, at_most: int | None
         raise InputError(f"{name} must be an integer >= {at_least}, got {value!r}")
     if at_most is not None and value > at_most:
         raise InputError(f"{name} must be at most {at_most}{f' ({limit})' if limit else ''}, got {value}")
+
+
+class Condition(NamedTuple):
+    """Something that must hold of a tensor's values.
+
+    Attributes:
+        wrong: 0-d bool tensor, true where it does not hold.
+        requirement: what is required, of which argument.
+        got: says what there was instead.
+    """
+
+    wrong: Tensor
+    requirement: str
+    got: Callable[[], str]
+
+
+def read(conditions: Sequence[Condition], values: Tensor | None = None) -> Tensor | None:
+    """Reads conditions, and values beside them, from the device in one transfer.
+
+    What `torch.vmap` has batched cannot be read and counts as holding.
+
+    Args:
+        conditions: what must hold.
+        values: a vector of counts (below 2⁵³) to read along, or None.
+
+    Returns:
+        The values on the CPU, float64.
+
+    Raises:
+        InputError: a condition does not hold; the first is named.
+    """
+    if values is not None and is_batched(values):
+        values = None
+    readable = [condition for condition in conditions if not is_batched(condition.wrong)]
+    parts = [condition.wrong.detach().double()[None] for condition in readable]
+    if values is not None:
+        parts.append(values.detach().double())
+    if not parts:
+        return None
+    held = torch.cat(parts).cpu()
+    for wrong, condition in zip(held[: len(readable)].tolist(), readable, strict=True):
+        if wrong:
+            raise InputError(f"{condition.requirement}, got {condition.got()}")
+    return None if values is None else held[len(readable) :]
+
+
+def feature_conditions(features: Tensor, *, feature_dim: int | None = None, unit: bool = False) -> list[Condition]:
+    """Checks type and shape of features at once and returns what remains to be checked of their values.
+
+    Args:
+        features: (m, d), floating point.
+        feature_dim: the d that is required, or None.
+        unit: whether rows must have norm 1 (within 2 %, so that bf16 features pass).
+
+    Raises:
+        InputError: features are no floating-point matrix, or not of dimension d.
+    """
+    if not isinstance(features, Tensor):
+        raise InputError(f"features must be a torch.Tensor of shape (m, d), got {type(features).__name__}")
+    if features.ndim != 2 or 0 in features.shape:
+        raise InputError(f"features must have shape (m, d) with m, d >= 1, got {tuple(features.shape)}")
+    if not features.is_floating_point():
+        raise InputError(f"features must be floating point, got {features.dtype}")
+    if feature_dim is not None and features.shape[1] != feature_dim:
+        raise InputError(f"features must have feature_dim = {feature_dim} columns, got shape {tuple(features.shape)}")
+    detached = features.detach()
+    conditions = [
+        Condition(
+            ~detached.isfinite().all(),
+            "features must be finite",
+            lambda: f"{int((~detached.isfinite()).sum())} NaN or infinite entries",
+        )
+    ]
+    if unit:
+        norms = torch.linalg.vector_norm(detached, dim=1, dtype=wide_dtype(detached))
+        conditions.append(
+            Condition(
+                (norms - 1).abs().max() > UNIT_NORM_TOLERANCE,
+                "features must have rows of norm 1 (the objective is unbounded otherwise)",
+                lambda: (
+                    f"norms from {float(norms.min()):.3g} to {float(norms.max()):.3g}; "
+                    "end the network with torch.nn.functional.normalize(z, dim=1)"
+                ),
+            )
+        )
+    return conditions

@@ -1,183 +1,231 @@
-"""The dictionary (Γ, Ã): latching onto the classes' singular vectors (Algorithm 2) and the proximal step (Algorithm 1).
+"""The dictionary (Γ, Ã): its step (Algorithm 1, lines 6 to 10) and the buffers that hold it.
 
-`latched_blocks` and `proximal_step` are the mathematics; `Dictionary` holds the buffers and `MomentStream` gathers
-what latching needs from batches, in memory bounded by k d² however many samples there are.
+`ascending_step` is ours: no step size, and eq. (7) never falls. `paper_step` is the paper's: gradients over Lipschitz
+bounds, times ν. Both are pure; `Dictionary` only holds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from vmcr2.errors import NumericalError
 from vmcr2.membership import Membership
+from vmcr2.mismatch import BlockCodes, Codes, SharedCodes, moment_norms
 from vmcr2.variational import (
-    ClassMoments,
-    ascent_direction,
-    atom_overlap,
-    class_moments,
+    compression_code_gradient,
+    expansion_atom_gradient,
+    expansion_code_gradient,
     lipschitz_atoms,
     lipschitz_codes,
+    solved_atoms,
 )
 
-_EIGH_ELEMENTS = 2**24  # entries of the d×d matrices decomposed at once
+Structure = Literal["shared", "block"]
+
+# What a step takes of the way to the best codes of its bound. Less than all of it leaves the atoms time to turn away
+# from each other before codes that compete are pressed to zero, and ends higher (benchmarks/ascent.py).
+_CODE_SHARE = 0.25
+_LARGEST_MOMENT = 1.05  # ‖C_j‖ of unit rows, with the tolerance of their norms
+_NEWTON_STEPS = 12  # of the multiplier that keeps a class's energy; it converges quadratically, from one side
 
 
-def latched_blocks(
-    features: Float[Tensor, "m d"], membership: Membership, atoms_per_class: int
-) -> tuple[Float[Tensor, "k d s"], Float[Tensor, "k s"]]:
-    """Returns every class's top s eigenvectors and eigenvalues of C_j, largest first (Alg. 2).
-
-    A class of rank below s gets orthonormal directions with eigenvalue 0 for the rest; an absent class gets zeros.
-
-    Args:
-        features: Z, (m, d), finite.
-        membership: Π.
-        atoms_per_class: s, at most d.
-    """
-    d, s = features.shape[1], atoms_per_class
-    blocks = features.new_zeros(membership.num_classes, d, s)
-    energies = features.new_zeros(membership.num_classes, s)
-    for group in membership.groups(d):
-        rows = group.take(features)
-        n = rows.shape[1]
-        if n < d:
-            weighted = rows * (group.weights / group.counts[:, None]).sqrt()[..., None]
-            # Rows of zeros let the SVD complete a class of fewer than s samples to s orthonormal directions.
-            weighted = nn.functional.pad(weighted, (0, 0, 0, max(0, s - n)))
-            _, values, vectors = _decomposed(torch.linalg.svd, weighted, full_matrices=False)
-            blocks[group.classes] = vectors[:, :s].mT
-            energies[group.classes] = values[:, :s].square()
-        else:
-            moments = rows.mT @ (rows * group.weights[..., None]) / group.counts[:, None, None]
-            blocks[group.classes], energies[group.classes] = _top_eigen(moments, s)
-    return blocks, energies
-
-
-def _top_eigen(moments: Float[Tensor, "b d d"], s: int) -> tuple[Float[Tensor, "b d s"], Float[Tensor, "b s"]]:
-    values, vectors = _decomposed(torch.linalg.eigh, moments)
-    return vectors[..., -s:].flip(-1), values[..., -s:].flip(-1).clamp_min(0)
-
-
-def _decomposed(decompose: Callable[..., Any], matrices: Tensor, **options: Any) -> Any:
-    try:
-        return decompose(matrices, **options)
-    except torch.linalg.LinAlgError as error:
-        raise NumericalError(f"latching failed: the classes' singular vectors could not be found ({error})") from error
-
-
-class MomentStream:
-    """Gathers features batch by batch until latching, in at most about k d² numbers.
-
-    Rows are kept as they come while there are fewer than k d of them, since then they are the smaller side. Beyond
-    that they are folded into the second moments C_j, and forgotten.
-    """
-
-    def __init__(self, num_classes: int, feature_dim: int) -> None:
-        self.num_classes = num_classes
-        self.feature_dim = feature_dim
-        self.rows: list[tuple[Tensor, Membership]] = []
-        self.kept = 0
-        self.sums: Tensor | None = None
-        self.counts: Tensor | None = None
-
-    def add(self, features: Float[Tensor, "m d"], membership: Membership) -> None:
-        """Adds a batch."""
-        self.rows.append((features, membership))
-        self.kept += features.shape[0]
-        limit = self.num_classes * self.feature_dim
-        if self.kept > (limit if self.sums is None else min(limit, 8192)):
-            self._fold()
-
-    def _gathered(self) -> tuple[Tensor, Membership]:
-        features = torch.cat([z for z, _ in self.rows])
-        counts = torch.stack([held.counts for _, held in self.rows]).sum(0)
-        labels = [held.labels for _, held in self.rows if held.labels is not None]
-        if len(labels) == len(self.rows):
-            return features, Membership(torch.cat(labels), None, counts)
-        return features, Membership(None, torch.cat([held.rows() for _, held in self.rows]), counts)
-
-    def _fold(self) -> None:
-        features, membership = self._gathered()
-        if self.sums is None or self.counts is None:
-            self.sums = features.new_zeros(self.num_classes, self.feature_dim, self.feature_dim)
-            self.counts = torch.zeros_like(membership.counts)
-        self.counts += membership.counts
-        for group in membership.groups(self.feature_dim):
-            rows = group.take(features)
-            self.sums.index_add_(0, group.classes, rows.mT @ (rows * group.weights[..., None]))
-        self.rows, self.kept = [], 0
-
-    def blocks(self, atoms_per_class: int) -> tuple[Float[Tensor, "k d s"], Float[Tensor, "k s"], Float[Tensor, " k"]]:
-        """Returns each class's top eigenvectors, eigenvalues (as `latched_blocks`) and the class counts."""
-        if self.sums is None:
-            features, membership = self._gathered()
-            return *latched_blocks(features, membership, atoms_per_class), membership.counts
-        if self.rows:
-            self._fold()
-        assert self.counts is not None
-        at_once = max(1, _EIGH_ELEMENTS // self.feature_dim**2)
-        scale = self.counts.clamp_min(torch.finfo(self.counts.dtype).tiny)
-        parts = [
-            _top_eigen(sums / n[:, None, None], atoms_per_class)
-            for sums, n in zip(self.sums.split(at_once), scale.split(at_once), strict=True)
-        ]
-        return torch.cat([vectors for vectors, _ in parts]), torch.cat([values for _, values in parts]), self.counts
-
-
-def proximal_step(
+def ascending_step(
     features: Float[Tensor, "m d"],
     membership: Membership,
-    atoms: Float[Tensor, "d q"],
-    codes: Float[Tensor, "c k"],
+    dictionary: Codes,
+    *,
+    mu: float,
+    eps_sq: float,
+    energy: float | None = None,
+) -> Codes:
+    """Returns Γ and Ã after a step on eq. (7), which does not fall, whatever µ, the features and the dictionary.
+
+    First the atoms move, then, at the moved atoms, the codes: each towards the maximum of a lower bound of eq. (7) that
+    touches it where it stands (minorise and maximise). Classes without a sample, and codes that are 0 and would fall,
+    stay.
+
+    Args:
+        features: Z, (m, d), rows of norm 1, without gradient.
+        membership: Π, among the dictionary's classes.
+        dictionary: Γ and Ã.
+        mu: µ > 0.
+        eps_sq: ε² > 0.
+        energy: what each class's codes sum to; None lets the sum run free. With it eq. (7) does not fall among the
+            codes that keep to it; a class that does not is scaled first.
+    """
+    dictionary = scaled_to(dictionary, energy)
+    overlap = dictionary.overlap()
+    projections = dictionary.project(features, membership)
+    dictionary = dictionary.moved(
+        atoms=_ascended_atoms(features, membership, dictionary, projections, overlap, mu, eps_sq)
+    )
+    overlap = dictionary.overlap()
+    projections = dictionary.project(features, membership)
+    return dictionary.moved(codes=_ascended_codes(membership, dictionary, projections, overlap, mu, eps_sq, energy))
+
+
+def scaled_to(dictionary: Codes, energy: float | None) -> Codes:
+    """Returns the dictionary with every class's codes scaled to sum to an energy; all-zero codes stay."""
+    if energy is None:
+        return dictionary
+    sums = dictionary.codes.sum(1, keepdim=True)
+    return dictionary.moved(codes=torch.where(sums > 0, dictionary.codes * (energy / _nonzero(sums)), 0))
+
+
+def _nonzero(values: Tensor) -> Tensor:
+    return torch.where(values > 0, values, 1)
+
+
+def _ascended_atoms(
+    features: Float[Tensor, "m d"],
+    membership: Membership,
+    dictionary: Codes,
+    projections: list[Tensor],
+    overlap: Tensor,
+    mu: float,
+    eps_sq: float,
+) -> Float[Tensor, "q d"]:
+    """Returns Γ_l + ∇_l/L_l, scaled to norm 1, with L_l = β/8 (Ã γ)_l + 6µ Σ_j n_j Ã_lj ‖Ã_j‖₁.
+
+    −L_l bounds the objective's curvature from below on the whole unit ball, atom by atom, so the objective plus
+    Σ_l L_l/2 ‖Γ_l‖² is convex and its tangent a lower bound, which this maximises over unit atoms. What is convex by
+    itself needs no part in L: the attraction µ ⟨C_j, B_j⟩, and R^v but for −β/8 (Ã γ)_l. That is the least value of
+    (1 − xy)/((1 + x²)(1 + y²)), the second derivative of ½ logdet(I + X Xᵀ) between singular values x and y of X. The
+    quartic −µ/2 n_j ‖B_j‖² has −6 Ã_lj ‖Ã_j‖₁ at the least, where all its atoms coincide.
+    """
+    weights = membership.class_weights
+    beta = features.shape[1] / eps_sq
+    solved = solved_atoms(dictionary, weights, eps_sq)
+    gradient = expansion_atom_gradient(dictionary, solved, weights, eps_sq)
+    gradient = gradient - mu * dictionary.atom_gradient(features, projections, overlap, membership)
+    spent = dictionary.codes * membership.counts[:, None]
+    curvature = dictionary.by_atom(
+        dictionary.codes * weights[:, None] * (beta / 8) + 6 * mu * spent * dictionary.codes.sum(1, keepdim=True)
+    )[:, None]
+    moved = dictionary.atoms + torch.where(curvature > 0, gradient / _nonzero(curvature), 0)
+    return nn.functional.normalize(moved, dim=1)
+
+
+def _ascended_codes(
+    membership: Membership,
+    dictionary: Codes,
+    projections: list[Tensor],
+    overlap: Tensor,
+    mu: float,
+    eps_sq: float,
+    energy: float | None,
+) -> Float[Tensor, "k c"]:
+    """Returns Ã after a step towards the maximum of a lower bound that is a sum over single codes.
+
+    For a code a, now a₀, and u = a + δ it is
+
+        w log(u/u₀) + b (a − a₀) − h/2 (a − a₀)²   with   w = u₀ ∂R^v/∂a,   b = −∂R_c^v/∂a − ∂(µM/2m)/∂a
+
+    −R_c^v is convex, so its tangent is a bound. R^v is the logarithm of a sum of positive semi-definite terms, one a
+    code; by Jensen's inequality for the operator-concave logarithm it has the bound w log(u/u₀), if the terms of all
+    shifts δ together are at most I. That holds for δ_j = 1/(β s_j), s_j the codes of a class that move. M is quadratic
+    with the non-negative matrix H = (ΓᵀΓ)^⊙2, so h = µ n_j (H v)_l / v_l bounds its curvature for any positive v: the
+    codes, lifted by their mean so that small ones are not held back.
+    """
+    codes, counts = dictionary.codes, membership.counts[:, None]
+    beta = dictionary.atoms.shape[1] / eps_sq
+    weights = membership.class_weights
+    fit = dictionary.fit(projections, overlap, membership)
+    grows = expansion_code_gradient(dictionary, solved_atoms(dictionary, weights, eps_sq), weights, eps_sq)
+    linear = mu * (fit.data - fit.model) - compression_code_gradient(dictionary, weights, eps_sq)
+    moves = (codes > 0) | (grows + linear > 0)
+    number = moves.sum(1, keepdim=True).clamp_min(1)
+    sums = codes.sum(1, keepdim=True)
+    lifted = torch.where(moves, codes + torch.where(sums > 0, sums / number, 1), 0)
+    curvature = mu * counts * dictionary.respond(overlap, lifted) / _nonzero(lifted)
+    moves = moves & (counts > 0) & (curvature > 0)
+    curvature = torch.where(moves, curvature, 1)
+    shift = 1 / (beta * number)
+    slope = linear + curvature * (codes + shift)
+    pull = curvature * grows * (codes + shift)  # h w
+
+    def best(multiplier: Tensor | float) -> tuple[Tensor, Tensor]:
+        """Returns the maximum less `multiplier` times a, and minus its derivative in the multiplier."""
+        tilted = slope - multiplier
+        root = (tilted.square() + 4 * pull).sqrt()
+        # The root of h u² − tilted u − w, by the formula that does not cancel.
+        u = torch.where(tilted >= 0, (tilted + root) / (2 * curvature), 2 * pull / curvature / (root - tilted))
+        return torch.where(moves, (u - shift).clamp_min(0), 0), torch.where(moves & (u > shift), u / root, 0)
+
+    if energy is None:
+        found = best(0.0)[0]
+    else:
+        # The sum of the maxima is convex and falling in the multiplier: Newton's method from where it is too large.
+        multiplier = torch.where(moves, grows + linear, torch.inf).amin(1, keepdim=True)
+        multiplier = torch.where(multiplier.isfinite(), multiplier, 0)
+        for _ in range(_NEWTON_STEPS):
+            found, slopes = best(multiplier)
+            multiplier = multiplier + (found.sum(1, keepdim=True) - energy) / _nonzero(slopes.sum(1, keepdim=True))
+        found = best(multiplier)[0]
+        found = found * (energy / _nonzero(found.sum(1, keepdim=True)))
+        moves = moves & (sums > 0)
+    return torch.where(moves, codes + _CODE_SHARE * (found - codes), codes)
+
+
+def paper_step(
+    features: Float[Tensor, "m d"],
+    membership: Membership,
+    dictionary: Codes,
     *,
     mu: float,
     eps_sq: float,
     step_atoms: float,
     step_codes: float,
+    at_moved_atoms: bool,
     energy: float | None = None,
-    moments: ClassMoments | None = None,
     num_classes: int | None = None,
-) -> tuple[Float[Tensor, "d q"], Float[Tensor, "c k"]]:
-    """Returns Γ and Ã after one proximal gradient ascent step on eq. (7) (Alg. 1, lines 6 to 10).
+) -> Codes:
+    """Returns Γ and Ã after one proximal gradient step on eq. (7) with the paper's bounds (Alg. 1, lines 6 to 10).
 
-    Both gradients are taken at the old point, both steps scaled by the inverse Lipschitz bounds (eqs. 17 and 19); then
-    the columns of Γ are scaled to norm 1 and the negative codes set to 0. What has no sample, or no energy, stays.
+    The bounds cover the mismatch alone, so where the rates outweigh it (ρ = µ m ε²/d well below 1) eq. (7) may fall.
 
     Args:
-        features: Z, (m, d), unit rows, without gradient.
-        membership: Π.
-        atoms: Γ, (d, q), unit columns.
-        codes: Ã, (q, k) shared or (s, k) block, ≥ 0.
+        features: Z, (m, d), rows of norm 1, without gradient.
+        membership: Π, among the dictionary's classes.
+        dictionary: Γ and Ã.
         mu: µ > 0.
         eps_sq: ε² > 0.
-        step_atoms: ν_Γ, in units of 1/L_Γ.
-        step_codes: ν_A, in units of 1/L_A, each class by its own.
-        energy: what each class's codes are scaled to sum to at last; 1 is the trace of C_j for features of norm 1.
-        moments: those of the batch, where they are known already.
-        num_classes: k of the whole dictionary, where only the classes present were passed.
+        step_atoms: ν_Γ, in units of 1/L_Γ (eq. 17).
+        step_codes: ν_A, in units of 1/L_A (eq. 19), each class by its own.
+        at_moved_atoms: take the codes' gradient at the atoms that line 7 has moved, not yet scaled to norm 1, as line 8
+            is written; else both gradients at the old dictionary.
+        energy: what each class's codes are scaled to sum to at last; None lets the sum run free, as the paper does.
+        num_classes: k of the whole dictionary, where only the classes present are passed.
     """
-    if moments is None:
-        moments = class_moments(features, membership)
-    overlap = atom_overlap(atoms, codes)
-    grad_atoms, grad_codes = ascent_direction(features, membership, atoms, codes, mu, eps_sq, overlap)
-    bound_atoms = lipschitz_atoms(moments.norms_sq, membership.counts, codes, mu)
-    bound_codes = lipschitz_codes(overlap, membership.counts, mu, num_classes or membership.num_classes)
-    moved = atoms + step_atoms * _divide(grad_atoms, bound_atoms)
-    new_codes = (codes + step_codes * _divide(grad_codes, bound_codes)).clamp_min(0)
-    if energy is not None:
-        sums = new_codes.sum(0)
-        new_codes = torch.where((sums > 0) & (membership.counts > 0), new_codes * (energy / sums), new_codes)
-    return nn.functional.normalize(moved, dim=0), new_codes
+    weights, counts = membership.class_weights, membership.counts
+    overlap = dictionary.overlap()
+    projections = dictionary.project(features, membership)
+    bound_atoms = lipschitz_atoms(moment_norms(features, membership), counts, dictionary.codes, mu)  # line 6
+    norms = dictionary.overlap_norms(overlap, num_classes or membership.num_classes)
+    bound_codes = lipschitz_codes(norms, counts, mu)[:, None]
+    solved = solved_atoms(dictionary, weights, eps_sq)
+    gradient = expansion_atom_gradient(dictionary, solved, weights, eps_sq)
+    gradient = gradient - mu * dictionary.atom_gradient(features, projections, overlap, membership)
+    moved = dictionary.moved(atoms=dictionary.atoms + step_atoms * _over(gradient, bound_atoms))  # line 7
+    if at_moved_atoms:
+        overlap, projections = moved.overlap(), moved.project(features, membership)
+        solved = solved_atoms(moved, weights, eps_sq)
+    here = moved if at_moved_atoms else dictionary
+    fit = here.fit(projections, overlap, membership)
+    rise = expansion_code_gradient(here, solved, weights, eps_sq) - compression_code_gradient(here, weights, eps_sq)
+    rise = rise + mu * (fit.data - fit.model)
+    codes = (dictionary.codes + step_codes * _over(rise, bound_codes)).clamp_min(0)  # lines 8 and 9
+    codes = torch.where(counts[:, None] > 0, codes, dictionary.codes)
+    atoms = nn.functional.normalize(moved.atoms, dim=1)  # line 10
+    return scaled_to(dictionary.moved(atoms, codes), energy)
 
 
-def _divide(gradient: Tensor, bound: Tensor) -> Tensor:
+def _over(gradient: Tensor, bound: Tensor) -> Tensor:
     """Returns gradient / bound, and 0 where the bound is 0: nothing of that class or dictionary is in the batch."""
-    return torch.where(bound > 0, gradient / torch.where(bound > 0, bound, 1), 0)
+    return torch.where(bound > 0, gradient / _nonzero(bound), 0)
 
 
 class Dictionary(nn.Module):
@@ -193,81 +241,110 @@ class Dictionary(nn.Module):
     codes: Float[Tensor, "c k"]
     latched: Bool[Tensor, " k"]
 
-    def __init__(self, num_classes: int, feature_dim: int, atoms_per_class: int, structure: str) -> None:
+    def __init__(self, num_classes: int, feature_dim: int, atoms_per_class: int, structure: Structure) -> None:
         super().__init__()
         self.atoms_per_class = atoms_per_class
+        self.structure: Structure = structure
         q = num_classes * atoms_per_class
         # Unit columns from the start, so that a class never seen cannot spoil Γ; they carry no energy.
         start = torch.zeros(q, feature_dim)
         start[torch.arange(q), torch.arange(q) % feature_dim] = 1
         self.register_buffer("atoms", start.T)  # each atom lies in one piece of memory
-        self.register_buffer("codes", torch.zeros(atoms_per_class if structure == "block" else q, num_classes))
+        codes = torch.zeros(num_classes, atoms_per_class if structure == "block" else q)
+        self.register_buffer("codes", codes.T)  # each class's codes likewise
         self.register_buffer("latched", torch.zeros(num_classes, dtype=torch.bool))
-        self._num_latched = 0
+        self._known: Tensor | None = None
+        self.changed = True  # not yet known to be the same on all ranks
 
-    def is_latched(self) -> Bool[Tensor, " k"]:
-        """Returns which classes have been latched, or given codes by hand."""
-        return self.latched | (self.codes > 0).any(0)
-
-    def num_latched(self) -> int:
-        """Returns how many classes are latched; once all are that is remembered: asking a GPU means to wait for it."""
-        if self._num_latched < len(self.latched):
-            self._num_latched = int(self.is_latched().sum())
-        return self._num_latched
+    def known(self) -> Bool[Tensor, " k"]:
+        """Returns which classes have been latched, or given codes by hand, on the CPU; remembered once all are."""
+        if self._known is None or not bool(self._known.all()):
+            self._known = (self.latched | (self.codes > 0).any(0)).cpu()
+        return self._known
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[f"{prefix}atoms"] = destination[f"{prefix}atoms"].contiguous()  # as safetensors takes it
+        for name in ("atoms", "codes"):  # in the layout that safetensors takes
+            destination[f"{prefix}{name}"] = destination[f"{prefix}{name}"].contiguous()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         if f"{prefix}latched" not in state_dict and f"{prefix}codes" in state_dict:
             state_dict[f"{prefix}latched"] = (state_dict[f"{prefix}codes"] > 0).any(0)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        self._num_latched = 0
-        self.num_latched()
+        self._known, self.changed = None, True
 
     @torch.no_grad()
-    def write(self, blocks: Float[Tensor, "k d s"], energies: Float[Tensor, "k s"], chosen: Bool[Tensor, " k"]) -> None:
-        """Latches the chosen classes onto their blocks (Alg. 2); the others keep their atoms and codes."""
+    def latch(self, blocks: Float[Tensor, "k d s"], energies: Float[Tensor, "k s"], chosen: Bool[Tensor, " k"]) -> None:
+        """Sets the chosen classes' atoms and codes (Alg. 2); the others keep theirs."""
         k, _, s = blocks.shape
-        self._blocks()[chosen] = blocks.mT[chosen].to(self.atoms.dtype)
-        values = energies.T.to(self.codes.dtype)
-        if self.codes.shape[0] == s and k > 1:
-            self.codes[:, chosen] = values[:, chosen]
-        else:
-            places = torch.arange(k * s, device=values.device).view(k, s).T
-            fresh = torch.zeros_like(self.codes).scatter_(0, places, values)
-            self.codes[:, chosen] = fresh[:, chosen]
+        places = torch.arange(k * s, device=blocks.device).view(k, s)
+        self.atoms.T[places[chosen].flatten()] = blocks.mT[chosen].flatten(0, 1).to(self.atoms.dtype)
+        values = energies.to(self.codes.dtype)
+        if self.structure == "shared":
+            values = values.new_zeros(k, k * s).scatter_(1, places, values)
+        self.codes.T[chosen] = values[chosen]
         self.latched |= chosen
-        self.num_latched()  # asked now, so that no step has to
+        self._known, self.changed = None, True
 
-    def read(
-        self, membership: Membership, dtype: torch.dtype
-    ) -> tuple[Float[Tensor, "d r"], Float[Tensor, "c p"], Membership, Int[Tensor, " p"] | None]:
-        """Returns Γ, Ã and the membership as far as a batch concerns them, and which classes these are.
+    def weakest_codes(self) -> Float[Tensor, " k"] | None:
+        """Returns each class's least code among its own atoms, 0 where it uses others; None in block structure."""
+        if self.structure == "block":
+            return None
+        own = self._own_codes()
+        return torch.where(own.sum(1) == self.codes.sum(0), own.amin(1), 0)
 
-        In block structure a class without a sample takes no part, so only the others are read; in shared structure it
-        is everything, and the last is None.
+    def is_confined(
+        self, membership: Membership, weakest: Float[Tensor, " k"] | None, *, mu: float, eps_sq: float
+    ) -> bool:
+        """Whether an ascending step of a shared dictionary is sure to leave every class at its own atoms.
+
+        A code that is 0 stays so unless its gradient γ_j ½β (Γ_lᵀS⁻¹Γ_l − 1) + µ n_j Γ_lᵀ(C_j − B_j)Γ_l is positive. S
+        is at least I + β (Ã γ)_l Γ_l Γ_lᵀ and C_j at most I, so no gradient is where µ m ≤ ½β x/(1 + x) for the least
+        x = β (Ã γ)_l. The step in block structure is then the same, without the products of all atoms with all.
+
+        Args:
+            membership: Π.
+            weakest: `weakest_codes`, on the CPU.
+            mu: µ > 0.
+            eps_sq: ε² > 0.
         """
-        if self.codes.shape[0] == self.atoms.shape[1]:
-            return self.atoms.to(dtype), self.codes.to(dtype), membership, None
-        compact, classes = membership.present()
-        blocks = self._blocks().index_select(0, classes)
-        atoms = blocks.flatten(0, 1).to(dtype).T
-        return atoms, self.codes.index_select(1, classes).to(dtype), compact, classes
+        if weakest is None or len(membership.present) < membership.num_classes or membership.soft is not None:
+            return False
+        beta = self.atoms.shape[0] / eps_sq
+        least = beta * float((weakest * membership.sizes).min()) / membership.num_samples
+        return mu * membership.num_samples * _LARGEST_MOMENT <= 0.5 * beta * least / (1 + least)
+
+    def read(self, membership: Membership, dtype: torch.dtype, *, confined: bool = False) -> tuple[Codes, Membership]:
+        """Returns what a batch meets of the dictionary, in a dtype, and the batch's membership among that.
+
+        In block structure, or for a shared dictionary that is `confined`, that is the classes that have a sample; else
+        everything.
+        """
+        if self.structure == "shared" and not confined:
+            return SharedCodes(self.atoms.T.to(dtype), self.codes.T.to(dtype)), membership
+        codes = self.codes.T if self.structure == "block" else self._own_codes()
+        atoms = self.atoms.T[self._places(membership)]
+        return BlockCodes(atoms.to(dtype), codes[membership.present].to(dtype)), membership.among_present()
 
     @torch.no_grad()
-    def replace(
-        self, atoms: Float[Tensor, "d r"], codes: Float[Tensor, "c p"], classes: Int[Tensor, " p"] | None
-    ) -> None:
-        """Writes back what `read` gave, after a step."""
-        if classes is None:
-            self.atoms.copy_(atoms)
-            self.codes.copy_(codes)
+    def replace(self, dictionary: Codes, membership: Membership) -> None:
+        """Writes back what `read` gave for a batch, after a step."""
+        if isinstance(dictionary, SharedCodes):
+            self.atoms.copy_(dictionary.atoms.T)
+            self.codes.copy_(dictionary.codes.T)
             return
-        blocks = atoms.T.reshape(len(classes), self.atoms_per_class, -1).to(self.atoms.dtype)
-        self._blocks().index_copy_(0, classes, blocks)
-        self.codes.index_copy_(1, classes, codes.to(self.codes.dtype))
+        self.atoms.T[self._places(membership)] = dictionary.atoms.to(self.atoms.dtype)
+        if self.structure == "block":
+            self.codes.T[membership.present] = dictionary.codes.to(self.codes.dtype)
+        else:
+            self._own_codes()[membership.present] = dictionary.codes.to(self.codes.dtype)
 
-    def _blocks(self) -> Float[Tensor, "k s d"]:
-        return self.atoms.T.view(len(self.latched), self.atoms_per_class, -1)
+    def _places(self, membership: Membership) -> Int[Tensor, " p_s"]:
+        """Returns the atoms of the classes that have a sample."""
+        steps = torch.arange(self.atoms_per_class, device=self.atoms.device)
+        return (membership.present[:, None] * self.atoms_per_class + steps).flatten()
+
+    def _own_codes(self) -> Float[Tensor, "k s"]:
+        """Returns a view of the codes of a shared dictionary at the classes' own atoms."""
+        k, s = len(self.latched), self.atoms_per_class
+        return self.codes.T.unflatten(1, (k, s)).diagonal(dim1=0, dim2=1).T

@@ -1,14 +1,20 @@
-"""Log-determinants of positive semi-definite matrices, by Cholesky and with their failures reported."""
+"""Log-determinants, products and solves of positive semi-definite matrices, in a dtype that is wide enough."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
+from torch.autograd import Function
 
-from vmcr2.errors import NumericalError
+from vmcr2.errors import InputError, NumericalError
+
+# β = d/ε² scales every matrix of which I + βC is factorised. Within these bounds float32 is exact to about 1e-5 even
+# where all features of a class coincide; outside of them float64 is; beyond the widest, float64 is not either.
+_FLOAT32_RANGE = (1.0, 1e4)
+_FLOAT64_RANGE = (1e-8, 1e10)
 
 
 def wide_dtype(*tensors: Tensor) -> torch.dtype:
@@ -19,114 +25,117 @@ def wide_dtype(*tensors: Tensor) -> torch.dtype:
     return dtype
 
 
-def may_read(tensor: Tensor) -> bool:
-    """Whether reading a value in mid-step is free. On an accelerator the host would wait for all that is queued."""
-    return tensor.device.type == "cpu"
+def rate_dtype(feature_dim: int, eps_sq: float, *tensors: Tensor) -> torch.dtype:
+    """Returns `wide_dtype`, or float64 where d/ε² asks for it.
+
+    Raises:
+        InputError: ε² is so small or large that float64 would not do either (a ValueError).
+    """
+    beta = feature_dim / eps_sq
+    lowest, highest = _FLOAT64_RANGE
+    if not lowest <= beta <= highest:
+        raise InputError(
+            f"eps_sq must be from {feature_dim / highest:.3g} to {feature_dim / lowest:.3g} for features of dimension "
+            f"{feature_dim} (beyond that float64 loses log(1 + d/eps_sq)), got {eps_sq!r}"
+        )
+    lowest, highest = _FLOAT32_RANGE
+    return wide_dtype(*tensors) if lowest <= beta <= highest else torch.float64
 
 
-_BLOCK = 128  # below about this many rows a plain product is as fast
+def is_batched(tensor: Tensor) -> bool:
+    """Whether the tensor stands for many under `torch.vmap`, so that no value of it can be read."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        if torch._C._functorch.is_batchedtensor(tensor):
+            return True
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return False
 
 
-def symmetric_product(rows: Float[Tensor, "*b n d"]) -> Float[Tensor, "*b n n"]:
-    """Returns X Xᵀ, for many rows on a CPU by halves, since what lies above the diagonal need not be found again."""
-    n = rows.shape[-2]
-    if rows.ndim != 2 or n < 2 * _BLOCK or not may_read(rows):
-        return rows @ rows.mT
-    half = n // 2
-    product = rows.new_empty(n, n)
-    product[:half, :half] = symmetric_product(rows[:half])
-    product[half:, half:] = symmetric_product(rows[half:])
-    product[half:, :half] = rows[half:] @ rows[:half].mT
-    product[:half, half:] = product[half:, :half].mT
-    return product
+class _Product(Function):
+    """A B, whose gradients keep their precision also where `backward` is called under autocast."""
 
-
-class _Gram(torch.autograd.Function):
-    """X Xᵀ with the one product that its symmetry leaves in the gradient; autograd would take two."""
+    generate_vmap_rule = True
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor) -> Tensor:
-        ctx.save_for_backward(rows)
-        return symmetric_product(rows)
+    def forward(left: Tensor, right: Tensor) -> Tensor:
+        with torch.autocast(left.device.type, enabled=False):
+            return left @ right
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:
-        (rows,) = ctx.saved_tensors
-        with torch.autocast(rows.device.type, enabled=False):  # for a backward pass called under autocast
-            return (grad_outputs[0] + grad_outputs[0].mT) @ rows
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        left, right = ctx.saved_tensors
+        return (
+            product(grad_outputs[0], right.mT) if ctx.needs_input_grad[0] else None,
+            product(left.mT, grad_outputs[0]) if ctx.needs_input_grad[1] else None,
+        )
+
+    @staticmethod
+    def jvp(ctx: Any, *grad_inputs: Tensor | None) -> Tensor:
+        left, right = ctx.saved_tensors
+        moved, turned = grad_inputs
+        parts = ([] if moved is None else [moved @ right]) + ([] if turned is None else [left @ turned])
+        return parts[0] if len(parts) == 1 else parts[0] + parts[1]
 
 
-def gram(rows: Float[Tensor, "*b n d"]) -> Float[Tensor, "*b n n"]:
-    """Returns X Xᵀ, the inner products of rows. Differentiable."""
-    result = _Gram.apply(rows)
+def product(left: Float[Tensor, "*b n i"], right: Float[Tensor, "*b i p"]) -> Float[Tensor, "*b n p"]:
+    """Returns A B for equal leading dimensions, never under autocast, neither forward nor backward. Differentiable."""
+    result = _Product.apply(left, right)
     assert isinstance(result, Tensor)
     return result
 
 
+def gram(rows: Float[Tensor, "*b n d"]) -> Float[Tensor, "*b n n"]:
+    """Returns X Xᵀ, the inner products of rows. Differentiable."""
+    return product(rows, rows.mT)
+
+
+def _shifted(matrix: Float[Tensor, "*b n n"]) -> Float[Tensor, "*b n n"]:
+    return matrix + torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+
+
 def factor_shifted(matrix: Float[Tensor, "*b n n"]) -> Float[Tensor, "*b n n"]:
-    """Returns the Cholesky factor of I + A for A positive semi-definite.
-
-    On an accelerator a failure is not waited for: the factor is then NaN, which `require_finite` finds.
-
-    Raises:
-        NumericalError: I + A is not positive definite, or not finite.
-    """
-    shifted = matrix.clone()
-    shifted.diagonal(dim1=-2, dim2=-1).add_(1)
-    factor, info = torch.linalg.cholesky_ex(shifted)
+    """Returns the Cholesky factor of I + A for A positive semi-definite, NaN where there is none."""
+    factor, info = torch.linalg.cholesky_ex(_shifted(matrix))
     # An infinite entry may pass as a success, so the diagonal is looked at too.
-    failed = info.any() | ~factor.diagonal(dim1=-2, dim2=-1).isfinite().all()
-    if not may_read(matrix):
-        return torch.where(failed, torch.nan, factor)
-    if bool(failed):
-        raise NumericalError(_why_cholesky_failed(matrix))
-    return factor
+    sound = (info == 0) & factor.diagonal(dim1=-2, dim2=-1).isfinite().all(-1)
+    return torch.where(sound[..., None, None], factor, torch.nan)
 
 
-def require_finite(rate: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
-    """Returns a rate found on an accelerator, once it is known that no factorisation failed on the way.
-
-    Raises:
-        NumericalError: one did.
-    """
-    if not may_read(rate) and not bool(rate.isfinite().all()):
-        raise NumericalError(
-            "logdet(I + A) failed: A overflowed or its precision is too low for its scale; lower the learning rate, "
-            "raise eps_sq or pass float64 features"
-        )
-    return rate
-
-
-class _HalfLogdet(torch.autograd.Function):
+class _HalfLogdet(Function):
     """½ logdet(I + A) with the closed-form gradient ½ (I + A)⁻¹, cheaper than the Cholesky factor's own."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, matrix: Tensor) -> Tensor:
+    def forward(matrix: Tensor) -> tuple[Tensor, Tensor]:
         factor = factor_shifted(matrix)
-        ctx.save_for_backward(matrix, factor)
-        return factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        return factor.diagonal(dim1=-2, dim2=-1).log().sum(-1), factor
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, Tensor]) -> None:
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(inputs[0], output[1])
+        ctx.save_for_forward(inputs[0], output[1])
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:
         matrix, factor = ctx.saved_tensors
         if torch.is_grad_enabled():  # a graph of the gradient is wanted, for second derivatives
-            inverse = torch.linalg.inv(matrix + torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device))
+            inverse = torch.linalg.inv(_shifted(matrix))
         else:
             inverse = torch.cholesky_inverse(factor)
         return 0.5 * grad_outputs[0][..., None, None] * inverse
 
-
-def _why_cholesky_failed(matrix: Tensor) -> str:
-    if not bool(matrix.isfinite().all()):
-        return (
-            "logdet(I + A) failed: A holds NaN or infinite entries. The features or the dictionary overflowed; "
-            "lower the learning rate or mu."
-        )
-    lowest = float(torch.linalg.eigvalsh(matrix.double()).min())
-    return (
-        f"logdet(I + A) failed: A must be positive semi-definite, and its smallest eigenvalue is {lowest:.3g}. "
-        f"Its precision ({matrix.dtype}) is too low for its scale: raise eps_sq or pass float64 features."
-    )
+    @staticmethod
+    def jvp(ctx: Any, *grad_inputs: Tensor) -> tuple[Tensor, Tensor]:
+        matrix, factor = ctx.saved_tensors
+        solved = torch.linalg.solve(_shifted(matrix), grad_inputs[0])
+        return 0.5 * solved.diagonal(dim1=-2, dim2=-1).sum(-1), torch.zeros_like(factor)
 
 
 def half_logdet(matrix: Float[Tensor, "*b n n"]) -> Float[Tensor, "*b"]:
@@ -136,11 +145,33 @@ def half_logdet(matrix: Float[Tensor, "*b n n"]) -> Float[Tensor, "*b"]:
         matrix: A, float32 or float64, any number of leading batch dimensions.
 
     Returns:
-        One value a matrix, in nats, ≥ 0. Differentiable.
+        One value a matrix, in nats, ≥ 0; NaN where the factorisation failed, for `require_finite` to find.
+        Differentiable.
+    """
+    value, _ = _HalfLogdet.apply(matrix)  # pyrefly: ignore[not-iterable]
+    assert isinstance(value, Tensor)
+    return value
+
+
+def solve_shifted(matrix: Float[Tensor, "d d"], right: Float[Tensor, "d n"]) -> Float[Tensor, "d n"]:
+    """Returns (I + A)⁻¹ B for A positive semi-definite, by Cholesky; NaN where that fails."""
+    return torch.cholesky_solve(right, factor_shifted(matrix))
+
+
+def require_finite(*values: Tensor) -> None:
+    """Reads from the device whether rates came out finite.
 
     Raises:
-        NumericalError: I + A is not positive definite, or not finite (on an accelerator the result is NaN instead).
+        NumericalError: a factorisation failed on the way.
     """
-    result = _HalfLogdet.apply(matrix)
-    assert isinstance(result, Tensor)
-    return result
+    sound = [value.detach().isfinite().all() for value in values if not is_batched(value)]
+    if sound and not bool(torch.stack(sound).all()):
+        raise NumericalError(
+            "logdet(I + A) failed: A has overflowed, or its precision is too low for its scale; lower the learning "
+            "rate, raise eps_sq or pass float64 features"
+        )
+
+
+def all_finite(*tensors: Float[Tensor, ...]) -> Bool[Tensor, ""]:
+    """Returns whether all entries are finite, as a tensor that has not been read yet."""
+    return torch.stack([tensor.isfinite().all() for tensor in tensors]).all()

@@ -1,115 +1,77 @@
-"""Class membership Π: checked once at the border, then read in the two forms the mathematics needs.
+"""Class membership Π: checked once at the border, then read in the one form the mathematics needs.
 
-Inside the package a membership is a `Membership`: labels or soft rows, plus the class counts. Per-class work goes
-through `Membership.groups`, which packs classes of similar size into one padded batch, so that nothing here ever
-builds the k×m×m matrices of eq. (1) and only classes with a sample are touched.
+Inside the package a membership is a `Membership`. Per-class work goes through `Membership.groups`: classes of similar
+size in one padded batch, so that nothing builds the k×m×m matrices of eq. (1) and only classes with a sample are
+touched.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from functools import cached_property
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
 
-from vmcr2.checks import check_count
+from vmcr2.checks import Condition, check_count, feature_conditions, read
 from vmcr2.errors import InputError
-from vmcr2.linalg import may_read, wide_dtype
+from vmcr2.linalg import is_batched, wide_dtype
 
-UNIT_NORM_TOLERANCE = 0.02  # bf16 normalisation is off by up to 2⁻⁸ in the norm and as much in each entry
 _ABSENT = 1e-15  # a class with a smaller share of the samples counts as absent: its part in any rate is below rounding
 _LARGEST_LABEL = 10_000_000  # beyond this a forgotten num_classes is likelier than so many classes
 _GROUP_ELEMENTS = 2**25  # entries of the largest padded tensor a group may give rise to
-
-FINITE = "features must be finite"
-UNIT = "features must have rows of norm 1 (the objective is unbounded otherwise)"
-ROWS_FINITE = "membership rows must be finite"
-ROWS_POSITIVE = "membership rows must be >= 0"
-ROWS_SUM = "membership rows must sum to 1"
-
-
-def labels_within(num_classes: int) -> str:
-    """Returns what is required of labels, in words."""
-    return f"membership labels must lie in [0, {num_classes})"
-
-
-class Condition(NamedTuple):
-    """Something that must hold of a tensor's values.
-
-    Attributes:
-        wrong: 0-d bool tensor, true where it does not hold.
-        requirement: what is required, of which argument.
-        got: says what was found instead.
-    """
-
-    wrong: Tensor
-    requirement: str
-    got: Callable[[], str]
+_DENSE = 0.125  # from this share of entries above 0, soft rows are taken whole
 
 
 @dataclass(frozen=True)
 class ClassGroup:
-    """Classes of similar size: which rows belong to each, padded to the largest with weight 0.
+    """A batch of sets of samples, each with the classes it is weighed for; padding has weight 0.
+
+    Labels, and soft rows with few entries, give one class a set (c = 1) and its samples alone, sets of similar size
+    together. Dense soft rows give a single set: all samples, weighed for all classes (b = 1, n = m, c = k).
 
     Attributes:
-        classes: which classes.
-        rows: the samples of each; the padding names any sample.
-        weights: Π of each, 0 for the padding.
-        counts: n_j.
-        filled: places in the flattened rows that are no padding.
-        once: whether no sample is in two classes, as with labels.
+        classes: which classes, (b, c).
+        rows: the samples of each set, (b, n); the padding names any sample. None: all samples in their order.
+        weights: Π of each, (b, n, c).
+        counts: n_j, (b, c).
     """
 
-    classes: Int[Tensor, " b"]
-    rows: Int[Tensor, "b n"]
-    weights: Float[Tensor, "b n"]
-    counts: Float[Tensor, " b"]
-    filled: Int[Tensor, " f"]
-    once: bool
+    classes: Int[Tensor, "b c"]
+    rows: Int[Tensor, "b n"] | None
+    weights: Float[Tensor, "b n c"]
+    counts: Float[Tensor, "b c"]
 
-    def take(self, features: Float[Tensor, "m d"]) -> Float[Tensor, "b n d"]:
-        """Returns each class's rows; the padding repeats a row, to be weighted by 0."""
-        taken = _Take.apply(features, self)
-        assert isinstance(taken, Tensor)
-        return taken
+    @property
+    def shares(self) -> Float[Tensor, "b n c"]:
+        """Π_ij / n_j."""
+        return self.weights / self.counts[:, None]
 
-    def give(self, values: Float[Tensor, "b n d"], to: Float[Tensor, "m d"]) -> None:
-        """Adds each class's rows to their samples, in place; what stands in the padding is left out.
-
-        Where no sample is in two classes the rows are copied, many times faster than adding on a CPU: `to` must then
-        hold 0 for these samples.
-        """
-        rows = self.rows.flatten().index_select(0, self.filled)
-        filled = values.flatten(0, 1).index_select(0, self.filled)
-        (to.index_copy_ if self.once else to.index_add_)(0, rows, filled)
-
-
-class _Take(torch.autograd.Function):
-    """Gathers a group's rows; the gradient goes back by `ClassGroup.give`."""
-
-    @staticmethod
-    def forward(ctx: Any, features: Tensor, group: ClassGroup) -> Tensor:
-        ctx.group, ctx.shape = group, features.shape
-        return features.index_select(0, group.rows.flatten()).view(*group.rows.shape, features.shape[1])
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
-        gradient = grad_outputs[0].new_zeros(ctx.shape)
-        ctx.group.give(grad_outputs[0], to=gradient)
-        return gradient, None
+    def take(self, values: Float[Tensor, "m d"]) -> Float[Tensor, "b n d"]:
+        """Returns each set's rows. Differentiable."""
+        if self.rows is None:
+            return values[None]
+        return values.index_select(0, self.rows.flatten()).view(*self.rows.shape, values.shape[1])
 
 
 @dataclass(frozen=True)
 class Membership:
-    """Π as labels (hard) or as rows that sum to one (soft), with n_j = ⟨1, Π_j⟩; exactly one form is not None."""
+    """Π as labels (hard) or as rows that sum to one (soft), with n_j = ⟨1, Π_j⟩; exactly one form is not None.
+
+    Attributes:
+        labels: (m,), or None.
+        soft: (m, k), or None.
+        counts: n_j, (k,), in the dtype of the computation.
+        sizes: how many samples each class has a share in, (k,), on the CPU: the shapes of all that follows.
+    """
 
     labels: Int[Tensor, " m"] | None
     soft: Float[Tensor, "m k"] | None
     counts: Float[Tensor, " k"]
+    sizes: Int[Tensor, " k"]
     _packed: dict[int, list[ClassGroup]] = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -120,58 +82,63 @@ class Membership:
     @property
     def num_samples(self) -> int:
         """The number of samples m."""
+        return len(self.rows_or_labels)
+
+    @property
+    def rows_or_labels(self) -> Tensor:
+        """The form that is held."""
         held = self.soft if self.labels is None else self.labels
         assert held is not None
-        return held.shape[0]
+        return held
 
     @property
     def class_weights(self) -> Float[Tensor, " k"]:
         """γ_j = n_j / m."""
         return self.counts / self.num_samples
 
-    def spread(self, codes: Float[Tensor, "q k"]) -> Float[Tensor, "m q"]:
-        """Returns Π Ãᵀ: for each sample the codes of its class."""
-        if self.labels is not None:
-            return codes.T.index_select(0, self.labels)
-        assert self.soft is not None
-        return self.soft.to(codes.dtype) @ codes.T
+    @cached_property
+    def present(self) -> Int[Tensor, " p"]:
+        """The classes that have a sample, on the device."""
+        return self.sizes.nonzero()[:, 0].to(self.counts.device)
 
-    def collect(self, values: Float[Tensor, "m q"]) -> Float[Tensor, "q k"]:
-        """Returns valuesᵀ Π: the sum over each class's samples."""
+    def spread(self, values: Float[Tensor, "k q"]) -> Float[Tensor, "m q"]:
+        """Returns Π V: for each sample the values of its class."""
         if self.labels is not None:
-            sums = values.new_zeros(self.num_classes, values.shape[1])
-            return sums.index_add(0, self.labels, values).T
+            return values.index_select(0, self.labels)
         assert self.soft is not None
-        return values.T @ self.soft.to(values.dtype)
+        return self.soft @ values
+
+    def collect(self, values: Float[Tensor, "m q"]) -> Float[Tensor, "k q"]:
+        """Returns Πᵀ V: the sum over each class's samples."""
+        if self.labels is not None:
+            return values.new_zeros(self.num_classes, values.shape[1]).index_add(0, self.labels, values)
+        assert self.soft is not None
+        return self.soft.mT @ values
 
     def to(self, dtype: torch.dtype) -> Membership:
         """Returns the membership with its weights in a dtype."""
         if self.counts.dtype == dtype:
             return self
-        return Membership(self.labels, None if self.soft is None else self.soft.to(dtype), self.counts.to(dtype))
+        soft = None if self.soft is None else self.soft.to(dtype)
+        return Membership(self.labels, soft, self.counts.to(dtype), self.sizes)
 
-    def present(self) -> tuple[Membership, Int[Tensor, " p"]]:
-        """Returns the membership among the classes that have a sample alone, and which classes these are.
+    def detach(self) -> Membership:
+        """Returns the membership without gradient."""
+        if self.soft is None or not self.soft.requires_grad:
+            return self
+        return Membership(None, self.soft.detach(), self.counts.detach(), self.sizes)
 
-        On an accelerator, where their number is not known to the host, as many classes as could have a sample.
-        """
-        if not may_read(self.counts):
-            return self._perhaps_present()
-        if self.labels is not None:
-            classes, labels = self.labels.unique(return_inverse=True)
-            return Membership(labels, None, self.counts[classes]), classes
-        assert self.soft is not None
-        classes = self.counts.nonzero()[:, 0]
-        return Membership(None, self.soft[:, classes], self.counts[classes]), classes
-
-    def _perhaps_present(self) -> tuple[Membership, Int[Tensor, " p"]]:
-        k = self.num_classes
-        places = torch.arange(k, device=self.counts.device)
+    def among_present(self) -> Membership:
+        """Returns the membership among the classes of `present` alone, numbered in their order."""
+        if len(self.present) == self.num_classes:
+            return self
+        sizes = self.sizes[self.sizes > 0]
         if self.labels is None:
-            return self, places
-        classes = torch.argsort((self.counts == 0).to(torch.uint8), stable=True)[: min(k, self.num_samples)]
-        slots = torch.zeros_like(places).scatter_(0, classes, places[: len(classes)])
-        return Membership(slots[self.labels], None, self.counts[classes]), classes
+            assert self.soft is not None
+            return Membership(None, self.soft[:, self.present], self.counts[self.present], sizes)
+        places = torch.zeros_like(self.counts, dtype=torch.long)
+        places[self.present] = torch.arange(len(self.present), device=places.device)
+        return Membership(places[self.labels], None, self.counts[self.present], sizes)
 
     def rows(self) -> Float[Tensor, "m k"]:
         """Returns Π as rows."""
@@ -181,7 +148,7 @@ class Membership:
         return functional.one_hot(self.labels, self.num_classes).to(self.counts.dtype)
 
     def groups(self, width: int) -> list[ClassGroup]:
-        """Returns the classes that have a sample, in padded batches of classes of similar size; found once.
+        """Returns the classes that have a sample, as `ClassGroup`s; worked out once.
 
         A batch holds classes whose sizes lie within a factor of two, so padding at most doubles the work however
         unbalanced the classes are. Rows of weight 0 are left out, unless the membership itself is being learned.
@@ -194,84 +161,34 @@ class Membership:
         return self._packed[width]
 
     def _pack(self, width: int) -> Iterator[ClassGroup]:
+        device = self.counts.device
+        sizes, total = self.sizes, int(self.sizes.sum())
+        if self.soft is not None and (self.soft.requires_grad or total >= _DENSE * self.soft.numel()):
+            yield ClassGroup(
+                self.present[None], None, self.soft[None][..., self.present], self.counts[None, self.present]
+            )
+            return
         if self.labels is not None:
-            order = torch.argsort(self.labels, stable=True)
-            weights = None
-            sizes = torch.bincount(self.labels, minlength=self.num_classes)
+            order, weights = torch.argsort(self.labels, stable=True), None
         else:
             assert self.soft is not None
-            kept = (self.counts > 0) & ((self.soft > 0) | self.soft.requires_grad)
-            classes, order = kept.T.nonzero(as_tuple=True)
+            classes, order = ((self.counts > 0) & (self.soft > 0)).T.nonzero(as_tuple=True)
             weights = self.soft[order, classes]
-            sizes = kept.sum(0)
-        ends = sizes.cumsum(0)
-        by_bucket: dict[int, list[int]] = {}
-        sizes_list = sizes.tolist()
-        for j, size in enumerate(sizes_list):
-            if size:
-                by_bucket.setdefault(size.bit_length(), []).append(j)
-        for members in by_bucket.values():
-            n = max(sizes_list[j] for j in members)
-            at_once = max(1, _GROUP_ELEMENTS // (n * width))
-            for start in range(0, len(members), at_once):
-                chosen = torch.tensor(members[start : start + at_once], device=sizes.device)
-                steps = torch.arange(n, device=sizes.device)
-                inside = steps < sizes[chosen, None]
-                places = torch.where(inside, (ends - sizes)[chosen, None] + steps, 0)
-                packed = inside.to(self.counts.dtype)
-                if weights is not None:
-                    packed = packed * weights[places]
-                filled = inside.flatten().nonzero()[:, 0]
-                yield ClassGroup(chosen, order[places], packed, self.counts[chosen], filled, weights is None)
-
-
-def raise_first(conditions: Sequence[Condition]) -> None:
-    """Raises InputError for the first condition that holds; one synchronisation with the device for all of them."""
-    broken = torch.stack([condition.wrong for condition in conditions]).tolist()
-    for wrong, condition in zip(broken, conditions, strict=True):
-        if wrong:
-            raise InputError(f"{condition.requirement}, got {condition.got()}")
-
-
-def feature_conditions(features: Tensor, *, feature_dim: int | None = None, unit: bool = False) -> list[Condition]:
-    """Checks type and shape of features at once and returns what remains to be checked of their values.
-
-    Args:
-        features: (m, d), floating point.
-        feature_dim: the d that is required, or None.
-        unit: whether rows must have norm 1 (within 2 %, so that bf16 features pass).
-    """
-    if not isinstance(features, Tensor):
-        raise InputError(f"features must be a torch.Tensor of shape (m, d), got {type(features).__name__}")
-    if features.ndim != 2 or 0 in features.shape:
-        raise InputError(f"features must have shape (m, d) with m, d >= 1, got {tuple(features.shape)}")
-    if not features.is_floating_point():
-        raise InputError(f"features must be floating point, got {features.dtype}")
-    if feature_dim is not None and features.shape[1] != feature_dim:
-        raise InputError(f"features must have feature_dim = {feature_dim} columns, got shape {tuple(features.shape)}")
-    detached = features.detach()
-    finite = detached.isfinite().all()
-    conditions = [
-        Condition(
-            ~finite,
-            FINITE,
-            lambda: f"{int((~detached.isfinite()).sum())} NaN or infinite entries",
-        )
-    ]
-    if unit:
-        norms = torch.linalg.vector_norm(detached, dim=1, dtype=wide_dtype(detached))
-        off = (norms - 1).abs().max() > UNIT_NORM_TOLERANCE
-        conditions.append(
-            Condition(
-                off,
-                UNIT,
-                lambda: (
-                    f"norms from {float(norms.min()):.3g} to {float(norms.max()):.3g}; "
-                    "end the network with torch.nn.functional.normalize(z, dim=1)"
-                ),
-            )
-        )
-    return conditions
+        starts = (sizes.cumsum(0) - sizes).to(device)
+        # frexp's exponent is the number of binary digits: the bucket of sizes within a factor of two.
+        buckets = torch.frexp(sizes.double()).exponent
+        for bucket in buckets[sizes > 0].unique().tolist():
+            members = (buckets == bucket).logical_and(sizes > 0).nonzero()[:, 0]
+            n = int(sizes[members].max())
+            for chosen in members.split(max(1, _GROUP_ELEMENTS // (n * width))):
+                lengths, chosen_there = sizes[chosen].to(device), chosen.to(device)
+                steps = torch.arange(n, device=device)
+                inside = steps < lengths[:, None]
+                places = torch.where(inside, starts[chosen_there, None] + steps, 0)
+                packed = inside.to(self.counts.dtype) if weights is None else weights[places] * inside
+                yield ClassGroup(
+                    chosen_there[:, None], order[places], packed[..., None], self.counts[chosen_there, None]
+                )
 
 
 def as_membership(
@@ -281,9 +198,11 @@ def as_membership(
     *,
     feature_dim: int | None = None,
     unit: bool = False,
-    deferred: list[Condition] | None = None,
-) -> Membership:
+    beside: Tensor | None = None,
+) -> tuple[Membership, Tensor | None]:
     """Checks features and membership together and returns the membership in the form used inside the package.
+
+    What must hold of the values is read from the device in one transfer, together with the sizes of the classes.
 
     Args:
         features: (m, d), floating point and finite; with `unit`, rows of norm 1.
@@ -291,8 +210,10 @@ def as_membership(
         num_classes: k, or None to take it from the membership (labels: the largest + 1).
         feature_dim: the d that is required, or None.
         unit: whether rows must have norm 1.
-        deferred: where given, what must hold of the values is added to it and not waited for; num_classes must then
-            be given, and a label outside of the range stands for the nearest one inside.
+        beside: a vector to read from the device in the same transfer, or None.
+
+    Returns:
+        The membership, and `beside` on the CPU.
 
     Raises:
         InputError: names the argument, what it got and what it takes.
@@ -314,17 +235,23 @@ def as_membership(
         raise InputError(f"membership must be on the features' device {features.device}, got {membership.device}")
     if membership.dtype == torch.bool or membership.is_complex():
         raise InputError(f"membership must hold integer labels or real rows, got {membership.dtype}")
-    read = _from_labels if membership.ndim == 1 else _from_rows
-    return read(membership, num_classes, conditions, wide_dtype(features), deferred)
+    from_form = _from_labels if membership.ndim == 1 else _from_rows
+    return from_form(membership, num_classes, conditions, wide_dtype(features), beside)
+
+
+def _read_sizes(
+    conditions: list[Condition], sizes: Tensor, beside: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Reads all that a step must know on the host; sizes are None where `torch.vmap` has batched them."""
+    held = read(conditions, sizes if beside is None else torch.cat([sizes.double(), beside.double()]))
+    if held is None:
+        return None, None
+    return held[: len(sizes)].long(), None if beside is None else held[len(sizes) :]
 
 
 def _from_labels(
-    labels: Tensor,
-    num_classes: int | None,
-    conditions: list[Condition],
-    dtype: torch.dtype,
-    deferred: list[Condition] | None,
-) -> Membership:
+    labels: Tensor, num_classes: int | None, conditions: list[Condition], dtype: torch.dtype, beside: Tensor | None
+) -> tuple[Membership, Tensor | None]:
     if labels.is_floating_point():
         raise InputError(
             f"membership as labels must be of an integer dtype, got {labels.dtype}; "
@@ -336,30 +263,28 @@ def _from_labels(
     conditions.append(
         Condition(
             (lowest < 0) | (highest >= limit),
-            labels_within(limit),
+            f"membership labels must lie in [0, {limit})",
             lambda: (
                 f"labels from {int(lowest)} to {int(highest)}"
                 + ("; pass num_classes if they are right" if num_classes is None else "")
             ),
         )
     )
-    if deferred is not None and num_classes is not None:
-        deferred += conditions
-        labels = labels.clamp(0, num_classes - 1)
-        counts = torch.zeros(num_classes, dtype=dtype, device=labels.device)
-        return Membership(labels, None, counts.index_add_(0, labels, counts.new_ones(len(labels))))
-    raise_first(conditions)
-    k = int(highest) + 1 if num_classes is None else num_classes
-    return Membership(labels, None, torch.bincount(labels, minlength=k).to(dtype))
+    if num_classes is None:
+        read(conditions)
+        conditions, num_classes = [], int(highest) + 1
+    sizes = torch.zeros(num_classes, dtype=torch.long, device=labels.device)
+    sizes.index_add_(0, labels.clamp(0, num_classes - 1), torch.ones_like(labels))
+    if is_batched(sizes):
+        raise InputError("membership must be the same for all that torch.vmap runs over, got labels that differ")
+    held, beside = _read_sizes(conditions, sizes, beside)
+    assert held is not None
+    return Membership(labels, None, sizes.to(dtype), held), beside
 
 
 def _from_rows(
-    rows: Tensor,
-    num_classes: int | None,
-    conditions: list[Condition],
-    dtype: torch.dtype,
-    deferred: list[Condition] | None,
-) -> Membership:
+    rows: Tensor, num_classes: int | None, conditions: list[Condition], dtype: torch.dtype, beside: Tensor | None
+) -> tuple[Membership, Tensor | None]:
     if rows.shape[1] == 0 or (num_classes is not None and rows.shape[1] != num_classes):
         raise InputError(
             f"membership rows must have num_classes = {num_classes or 'at least 1'} entries, "
@@ -370,21 +295,21 @@ def _from_rows(
     detached = rows.detach()
     sums = detached.sum(1)
     conditions += [
-        Condition(~detached.isfinite().all(), ROWS_FINITE, lambda: "NaN or infinite entries"),
+        Condition(~detached.isfinite().all(), "membership rows must be finite", lambda: "NaN or infinite entries"),
         Condition(
             detached.min() < 0,
-            ROWS_POSITIVE,
+            "membership rows must be >= 0",
             lambda: f"entries down to {float(detached.min()):.3g}",
         ),
         Condition(
             (sums - 1).abs().max() > tolerance,
-            ROWS_SUM,
+            "membership rows must sum to 1",
             lambda: f"sums from {float(sums.min()):.3g} to {float(sums.max()):.3g}",
         ),
     ]
-    if deferred is None:
-        raise_first(conditions)
-    else:
-        deferred += conditions
     counts = rows.sum(0)
-    return Membership(None, rows, torch.where(counts > _ABSENT * len(rows), counts, 0))
+    kept = counts > _ABSENT * len(rows)
+    held, beside = _read_sizes(conditions, ((detached > 0) & kept).sum(0), beside)
+    # Under vmap nothing can be read: every class may then have every sample.
+    sizes = torch.full((rows.shape[1],), len(rows)) if held is None else held
+    return Membership(None, rows, torch.where(kept, counts, 0), sizes), beside

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-from vmcr2.checks import check_number
-from vmcr2.linalg import gram, half_logdet, require_finite, wide_dtype
-from vmcr2.membership import Membership, as_membership, feature_conditions, raise_first
+from vmcr2.checks import check_number, feature_conditions, read
+from vmcr2.linalg import gram, half_logdet, product, rate_dtype, require_finite
+from vmcr2.membership import Membership, as_membership
+
+_MOMENT_ELEMENTS = 2**25  # entries of the moments, or of the rows they are made of, held at once
 
 
 class RateReduction(NamedTuple):
@@ -45,9 +46,10 @@ def coding_rate(features: Float[Tensor, "m d"], *, eps_sq: float = 0.5) -> Float
         NumericalError: the factorisation failed.
     """
     check_number("eps_sq", eps_sq)
-    raise_first(feature_conditions(features))
-    with torch.autocast(features.device.type, enabled=False):
-        return require_finite(expansion_rate(features.to(wide_dtype(features)), eps_sq))
+    read(feature_conditions(features))
+    rate = expansion_rate(features.to(rate_dtype(features.shape[1], eps_sq, features)), eps_sq)
+    require_finite(rate)
+    return rate
 
 
 def rate_reduction(
@@ -73,31 +75,39 @@ def rate_reduction(
         NumericalError: the factorisation failed.
     """
     check_number("eps_sq", eps_sq)
-    checked = as_membership(features, membership, num_classes)
-    with torch.autocast(features.device.type, enabled=False):
-        widened = features.to(wide_dtype(features))
-        return RateReduction(
-            require_finite(expansion_rate(widened, eps_sq)), require_finite(compression_rate(widened, checked, eps_sq))
-        )
+    checked, _ = as_membership(features, membership, num_classes)
+    rates = checked_rates(features, checked, eps_sq)
+    require_finite(*rates)
+    return rates
+
+
+def checked_rates(features: Float[Tensor, "m d"], membership: Membership, eps_sq: float) -> RateReduction:
+    """Returns R and R_c of eq. (1) for features that have been checked; NaN where a factorisation failed."""
+    dtype = rate_dtype(features.shape[1], eps_sq, features)
+    widened = features.to(dtype)
+    return RateReduction(expansion_rate(widened, eps_sq), compression_rate(widened, membership.to(dtype), eps_sq))
 
 
 def expansion_rate(features: Float[Tensor, "m d"], eps_sq: float) -> Float[Tensor, ""]:
-    """Returns R of eq. (1) for features that have been checked, in their own dtype."""
+    """Returns R of eq. (1) in the features' own dtype."""
     m, d = features.shape
-    return half_logdet(gram(features.T if d <= m else features) * (d / (m * eps_sq)))
+    return half_logdet(gram(features.mT if d <= m else features) * (d / (m * eps_sq)))
 
 
 def compression_rate(features: Float[Tensor, "m d"], membership: Membership, eps_sq: float) -> Float[Tensor, ""]:
-    """Returns R_c of eq. (1) for features that have been checked, in their own dtype."""
+    """Returns R_c of eq. (1) in the features' own dtype."""
     m, d = features.shape
     total = features.new_zeros(())
     for group in membership.groups(d):
         rows = group.take(features)
-        shares = group.weights / group.counts[:, None]
-        # √w has no gradient at w = 0, so a membership that is being learned stays on the d side, linear in w.
-        if rows.shape[1] < d and not shares.requires_grad:
-            moments = gram(rows * shares.sqrt()[..., None])
-        else:
-            moments = rows.mT @ (rows * shares[..., None])
-        total = total + (group.counts / m * half_logdet(moments * (d / eps_sq))).sum()
+        at_once = max(1, _MOMENT_ELEMENTS // (rows.shape[0] * max(rows.shape[1], d) * d))
+        for shares, counts in zip(group.shares.split(at_once, 2), group.counts.split(at_once, 1), strict=True):
+            weights = shares.mT[..., None]  # (b, c, n, 1)
+            # √w has no gradient at w = 0, so a membership that is being learned stays on the d side, linear in w.
+            if rows.shape[1] < d and not shares.requires_grad:
+                moments = gram(rows[:, None] * weights.sqrt())
+            else:
+                each = rows[:, None].expand(-1, shares.shape[2], -1, -1)
+                moments = product(each.mT, each * weights)
+            total = total + (counts / m * half_logdet(moments * (d / eps_sq))).sum()
     return total

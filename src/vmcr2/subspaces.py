@@ -6,10 +6,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from vmcr2.checks import check_count
-from vmcr2.dictionary import latched_blocks
-from vmcr2.linalg import wide_dtype
-from vmcr2.membership import as_membership, feature_conditions, raise_first
+from vmcr2.checks import check_count, feature_conditions, read
+from vmcr2.latching import latched_blocks
+from vmcr2.membership import as_membership
 
 _CACHED = 2**20  # projections found at once: few enough to be squared and summed while they are in the cache
 
@@ -40,15 +39,18 @@ def class_subspaces(
     Raises:
         InputError: a wrong argument (a ValueError).
     """
-    checked = as_membership(features, membership, num_classes)
+    checked, _ = as_membership(features, membership, num_classes)
     d = features.shape[1]
     if n_components is None:
         n_components = default_components(d, num_classes)
     check_count("n_components", n_components, at_most=d, limit="the number of features")
-    widened = features.to(wide_dtype(features))
-    bases, energies = latched_blocks(widened, checked, n_components)
+    # In float64, and at a scale where squares neither overflow nor vanish: a direction may be small and still count.
+    widened = features.double()
+    bases, energies = latched_blocks(
+        widened / widened.abs().max().clamp_min(1e-300), checked.to(torch.float64), n_components
+    )
     # Eigenvalues of a Gram matrix are known to about eps relative to the largest.
-    floor = energies.amax(1, keepdim=True) * torch.finfo(widened.dtype).eps * d
+    floor = energies.amax(1, keepdim=True) * torch.finfo(torch.float64).eps * d
     return bases * (energies > floor)[:, None, :]
 
 
@@ -73,6 +75,6 @@ def nearest_subspace(features: Float[Tensor, "m d"], bases: Float[Tensor, "k d r
     Raises:
         InputError: a wrong argument (a ValueError).
     """
-    raise_first(feature_conditions(features, feature_dim=bases.shape[1]))
+    read(feature_conditions(features, feature_dim=bases.shape[1]))
     absent = (bases == 0).all(2).all(1)
     return subspace_energies(features, bases).masked_fill(absent, -1).argmax(1)

@@ -1,0 +1,195 @@
+"""Latching (Algorithm 2): every class's top singular vectors and values, from all its samples, streamed.
+
+`latched_blocks` is the mathematics, `MomentStream` gathers what it needs from batches in memory bounded by k d² however
+many samples there are, and `batch_statistics` decides which of a network's features are latched onto.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+from vmcr2.distributed import gather_membership, sum_over_ranks, world_size
+from vmcr2.errors import NumericalError
+from vmcr2.membership import Membership
+
+_EIGH_ELEMENTS = 2**24  # entries of the d×d matrices decomposed at once
+
+
+def latched_blocks(
+    features: Float[Tensor, "m d"], membership: Membership, atoms_per_class: int
+) -> tuple[Float[Tensor, "k d s"], Float[Tensor, "k s"]]:
+    """Returns every class's top s eigenvectors and eigenvalues of C_j, largest first (Alg. 2).
+
+    A class of rank below s gets orthonormal directions with eigenvalue 0 for the rest; an absent class gets zeros.
+
+    Args:
+        features: Z, (m, d), finite.
+        membership: Π.
+        atoms_per_class: s, at most d.
+
+    Raises:
+        NumericalError: the decomposition did not converge.
+    """
+    d, s = features.shape[1], atoms_per_class
+    blocks = features.new_zeros(membership.num_classes, d, s)
+    energies = features.new_zeros(membership.num_classes, s)
+    for group in membership.groups(d):
+        rows, shares = group.take(features), group.shares.mT[..., None]  # (b, n, d), (b, c, n, 1)
+        n = rows.shape[1]
+        at_once = max(1, _EIGH_ELEMENTS // (rows.shape[0] * max(n, d) * d))
+        for part, classes in zip(shares.split(at_once, 1), group.classes.split(at_once, 1), strict=True):
+            if n < d:
+                # Rows of zeros let the SVD complete a class of fewer than s samples to s orthonormal directions.
+                weighted = nn.functional.pad(rows[:, None] * part.sqrt(), (0, 0, 0, max(0, s - n)))
+                _, values, vectors = _decomposed(torch.linalg.svd, weighted.flatten(0, 1), full_matrices=False)
+                found = vectors[:, :s].mT, values[:, :s].square()
+            else:
+                found = _top_eigen((rows.mT[:, None] @ (rows[:, None] * part)).flatten(0, 1), s)
+            blocks[classes.flatten()], energies[classes.flatten()] = found
+    return blocks, energies
+
+
+def _top_eigen(moments: Float[Tensor, "b d d"], s: int) -> tuple[Float[Tensor, "b d s"], Float[Tensor, "b s"]]:
+    values, vectors = _decomposed(torch.linalg.eigh, moments)
+    return vectors[..., -s:].flip(-1), values[..., -s:].flip(-1).clamp_min(0)
+
+
+def _decomposed(decompose: Callable[..., Any], matrices: Tensor, **options: Any) -> Any:
+    try:
+        return decompose(matrices, **options)
+    except torch.linalg.LinAlgError as error:
+        raise NumericalError(f"latching failed: the classes' singular vectors could not be found ({error})") from error
+
+
+class MomentStream:
+    """Gathers features batch by batch until latching, in at most about k d² numbers, and over ranks at the end.
+
+    Rows are kept as they come while there are fewer than k d of them, since then they are the smaller side. Beyond
+    that they are folded into the second moments C_j, and forgotten.
+
+    Args:
+        num_classes: k.
+        feature_dim: d.
+        dtype: of the features to come.
+        device: likewise.
+        group: the processes whose features are latched onto together; None for all.
+    """
+
+    def __init__(
+        self, num_classes: int, feature_dim: int, dtype: torch.dtype, device: torch.device, group: Any = None
+    ) -> None:
+        self.num_classes = num_classes
+        self.feature_dim = feature_dim
+        self.group = group
+        self.empty = torch.zeros(0, feature_dim, dtype=dtype, device=device)
+        self.rows: list[tuple[Tensor, Membership]] = []
+        self.kept = 0
+        self.sums: Tensor | None = None
+        self.counts = torch.zeros(num_classes, dtype=dtype, device=device)
+
+    def add(self, features: Float[Tensor, "m d"], membership: Membership) -> None:
+        """Adds a batch of this rank."""
+        self.rows.append((features, membership))
+        self.kept += features.shape[0]
+        self.counts += membership.counts
+        limit = self.num_classes * self.feature_dim
+        if self.kept > (limit if self.sums is None else min(limit, 8192)):
+            self._fold()
+
+    def _gathered(self) -> tuple[Tensor, Membership]:
+        features = torch.cat([self.empty, *(z for z, _ in self.rows)])
+        sizes = torch.zeros(self.num_classes, dtype=torch.long)
+        for _, held in self.rows:
+            sizes += held.sizes
+        if all(held.labels is not None for _, held in self.rows):
+            none = torch.zeros(0, dtype=torch.long, device=features.device)
+            labels = torch.cat([none, *(held.labels for _, held in self.rows if held.labels is not None)])
+            return features, Membership(labels, None, self.counts, sizes)
+        soft = torch.cat([held.rows() for _, held in self.rows])
+        return features, Membership(None, soft, self.counts, sizes)
+
+    def _fold(self) -> None:
+        if self.sums is None:
+            self.sums = self.empty.new_zeros(self.num_classes, self.feature_dim, self.feature_dim)
+        features, membership = self._gathered()
+        for group in membership.groups(self.feature_dim) if self.rows else []:
+            rows, weights = group.take(features), group.weights.mT[..., None]
+            at_once = max(1, _EIGH_ELEMENTS // (rows.shape[0] * max(rows.shape[1:]) * rows.shape[2]))
+            for part, classes in zip(weights.split(at_once, 1), group.classes.split(at_once, 1), strict=True):
+                moments = (rows.mT[:, None] @ (rows[:, None] * part)).flatten(0, 1)
+                self.sums.index_add_(0, classes.flatten(), moments)
+        self.rows, self.kept = [], 0
+
+    def blocks(self, atoms_per_class: int) -> tuple[Float[Tensor, "k d s"], Float[Tensor, "k s"], Float[Tensor, " k"]]:
+        """Returns each class's top eigenvectors, eigenvalues (as `latched_blocks`) and the class counts, of all ranks.
+
+        The ranks may have had any number of batches, none included: they meet here alone.
+        """
+        if world_size(self.group) > 1:
+            folded = sum_over_ranks(
+                torch.tensor([float(self.sums is not None), float(self.kept)], dtype=torch.float64), self.group
+            ).tolist()
+            if folded[0] or folded[1] > self.num_classes * self.feature_dim:
+                self._fold()
+                assert self.sums is not None
+                self.sums, self.counts = sum_over_ranks(self.sums, self.group), sum_over_ranks(self.counts, self.group)
+            else:
+                features, membership = gather_membership(*self._gathered(), self.group)
+                return *latched_blocks(features, membership, atoms_per_class), membership.counts
+        if self.sums is None:
+            features, membership = self._gathered()
+            return *latched_blocks(features, membership, atoms_per_class), membership.counts
+        self._fold()
+        at_once = max(1, _EIGH_ELEMENTS // self.feature_dim**2)
+        scale = self.counts.clamp_min(torch.finfo(self.counts.dtype).tiny)
+        parts = [
+            _top_eigen(sums / n[:, None, None], atoms_per_class)
+            for sums, n in zip(self.sums.split(at_once), scale.split(at_once), strict=True)
+        ]
+        return torch.cat([vectors for vectors, _ in parts]), torch.cat([values for _, values in parts]), self.counts
+
+
+@contextmanager
+def batch_statistics() -> Iterator[None]:
+    """Runs whatever modules are called inside on the batch's own statistics and without noise; all is put back after.
+
+    Normalisation layers that would use batch statistics in training use them here, and leave their running ones alone;
+    one that is frozen (in eval mode inside of a model in training mode) stays frozen. Everything else, dropout say, is
+    in eval mode. Modules are met as they are called, so that it does not matter how they are wrapped: by functions,
+    methods, partial or compiled ones.
+    """
+    met: dict[nn.Module, bool] = {}
+    lent: list[tuple[nn.Module, dict[str, Tensor | None]]] = []
+    depth_training: list[bool] = []
+
+    def enter(module: nn.Module, _: Any) -> None:
+        for inner in module.modules():
+            if inner in met:
+                continue
+            if not depth_training:
+                depth_training.append(module.training)
+            met[inner] = inner.training
+            if isinstance(inner, _NormBase) and (inner.training or not depth_training[0]):
+                # Without running statistics a layer has only the batch's, in any mode, and none to change.
+                names = ("running_mean", "running_var")
+                lent.append((inner, {name: inner._buffers[name] for name in names}))
+                inner._buffers.update(dict.fromkeys(names))
+            inner.training = False
+
+    handle = register_module_forward_pre_hook(enter)
+    try:
+        yield
+    finally:
+        handle.remove()
+        for module, buffers in lent:
+            module._buffers.update(buffers)
+        for module, mode in met.items():
+            module.training = mode

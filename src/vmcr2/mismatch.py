@@ -1,0 +1,229 @@
+"""The mismatch M between the classes' second moments and what the dictionary makes of them, eqs. (7), (9), (10), (11).
+
+In class-normalised form, with C_j = Zᵀ Diag(Π_j) Z / n_j, B_j = Γ Diag(Ã_j) Γᵀ and A = Ã Diag(n),
+
+    (µ/2m) M = µ/2 Σ_j n_j ‖C_j − B_j‖²_F
+             = µ/2 Σ_j n_j ‖C_j‖²_F − µ ⟨Ã, (ΓᵀZ)^⊙2 Π⟩ + µ/2 ⟨Ã, (ΓᵀΓ)^⊙2 Ã Diag(n)⟩           (eq. 9)
+
+so no d×d matrix is built. A dictionary is held in one of two structures, chosen once: `SharedCodes`, in which every
+class may use every atom, and `BlockCodes`, in which each class has atoms of its own. Both keep atoms as rows and codes
+by class, (k, c), so that whatever acts on single codes is written once for both.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from vmcr2.linalg import gram, product
+from vmcr2.membership import Membership
+
+_PAIRS = 2**25  # inner products of samples held at once
+
+
+class Fit(NamedTuple):
+    """The dictionary's parts of eqs. (9) and (11), by class.
+
+    Attributes:
+        data: (ΓᵀZ)^⊙2 Π, how much of each class's energy lies along each atom, (k, c).
+        model: (ΓᵀΓ)^⊙2 Ã Diag(n), the same of what the dictionary makes of the class, (k, c).
+    """
+
+    data: Float[Tensor, "k c"]
+    model: Float[Tensor, "k c"]
+
+
+@dataclass(frozen=True)
+class SharedCodes:
+    """Every class may use every atom.
+
+    Attributes:
+        atoms: Γ as rows, (q, d), norm 1.
+        codes: Ãᵀ ≥ 0, (k, q).
+    """
+
+    atoms: Float[Tensor, "q d"]
+    codes: Float[Tensor, "k q"]
+
+    def moved(
+        self, atoms: Float[Tensor, "q d"] | None = None, codes: Float[Tensor, "k q"] | None = None
+    ) -> SharedCodes:
+        """Returns the dictionary with other atoms, or other codes."""
+        return replace(self, atoms=self.atoms if atoms is None else atoms, codes=self.codes if codes is None else codes)
+
+    def by_atom(self, values: Float[Tensor, "k q"]) -> Float[Tensor, " q"]:
+        """Returns the sum over classes of a value by class and atom."""
+        return values.sum(0)
+
+    def by_class(self, values: Float[Tensor, " q"]) -> Float[Tensor, "1 q"]:
+        """Returns a value by atom so that it meets the codes."""
+        return values[None]
+
+    def overlap(self) -> Float[Tensor, "q q"]:
+        """Returns ΓᵀΓ."""
+        return gram(self.atoms)
+
+    def respond(self, overlap: Float[Tensor, "q q"], values: Float[Tensor, "k q"]) -> Float[Tensor, "k q"]:
+        """Returns (ΓᵀΓ)^⊙2 applied to each class's values."""
+        return values @ overlap.square()
+
+    def overlap_norms(self, overlap: Float[Tensor, "q q"], num_classes: int) -> Float[Tensor, " k"]:
+        """Returns ‖(ΓᵀΓ)^⊙2‖_F, for every class; `num_classes` plays no part."""
+        return torch.linalg.vector_norm(overlap.square()).expand(len(self.codes))
+
+    def project(self, features: Float[Tensor, "m d"], membership: Membership) -> list[Tensor]:
+        """Returns ΓᵀZ, samples as rows: [(m, q)]. Differentiable in the features."""
+        return [product(features, self.atoms.mT)]
+
+    def fit(self, projections: list[Tensor], overlap: Float[Tensor, "q q"], membership: Membership) -> Fit:
+        """Returns both parts of eqs. (9) and (11). Differentiable in projections and Π."""
+        data = membership.collect(projections[0].square())
+        return Fit(data, self.respond(overlap, self.codes * membership.counts[:, None]))
+
+    def atom_gradient(
+        self, features: Float[Tensor, "m d"], projections: list[Tensor], overlap: Tensor, membership: Membership
+    ) -> Float[Tensor, "q d"]:
+        """Returns the gradient of M/2m in the atoms: −2 [Z (Π Ãᵀ ⊙ ZᵀΓ) − Γ (ΓᵀΓ ⊙ Ã Diag(n) Ãᵀ)], eq. (10)."""
+        data = (projections[0] * membership.spread(self.codes)).mT @ features
+        model = (overlap * ((self.codes * membership.counts[:, None]).mT @ self.codes)) @ self.atoms
+        return 2 * (model - data)
+
+
+@dataclass(frozen=True)
+class BlockCodes:
+    """Each class has atoms of its own.
+
+    Attributes:
+        atoms: Γ as rows, (k s, d), norm 1, class after class.
+        codes: the classes' own codes ≥ 0, (k, s).
+    """
+
+    atoms: Float[Tensor, "q d"]
+    codes: Float[Tensor, "k s"]
+
+    def moved(self, atoms: Float[Tensor, "q d"] | None = None, codes: Float[Tensor, "k s"] | None = None) -> BlockCodes:
+        """Returns the dictionary with other atoms, or other codes."""
+        return replace(self, atoms=self.atoms if atoms is None else atoms, codes=self.codes if codes is None else codes)
+
+    @property
+    def blocks(self) -> Float[Tensor, "k s d"]:
+        """The atoms of each class."""
+        return self.atoms.view(*self.codes.shape, -1)
+
+    def by_atom(self, values: Float[Tensor, "k s"]) -> Float[Tensor, " q"]:
+        """Returns the sum over classes of a value by class and atom."""
+        return values.flatten()
+
+    def by_class(self, values: Float[Tensor, " q"]) -> Float[Tensor, "k s"]:
+        """Returns a value by atom so that it meets the codes."""
+        return values.view_as(self.codes)
+
+    def overlap(self) -> Float[Tensor, "k s s"]:
+        """Returns the blocks of ΓᵀΓ on the diagonal, all that a class of its own atoms needs."""
+        return gram(self.blocks)
+
+    def respond(self, overlap: Float[Tensor, "k s s"], values: Float[Tensor, "k s"]) -> Float[Tensor, "k s"]:
+        """Returns (ΓᵀΓ)^⊙2 applied to each class's values."""
+        return (overlap.square() @ values[..., None])[..., 0]
+
+    def overlap_norms(self, overlap: Float[Tensor, "k s s"], num_classes: int) -> Float[Tensor, " k"]:
+        """Returns √k times the norm of each class's own block of (ΓᵀΓ)^⊙2, k counting absent classes too.
+
+        It is ‖(ΓᵀΓ)^⊙2‖_F where the classes' subspaces are orthogonal and alike, at the cost of s² d a class.
+        """
+        return torch.linalg.vector_norm(overlap.square(), dim=(1, 2)) * num_classes**0.5
+
+    def project(self, features: Float[Tensor, "m d"], membership: Membership) -> list[Tensor]:
+        """Returns ΓᵀZ as far as samples meet atoms of their classes: [(b, n, c, s)], one of each class group."""
+        found = []
+        for group in membership.groups(features.shape[1]):
+            chosen = self.blocks[group.classes].flatten(1, 2)
+            found.append(product(group.take(features), chosen.mT).unflatten(2, (-1, self.codes.shape[1])))
+        return found
+
+    def fit(self, projections: list[Tensor], overlap: Float[Tensor, "k s s"], membership: Membership) -> Fit:
+        """Returns both parts of eqs. (9) and (11). Differentiable in projections and Π."""
+        data = torch.zeros_like(self.codes)
+        for projected, group in zip(projections, membership.groups(self.atoms.shape[1]), strict=True):
+            energies = (projected.square() * group.weights[..., None]).sum(1)
+            data = data.index_add(0, group.classes.flatten(), energies.flatten(0, 1))
+        return Fit(data, self.respond(overlap, self.codes * membership.counts[:, None]))
+
+    def atom_gradient(
+        self, features: Float[Tensor, "m d"], projections: list[Tensor], overlap: Tensor, membership: Membership
+    ) -> Float[Tensor, "q d"]:
+        """Returns the gradient of M/2m in the atoms: −2 [Z (Π Ãᵀ ⊙ ZᵀΓ) − Γ (ΓᵀΓ ⊙ Ã Diag(n) Ãᵀ)], eq. (10)."""
+        spent = self.codes * membership.counts[:, None]
+        model = (overlap * (spent[..., None] * self.codes[:, None])) @ self.blocks
+        data = torch.zeros_like(model)
+        for projected, group in zip(projections, membership.groups(features.shape[1]), strict=True):
+            weighted = projected * group.weights[..., None] * self.codes[group.classes][:, None]
+            part = weighted.flatten(2).mT @ group.take(features)
+            data.index_copy_(0, group.classes.flatten(), part.view(-1, *model.shape[1:]))
+        return (2 * (model - data)).flatten(0, 1)
+
+
+Codes = SharedCodes | BlockCodes
+
+
+def moment_norms(features: Float[Tensor, "m d"], membership: Membership) -> Float[Tensor, " k"]:
+    """Returns ‖C_j‖²_F of every class, 0 for an absent one; on the smaller side. Differentiable.
+
+    Args:
+        features: Z, (m, d).
+        membership: Π.
+    """
+    norms = features.new_zeros(membership.num_classes)
+    for group in membership.groups(features.shape[1]):
+        rows, shares = group.take(features), group.shares
+        b, n, c = shares.shape
+        if c == 1 and n > rows.shape[2]:
+            found = product(rows.mT, rows * shares).square().sum((1, 2))
+        else:
+            found = torch.zeros_like(group.counts)
+            for part in torch.arange(n, device=rows.device).split(max(1, _PAIRS // (b * n))):
+                squares = product(rows[:, part], rows.mT).square()
+                found = found + (product(squares, shares) * shares[:, part]).sum(1)
+        norms = norms.index_add(0, group.classes.flatten(), found.flatten())
+    return norms
+
+
+def mismatch(
+    features: Float[Tensor, "m d"],
+    membership: Membership,
+    dictionary: Codes,
+    projections: list[Tensor] | None = None,
+    overlap: Tensor | None = None,
+) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+    """Returns ½ Σ_j n_j ‖C_j − B_j‖²_F by eq. (9), and the size of the terms that it is the difference of.
+
+    Times µ it is the residual (µ/2m) M; its gradient in a feature is 2 Σ_j π_ij (C_j − B_j) z_i (Alg. 1, line 12).
+
+    Args:
+        features: Z, (m, d).
+        membership: Π, among the dictionary's classes.
+        dictionary: Γ and Ã.
+        projections: `dictionary.project(features, membership)`, where it is known already.
+        overlap: `dictionary.overlap()`, likewise.
+
+    Returns:
+        Two float64 scalars ≥ 0. The first is wrong by about the dtype's precision times the second. Differentiable.
+    """
+    if projections is None:
+        projections = dictionary.project(features, membership)
+    fit = dictionary.fit(projections, dictionary.overlap() if overlap is None else overlap, membership)
+    codes = dictionary.codes.double()
+    whole = (membership.counts.double() * moment_norms(features, membership).double()).sum()
+    cross = (codes * fit.data.double()).sum()
+    own = (codes * fit.model.double()).sum()
+    return (0.5 * (whole + own) - cross).clamp_min(0), (0.5 * (whole + own)).detach()
+
+
+def precise_mismatch(features: Float[Tensor, "m d"], membership: Membership, dictionary: Codes) -> Float[Tensor, ""]:
+    """Returns `mismatch`, in float64, right relative to itself however small it is."""
+    wide = dictionary.moved(dictionary.atoms.double(), dictionary.codes.double())
+    return mismatch(features.double(), membership.to(torch.float64), wide)[0]
