@@ -27,7 +27,7 @@ Structure = Literal["shared", "block"]
 
 # What a step takes of the way to the best codes of its bound. Less than all of it leaves the atoms time to turn away
 # from each other before codes that compete are pressed to zero, and ends higher (benchmarks/ascent.py).
-_CODE_SHARE = 0.25
+_CODE_SHARE = 0.5
 _LARGEST_MOMENT = 1.05  # ‖C_j‖ of unit rows, with the tolerance of their norms
 _NEWTON_STEPS = 12  # of the multiplier that keeps a class's energy; it converges quadratically, from one side
 
@@ -235,6 +235,7 @@ class Dictionary(nn.Module):
         atoms: Γ, (d, q), unit columns; class j was latched into columns j s to (j+1) s − 1.
         codes: Ã ≥ 0, (q, k) in shared structure, (s, k) in block structure.
         latched: (k,), which classes have been latched.
+        steps: how many steps have been taken; part of `state_dict`.
     """
 
     atoms: Float[Tensor, "d q"]
@@ -253,6 +254,7 @@ class Dictionary(nn.Module):
         codes = torch.zeros(num_classes, atoms_per_class if structure == "block" else q)
         self.register_buffer("codes", codes.T)  # each class's codes likewise
         self.register_buffer("latched", torch.zeros(num_classes, dtype=torch.bool))
+        self.steps = 0
         self._known: Tensor | None = None
         self.changed = True  # not yet known to be the same on all ranks
 
@@ -266,10 +268,12 @@ class Dictionary(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for name in ("atoms", "codes"):  # in the layout that safetensors takes
             destination[f"{prefix}{name}"] = destination[f"{prefix}{name}"].contiguous()
+        destination[f"{prefix}steps"] = torch.tensor(self.steps)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         if f"{prefix}latched" not in state_dict and f"{prefix}codes" in state_dict:
             state_dict[f"{prefix}latched"] = (state_dict[f"{prefix}codes"] > 0).any(0)
+        self.steps = int(state_dict.pop(f"{prefix}steps", self.steps))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self._known, self.changed = None, True
 

@@ -125,10 +125,8 @@ class _HalfLogdet(Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:
         matrix, factor = ctx.saved_tensors
-        if torch.is_grad_enabled():  # a graph of the gradient is wanted, for second derivatives
-            inverse = torch.linalg.inv(_shifted(matrix))
-        else:
-            inverse = torch.cholesky_inverse(factor)
+        # A graph of the gradient is wanted for second derivatives; the factor carries none.
+        inverse = torch.linalg.inv(_shifted(matrix)) if torch.is_grad_enabled() else torch.cholesky_inverse(factor)
         return 0.5 * grad_outputs[0][..., None, None] * inverse
 
     @staticmethod

@@ -29,6 +29,11 @@ Step = Literal["ascent", "paper", "simultaneous"]
 Reduction = Literal["mean", "sum"]
 
 _CANCELLED = 0.05  # below this share of its terms a float32 mismatch is worked out again in float64
+# Where µ follows from `balance`, the first steps hold the dictionary back: ρ starts so many times higher and falls by a
+# constant factor. A fresh network without BatchNorm gives all samples nearly one direction; a dictionary that ran ahead
+# of it would push them all together, and at a high learning rate they would never part (results/defaults.md).
+_FIRST_BALANCE = 6.0
+_BALANCE_DECAY = 0.97
 _WATCH_EVERY = 20  # training steps between looks at ΔR: seldom enough to cost little
 _COLLAPSED = 0.2  # of the best ΔR so far
 
@@ -128,7 +133,8 @@ class VMCR2Loss(nn.Module):
         structure: "shared": every class may use every atom, codes (q, k). "block": class j uses its own s atoms only,
             codes (s, k); classes cost nothing while absent.
         balance: ρ = µ m ε²/d > 0, what the residual weighs in the dictionary's step against the rates. Not used where
-            mu is given.
+            mu is given. The first 60 training steps use up to 6 times as much, so that features that are still all
+            alike are not left behind.
         energy: what the codes of every class sum to; 1 is the trace of C_j. None lets the sum run free, as the paper
             does: it grows (the more, the smaller ρ), and presses each class together.
         step: "ascent": eq. (7) never falls, no step size. "paper": the paper's Lipschitz bounds, the codes' gradient
@@ -268,6 +274,8 @@ class VMCR2Loss(nn.Module):
     def _step(self, features: Tensor, membership: Membership, weakest: Tensor | None) -> Tensor:
         """Moves the dictionary and returns the mismatch with it (Alg. 1, lines 6 to 12)."""
         mu = self.mu_at(membership.num_samples)
+        if self.mu is None:
+            mu *= max(1.0, _FIRST_BALANCE * _BALANCE_DECAY**self.dictionary.steps)
         held, fixed = features.detach(), membership.detach()
         confined = self.step == "ascent" and self.dictionary.is_confined(fixed, weakest, mu=mu, eps_sq=self.eps_sq)
         before, among = self.dictionary.read(fixed, features.dtype, confined=confined)
@@ -303,6 +311,7 @@ class VMCR2Loss(nn.Module):
                 "lower the learning rate or mu, or raise eps_sq. The dictionary is as it was"
             )
         self.dictionary.replace(after, fixed)
+        self.dictionary.steps += 1
         return precise_mismatch(features, among, after) if small and features.dtype != torch.float64 else value
 
     @torch.no_grad()
