@@ -22,43 +22,6 @@ from vmcr2.lab.sweep import completed, hardware, refuse_conflicts
 
 
 @dataclass(frozen=True)
-class Printed:
-    """What the paper prints for one row and objective: ΔR of the training set and test accuracy; None where nothing."""
-
-    reduction: float | None = None
-    accuracy: float | None = None
-
-
-TABLE2: dict[str, dict[Objective, Printed]] = {
-    "mnist": {"mcr2": Printed(44.6429, 0.9785), "vmcr2": Printed(44.2117, 0.9788), "ce": Printed(None, 0.9738)},
-    "cifar10": {"mcr2": Printed(49.40, 0.8956), "vmcr2": Printed(48.43, 0.8997), "ce": Printed(None, 0.8665)},
-    "cifar100": {"mcr2": Printed(226.0519, 0.2421), "vmcr2": Printed(218.0185, 0.5872), "ce": Printed(None, 0.5840)},
-    "tiny-imagenet": {
-        "mcr2": Printed(227.6468, 0.1319),
-        "vmcr2": Printed(231.1538, 0.2665),
-        "ce": Printed(None, 0.1907),
-    },
-}
-TABLE3: dict[str, dict[Objective, Printed]] = {
-    "cifar100-strong": {"vmcr2": Printed(130.2177, 0.6951), "ce": Printed(None, 0.7146)},
-    "tiny-imagenet-strong": {"vmcr2": Printed(134.9504, 0.4189), "ce": Printed(None, 0.4843)},
-}
-# Not in the paper: the property that MCR² is known for. digits is there for those without a GPU.
-NOISE: dict[str, dict[Objective, Printed]] = {
-    f"{name}-noise{percent}": {"mcr2": Printed(), "vmcr2": Printed(), "ce": Printed()}
-    for name in ("digits", "mnist", "cifar10")
-    for percent in (0, 10, 20, 30, 40, 50)
-}
-FIGURE1: dict[str, dict[Objective, Printed | None]] = {
-    name: {"mcr2": None, "vmcr2": None}
-    for name in ("mnist", "cifar10", "cifar100-d100", "cifar100", "tiny-imagenet-d200", "tiny-imagenet")
-}
-FIGURE2: dict[str, dict[Objective, Printed | None]] = {
-    name: {"mcr2": None, "vmcr2": None} for name in ("mnist", "cifar10", "cifar100", "tiny-imagenet")
-}
-
-
-@dataclass(frozen=True)
 class Request:
     """What to reproduce, and how much of it; the flags of the command.
 
