@@ -151,3 +151,8 @@ def build(network: str, input_shape: tuple[int, ...], feature_dim: int) -> nn.Mo
         return NETWORKS[network](input_shape, feature_dim)
     except RuntimeError as error:
         raise InputError(f"network {network} cannot take inputs of shape {input_shape}: {error}") from error
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """Returns the context in which a network computes: "bf16" by torch's autocast, anything else as it is."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")

@@ -29,9 +29,7 @@ _MNIST = Recipe(
     checkpoint_seconds=60.0,
     data=DataSettings(source="mnist"),
     augmentation=_CROPS,
-    vmcr2=VMCR2Settings(
-        lr=1e-3, reduction="sum", mu=1.0, atoms_per_class=20, step="paper", stop_on_collapse=False
-    ),
+    vmcr2=VMCR2Settings(lr=1e-3, reduction="sum", mu=1.0, atoms_per_class=20, step="paper", stop_on_collapse=False),
     mcr2=MCR2Settings(lr=1e-3),
     ce=CESettings(lr=1e-2),
 )

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from vmcr2.checks import check_count, check_number
 from vmcr2.errors import InputError
@@ -21,6 +21,14 @@ from vmcr2.lab.sources import DataSettings
 
 ObjectiveName = Literal["vmcr2", "mcr2", "ce"]
 OBJECTIVES: dict[ObjectiveName, str] = {"vmcr2": "V-MCR²", "mcr2": "MCR²", "ce": "cross-entropy"}
+
+
+def _check_choices(prefix: str, settings: VMCR2Settings | Recipe) -> None:
+    """Raises InputError unless every field with a Literal type holds one of its values."""
+    for name, kind in get_type_hints(type(settings)).items():
+        value = getattr(settings, name)
+        if get_origin(kind) is Literal and value not in get_args(kind):
+            raise InputError(f"{prefix}{name} must be one of {', '.join(get_args(kind))}, got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -71,6 +79,7 @@ class VMCR2Settings:
         if self.atoms_per_class is not None:
             check_count("vmcr2.atoms_per_class", self.atoms_per_class)
         check_count("vmcr2.latch_every", self.latch_every)
+        _check_choices("vmcr2.", self)
 
 
 @dataclass(frozen=True)
@@ -158,8 +167,7 @@ class Recipe:
     ce: CESettings = field(default_factory=CESettings)
 
     def __post_init__(self) -> None:
-        if self.objective not in OBJECTIVES:
-            raise InputError(f"objective must be one of {', '.join(OBJECTIVES)}, got {self.objective!r}")
+        _check_choices("", self)
         if self.network not in NETWORKS:
             raise InputError(f"network must be one of {', '.join(NETWORKS)}, got {self.network!r}")
         check_count("seed", self.seed, at_least=0, at_most=2**40)

@@ -8,13 +8,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 
 from vmcr2.errors import InputError, NumericalError
-from vmcr2.lab import bench, train
-from vmcr2.lab import figures as plot
-from vmcr2.lab.recipes import RECIPES, Objective, Recipe
+from vmcr2.lab import bench, figures, recipes, train
+from vmcr2.lab.paper import FIGURE1, FIGURE2, NOISE, TABLE2, TABLE3, Printed
+from vmcr2.lab.recipes import OBJECTIVES, ObjectiveName, Recipe
 from vmcr2.lab.report import describe_device, markdown_table
 from vmcr2.lab.run import RunFolder, write_atomically
 from vmcr2.lab.sources import load, resolved
@@ -25,7 +24,7 @@ from vmcr2.lab.sweep import completed, hardware, refuse_conflicts
 class Request:
     """What to reproduce, and how much of it; the flags of the command.
 
-    Whatever was run before is gone on with, or shown as it is.
+    Runs that are there already are shown, or continued where more epochs are asked for.
 
     Attributes:
         rows: which rows of the table, or data sets of the figure; all by default.
@@ -41,7 +40,7 @@ class Request:
     """
 
     rows: tuple[str, ...] = ()
-    objectives: tuple[Objective, ...] = ()
+    objectives: tuple[ObjectiveName, ...] = ()
     seeds: tuple[int, ...] = (0,)
     epochs: int | None = None
     train_size: int | None = None
@@ -62,7 +61,7 @@ class Request:
             raise InputError(f"rows of {name} must be among {', '.join(rows)}, got {', '.join(unknown)}")
         return [row for row in rows if not self.rows or row in self.rows]
 
-    def recipe(self, row: str, objective: Objective, seed: int) -> Recipe:
+    def recipe(self, row: str, objective: ObjectiveName, seed: int) -> Recipe:
         """Returns the recipe of one run."""
         recipe = replace(_base(row, self.ours), objective=objective, seed=seed)
         if self.epochs is not None:
@@ -90,7 +89,7 @@ class Request:
 def _base(row: str, ours: bool) -> Recipe:
     """Returns the recipe that a row stands for, at its full length."""
     base, _, percent = row.partition("-noise")
-    recipe = RECIPES[f"{base}-ours" if ours else base]
+    recipe = recipes.named()[f"{base}-ours" if ours else base]
     if not percent:
         return recipe
     noisy = replace(recipe.data, label_noise=int(percent) / 100)
@@ -98,16 +97,16 @@ def _base(row: str, ours: bool) -> Recipe:
 
 
 def _runs(
-    request: Request, rows: dict[str, dict[Objective, Any]], name: str, console: Console
-) -> Iterator[tuple[str, Objective, list[RunFolder]]]:
+    request: Request, rows: dict[str, dict[ObjectiveName, Any]], name: str, console: Console
+) -> Iterator[tuple[str, ObjectiveName, list[RunFolder]]]:
     """Yields the runs of every row and objective, complete; all that is asked for is looked at before anything runs."""
     if not request.seeds:
         raise InputError("seeds must name at least one")
     if request.ours:
-        rows = {row: cells for row, cells in rows.items() if f"{row.partition('-noise')[0]}-ours" in RECIPES}
+        rows = {row: cells for row, cells in rows.items() if f"{row.partition('-noise')[0]}-ours" in recipes.named()}
         name += " --ours"
         if not rows:
-            raise InputError(f"ours must be left away here: there are no recipes of our own for {name.split()[0]}")
+            raise InputError(f"ours has no meaning here: there are no recipes of our own for {name.split()[0]}")
     planned = [
         (row, objective, [request.recipe(row, objective, seed) for seed in request.seeds])
         for row in request.chosen(rows, name)
@@ -116,13 +115,13 @@ def _runs(
     ]
     if not planned:
         raise InputError(f"objectives must be some that {name} has, got {', '.join(request.objectives)}")
-    recipes = [recipe for *_, wanted in planned for recipe in wanted]
-    refuse_conflicts([(request.folder(recipe), recipe) for recipe in recipes])
-    for settings in dict.fromkeys(recipe.data for recipe in recipes):
+    everything = [recipe for *_, members in planned for recipe in members]
+    refuse_conflicts([(request.folder(recipe), recipe) for recipe in everything])
+    for settings in dict.fromkeys(recipe.data for recipe in everything):
         load(settings, request.data_root)
-    for row, objective, wanted in planned:
+    for row, objective, members in planned:
         done = []
-        for recipe in wanted:
+        for recipe in members:
             try:
                 done.append(completed(request.folder(recipe), recipe, request.data_root, console))
             except NumericalError as error:  # the other cells do not depend on this one
@@ -142,7 +141,7 @@ def _mean(summaries: list[dict[str, Any]], key: str) -> float | None:
     return None if None in values else sum(values) / len(values)
 
 
-def _table(request: Request, rows: dict[str, dict[Objective, Printed]], name: str, console: Console) -> list[Path]:
+def _table(request: Request, rows: dict[str, dict[ObjectiveName, Printed]], name: str, console: Console) -> list[Path]:
     """Runs what is asked for and writes the table of all that this and earlier calls have run."""
     text, record = request.path(name, "md"), request.path(name, "json")
     for row, _, runs in _runs(request, rows, name, console):
@@ -161,7 +160,7 @@ def _table(request: Request, rows: dict[str, dict[Objective, Printed]], name: st
     return [text, record]
 
 
-def _cells(rows: dict[str, dict[Objective, Any]]) -> list[tuple[str, Objective]]:
+def _cells(rows: dict[str, dict[ObjectiveName, Any]]) -> list[tuple[str, ObjectiveName]]:
     return [(row, objective) for row, cells in rows.items() for objective in cells]
 
 
@@ -178,7 +177,9 @@ def _records(path: Path) -> list[dict[str, Any]]:
         raise InputError(f"{path} is damaged ({error}); delete it, the runs beside it are kept") from error
 
 
-def _rendered(records: list[dict[str, Any]], rows: dict[str, dict[Objective, Printed]], name: str, ours: bool) -> str:
+def _rendered(
+    records: list[dict[str, Any]], rows: dict[str, dict[ObjectiveName, Printed]], name: str, ours: bool
+) -> str:
     """Returns the table in Markdown; the title says what is smaller than it should be."""
     lines, sizes = [], []
     for row, objective in _cells(rows):
@@ -190,7 +191,7 @@ def _rendered(records: list[dict[str, Any]], rows: dict[str, dict[Objective, Pri
         printed = rows[row][objective]
         lines.append(
             [
-                f"{row}, {plot.OBJECTIVE_NAMES[objective]}",
+                f"{row}, {OBJECTIVES[objective]}",
                 ", ".join(str(member["seed"]) for member in members),
                 ", ".join(sorted({str(member["epochs"]) for member in members})),
                 _beside(_mean(members, "train_expansion"), None, 2),
@@ -231,7 +232,7 @@ def table1(request: Request, console: Console) -> list[Path]:
             f"{', '.join([*unused, *['ours'] * request.ours])} has no meaning for table1, which times steps"
         )
     rows = request.chosen(dict.fromkeys(bench.WORKLOADS), "table1")
-    device = torch.device(train.chosen_device("auto"))
+    device = train.chosen_device("auto")
     where = describe_device(device)
     stored = request.out / "table1.json"
     everywhere = {record["where"]: record["rows"] for record in _records(stored)}
@@ -240,7 +241,7 @@ def table1(request: Request, console: Console) -> list[Path]:
     for row in rows:
         if row not in known:
             console.print(f"timing {row}", highlight=False)
-            known[row] = asdict(bench.epoch_cost(bench.WORKLOADS[row], device, 9))
+            known[row] = asdict(bench.epoch_cost(bench.WORKLOADS[row], device))
             records = [{"where": place, "rows": timed} for place, timed in everywhere.items()]
             write_atomically(stored, (json.dumps(records, indent=2) + "\n").encode())
     text = "## table1\n\nSeconds per epoch on random images of the right size.\n"
@@ -267,26 +268,26 @@ def noise(request: Request, console: Console) -> list[Path]:
     """Trains the three objectives with wrong labels, tests them on right ones, and draws the accuracies."""
     text, record = _table(request, NOISE, "noise", console)
     title = "Wrong training labels" + _part_of(request)
-    return [text, record, plot.draw_noise(_records(record), request.path("noise", "png"), title)]
+    return [text, record, figures.draw_noise(_records(record), request.path("noise", "png"), title)]
 
 
 def figure1(request: Request, console: Console) -> list[Path]:
     """Draws ΔR of the training set over epochs, from the runs of table 2 and of the other feature dimensions."""
-    return _figure(request, FIGURE1, "figure1", "ΔR of the training set", plot.draw_convergence, console)
+    return _figure(request, FIGURE1, "figure1", "ΔR of the training set", figures.draw_convergence, console)
 
 
 def figure2(request: Request, console: Console) -> list[Path]:
     """Draws |ZᵀZ| of training samples sorted by class, from the runs of table 2."""
     title = "|cosine| between training samples, by class"
-    return _figure(request, FIGURE2, "figure2", title, plot.draw_similarities, console)
+    return _figure(request, FIGURE2, "figure2", title, figures.draw_similarities, console)
 
 
 def _figure(
     request: Request,
-    rows: dict[str, dict[Objective, Any]],
+    rows: dict[str, dict[ObjectiveName, Any]],
     name: str,
     title: str,
-    draw: Callable[[dict[tuple[str, Objective], RunFolder], Path, str], Path],
+    draw: Callable[[dict[tuple[str, ObjectiveName], RunFolder], Path, str], Path],
     console: Console,
 ) -> list[Path]:
     runs = {(row, objective): found[0] for row, objective, found in _runs(request, rows, name, console)}
