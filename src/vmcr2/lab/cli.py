@@ -230,7 +230,9 @@ def _bench(arguments: list[str], console: Console) -> None:
     options = tyro.cli(_BenchOptions, args=arguments, prog="vmcr2 bench")
     check_number("seconds", options.seconds)
     device = chosen_device(options.device)
-    costs = {name: bench.epoch_cost(bench.WORKLOADS[name], device, options.seconds) for name in options.rows}
+    costs: dict[str, bench.EpochCost] = {
+        name: bench.epoch_cost(bench.WORKLOADS[name], device, options.seconds) for name in options.rows
+    }
     where = describe_device(device)
     title = f"Random images of the right size; ms a step, median ± quartile distance; {where}"
     console.print(table(title, bench.COLUMNS, bench.rows(costs)))

@@ -140,7 +140,7 @@ def draw_comparison(runs: Sequence[RunFolder], folder: Path) -> list[Path]:
     Raises:
         InputError: a run is not complete (a ValueError).
     """
-    by_objective: dict[str, list[RunFolder]] = {}
+    by_objective: dict[ObjectiveName, list[RunFolder]] = {}
     for run in runs:
         by_objective.setdefault(run.recipe().objective, []).append(run)
     title = runs[0].recipe().name
@@ -280,7 +280,7 @@ def draw_noise(records: Sequence[dict[str, Any]], path: Path, title: str) -> Pat
         return _save(figure, path)
 
 
-def _draw_seeds(axes: Axes, seeds: list[list[dict[str, Any]]], key: str, objective: str) -> None:
+def _draw_seeds(axes: Axes, seeds: list[list[dict[str, Any]]], key: str, objective: ObjectiveName) -> None:
     curves = [[(line["epoch"], line[key]) for line in metrics if key in line] for metrics in seeds]
     for curve in curves:
         axes.plot(*zip(*curve, strict=True), color=_COLOURS[objective], alpha=0.25, linewidth=0.8)

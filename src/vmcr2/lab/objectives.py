@@ -108,8 +108,6 @@ class Variational(Objective):
         settings: when to latch, where to clip, whether to stop.
     """
 
-    criterion: VMCR2Loss
-
     def __init__(self, criterion: VMCR2Loss, settings: VMCR2Settings) -> None:
         rivals = "vmcr2.lr or vmcr2.mu" if settings.mu is not None else "vmcr2.lr or vmcr2.balance"
         clip = "" if settings.gradient_clip else ", or set vmcr2.gradient_clip to 0.02"
@@ -120,18 +118,19 @@ class Variational(Objective):
             gradient_clip=settings.gradient_clip,
             cure=f"Lower {rivals}{clip}",
         )
+        self.loss = criterion
         self.settings = settings
         self._batch_size = 0
 
     def before_epoch(self, epoch: int, model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
         """Latches in the first epoch and every `latch_every` after it."""
         if (epoch - 1) % self.settings.latch_every == 0:
-            self.criterion.latch_from(model, batches)
+            self.loss.latch_from(model, batches)
 
     def log(self, features: Float[Tensor, "m d"], labels: Int[Tensor, " m"]) -> dict[str, float]:
         """Returns the exact rates of the batch, and those of the dictionary beside its residual."""
         self._batch_size = len(features)
-        rates = self.criterion.rates(features, labels)
+        rates = self.loss.rates(features, labels)
         return super().log(features, labels) | {
             "residual": float(rates.residual),
             "variational_expansion": float(rates.expansion),
@@ -153,7 +152,7 @@ class Variational(Objective):
         if max(reductions[-3:]) >= 0.2 * reductions[0] and not flat:
             return
         shown, of = (measured, "training set") if flat else (reductions, "batch")
-        mu, d = self.settings.mu, self.criterion.feature_dim
+        mu, d = self.settings.mu, self.loss.feature_dim
         balance = self.settings.balance if mu is None else mu * self._batch_size * self.eps_sq / d
         raise NumericalError(
             f"the features have collapsed: ΔR of the {of} fell from {shown[0]:.3g} to {shown[-1]:.3g} for good, the "
@@ -163,11 +162,11 @@ class Variational(Objective):
 
     def describe(self) -> dict[str, Any]:
         """Returns µ, where it was chosen rather than ρ, and the atoms of each class."""
-        return {"mu": self.settings.mu, "atoms_per_class": self.criterion.atoms_per_class}
+        return {"mu": self.settings.mu, "atoms_per_class": self.loss.atoms_per_class}
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Returns the codes Ã, (q, k) or (s, k)."""
-        return {"codes": self.criterion.dictionary.codes.float().cpu().numpy()}
+        return {"codes": self.loss.dictionary.codes.float().cpu().numpy()}
 
 
 def build(recipe: Recipe, num_classes: int) -> Objective:

@@ -111,7 +111,7 @@ class Printed:
     accuracy: float | None = None
 
 
-TABLE2: dict[str, dict[ObjectiveName, Printed]] = {
+TABLE2: dict[str, dict[ObjectiveName, Printed | None]] = {
     "mnist": {"mcr2": Printed(44.6429, 0.9785), "vmcr2": Printed(44.2117, 0.9788), "ce": Printed(None, 0.9738)},
     "cifar10": {"mcr2": Printed(49.40, 0.8956), "vmcr2": Printed(48.43, 0.8997), "ce": Printed(None, 0.8665)},
     "cifar100": {"mcr2": Printed(226.0519, 0.2421), "vmcr2": Printed(218.0185, 0.5872), "ce": Printed(None, 0.5840)},
@@ -121,12 +121,12 @@ TABLE2: dict[str, dict[ObjectiveName, Printed]] = {
         "ce": Printed(None, 0.1907),
     },
 }
-TABLE3: dict[str, dict[ObjectiveName, Printed]] = {
+TABLE3: dict[str, dict[ObjectiveName, Printed | None]] = {
     "cifar100-strong": {"vmcr2": Printed(130.2177, 0.6951), "ce": Printed(None, 0.7146)},
     "tiny-imagenet-strong": {"vmcr2": Printed(134.9504, 0.4189), "ce": Printed(None, 0.4843)},
 }
 # Not in the paper: the property that MCR² is known for. digits is there for those without a GPU.
-NOISE: dict[str, dict[ObjectiveName, Printed]] = {
+NOISE: dict[str, dict[ObjectiveName, Printed | None]] = {
     f"{name}-noise{percent}": {"mcr2": Printed(), "vmcr2": Printed(), "ce": Printed()}
     for name in ("digits", "mnist", "cifar10")
     for percent in (0, 10, 20, 30, 40, 50)

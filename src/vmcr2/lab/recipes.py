@@ -1,6 +1,7 @@
 """Recipes: everything that decides what a run computes, as frozen dataclasses that check themselves.
 
-`RECIPES` holds ours by name, `vmcr2.lab.paper` the paper's. A recipe is written to recipe.json in its run folder and read back strictly.
+`RECIPES` holds ours by name, `vmcr2.lab.paper` the paper's.
+A recipe is written to recipe.json in its run folder and read back strictly.
 """
 
 from __future__ import annotations

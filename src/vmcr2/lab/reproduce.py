@@ -19,6 +19,8 @@ from vmcr2.lab.run import RunFolder, write_atomically
 from vmcr2.lab.sources import load, resolved
 from vmcr2.lab.sweep import completed, hardware, refuse_conflicts
 
+Rows = dict[str, dict[ObjectiveName, Printed | None]]
+
 
 @dataclass(frozen=True)
 class Request:
@@ -97,7 +99,7 @@ def _base(row: str, ours: bool) -> Recipe:
 
 
 def _runs(
-    request: Request, rows: dict[str, dict[ObjectiveName, Any]], name: str, console: Console
+    request: Request, rows: Rows, name: str, console: Console
 ) -> Iterator[tuple[str, ObjectiveName, list[RunFolder]]]:
     """Yields the runs of every row and objective, complete; all that is asked for is looked at before anything runs."""
     if not request.seeds:
@@ -141,7 +143,7 @@ def _mean(summaries: list[dict[str, Any]], key: str) -> float | None:
     return None if None in values else sum(values) / len(values)
 
 
-def _table(request: Request, rows: dict[str, dict[ObjectiveName, Printed]], name: str, console: Console) -> list[Path]:
+def _table(request: Request, rows: Rows, name: str, console: Console) -> list[Path]:
     """Runs what is asked for and writes the table of all that this and earlier calls have run."""
     text, record = request.path(name, "md"), request.path(name, "json")
     for row, _, runs in _runs(request, rows, name, console):
@@ -160,7 +162,7 @@ def _table(request: Request, rows: dict[str, dict[ObjectiveName, Printed]], name
     return [text, record]
 
 
-def _cells(rows: dict[str, dict[ObjectiveName, Any]]) -> list[tuple[str, ObjectiveName]]:
+def _cells(rows: Rows) -> list[tuple[str, ObjectiveName]]:
     return [(row, objective) for row, cells in rows.items() for objective in cells]
 
 
@@ -177,9 +179,7 @@ def _records(path: Path) -> list[dict[str, Any]]:
         raise InputError(f"{path} is damaged ({error}); delete it, the runs beside it are kept") from error
 
 
-def _rendered(
-    records: list[dict[str, Any]], rows: dict[str, dict[ObjectiveName, Printed]], name: str, ours: bool
-) -> str:
+def _rendered(records: list[dict[str, Any]], rows: Rows, name: str, ours: bool) -> str:
     """Returns the table in Markdown; the title says what is smaller than it should be."""
     lines, sizes = [], []
     for row, objective in _cells(rows):
@@ -188,7 +188,7 @@ def _rendered(
             continue
         full = _base(row, ours).epochs
         sizes += [f"{member['epochs']} of {full} epochs" for member in members if member["epochs"] < full]
-        printed = rows[row][objective]
+        printed = rows[row][objective] or Printed()
         lines.append(
             [
                 f"{row}, {OBJECTIVES[objective]}",
@@ -284,7 +284,7 @@ def figure2(request: Request, console: Console) -> list[Path]:
 
 def _figure(
     request: Request,
-    rows: dict[str, dict[ObjectiveName, Any]],
+    rows: Rows,
     name: str,
     title: str,
     draw: Callable[[dict[tuple[str, ObjectiveName], RunFolder], Path, str], Path],

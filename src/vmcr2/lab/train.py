@@ -100,14 +100,14 @@ def _fit_epoch(
         model.train()
         criterion.train()
         current = _of(epoch, batches)
-        for inputs, labels in current:
+        for inputs, given in current:
             if lr_at is not None:
                 assert isinstance(current, Sized)
                 for group in optimizer.param_groups:
                     group["lr"] = lr_at(epoch - 1 + (steps + 0.5) / len(current))
             with networks.autocast(device, precision):
                 features = model(inputs.to(device))
-            features, labels = features.to(torch.promote_types(features.dtype, torch.float32)), labels.to(device)
+            features, labels = features.to(torch.promote_types(features.dtype, torch.float32)), given.to(device)
             loss = criterion(features, labels)
             optimizer.zero_grad()
             loss.backward()
