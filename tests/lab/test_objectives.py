@@ -7,6 +7,7 @@ import pytest
 import torch
 from small import SMALL
 
+import vmcr2
 from vmcr2.errors import NumericalError
 from vmcr2.lab import sources, train
 from vmcr2.lab.recipes import RECIPES, VMCR2Settings
@@ -47,10 +48,26 @@ def test_a_collapse_that_dropout_hides_is_said_too(tmp_path):
     assert train.start(clipped, tmp_path / "clipped").summary()["train_reduction"] > 0.1
 
 
-def test_mu_and_atoms_follow_from_batch_and_dimension(tmp_path):
-    recipe = replace(SMALL, epochs=1, vmcr2=VMCR2Settings(lr=1e-2, balance=0.1))
-    summary = train.start(recipe, tmp_path / "run").summary()
-    assert summary["mu"] == pytest.approx(0.1 * 32 / (100 * 0.5))  # 300 samples make batches of 100
-    assert summary["atoms_per_class"] == 3  # 32 // 10
-    uneven = replace(recipe, batch_size=200)  # 300 samples make batches of 150
-    assert train.start(uneven, tmp_path / "uneven").summary()["mu"] == pytest.approx(0.1 * 32 / (150 * 0.5))
+def test_atoms_follow_from_dimension_and_the_paper_scale_from_mu(tmp_path):
+    recipe = replace(SMALL, epochs=1, vmcr2=VMCR2Settings(lr=0.1))
+    run = train.start(recipe, tmp_path / "run")
+    assert run.summary()["atoms_per_class"] == 3  # 32 // 10
+    assert run.summary()["mu"] is None
+    # In batches of 100 ρ = 0.05 is µ = 0.05 · 32 / (100 · 0.5); steps of µ m times lr are then the same.
+    mu = 0.05 * 32 / (100 * 0.5)
+    summed = VMCR2Settings(lr=0.1 / (mu * 100), mu=mu, reduction="sum")
+    other = train.start(replace(recipe, vmcr2=summed), tmp_path / "sum")
+    assert other.summary()["mu"] == mu
+    assert other.summary()["train_reduction"] == pytest.approx(run.summary()["train_reduction"], rel=1e-3)
+    assert other.metrics()[0]["residual"] == pytest.approx(run.metrics()[0]["residual"], rel=1e-3)
+
+
+def test_latching_is_due_in_the_first_epoch_and_every_so_many(tmp_path, monkeypatch):
+    latched = []
+    latch_from = vmcr2.VMCR2Loss.latch_from
+    monkeypatch.setattr(
+        vmcr2.VMCR2Loss, "latch_from", lambda loss, *given: (latched.append(1), latch_from(loss, *given))[1]
+    )
+    run = train.start(replace(SMALL, epochs=6), tmp_path / "run", on_epoch=lambda _: latched.append(0))
+    assert latched == [1, 0, 0, 0, 0, 1, 0, 0]  # latch_every is 4
+    assert run.is_complete()

@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 
 import pytest
+from small import SMALL
 
 from vmcr2.errors import InputError
 from vmcr2.lab import recipes

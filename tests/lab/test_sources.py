@@ -1,5 +1,6 @@
 """Sources, and what is said when they are missing or damaged."""
 
+import shutil
 import urllib.request
 
 import numpy as np
@@ -121,13 +122,15 @@ def test_npz_of_images_and_of_embeddings(tmp_path):
         ("lacks y_test", {"y_test": None}),
         ("y_train must hold one integer label", {"y_train": np.arange(19)}),
         ("y_train must hold one integer label", {"y_train": np.arange(20) / 2}),
-        (r"labels must lie in \[0, 4\), got labels from -1", {"y_test": np.arange(8) % 4 - 1}),
+        (r"y_test has classes that y_train lacks: \[-1\]", {"y_test": np.arange(8) % 4 - 1}),
+        (r"labels must lie in \[0, 3\), .* got labels from 0 to 3", {"class_names": np.array(["a", "b", "c"])}),
         ("x_train must hold uint8 images", {"x_train": np.zeros((20, 6, 5))}),
         ("must be finite", {"x_train": np.full((20, 3), np.nan), "x_test": np.ones((8, 3))}),
         ("must be finite in float32", {"x_train": np.full((20, 3), 1e300), "x_test": np.ones((8, 3))}),
         ("x_train must hold uint8 images", {"x_train": np.ones((20, 0)), "x_test": np.ones((8, 0))}),
         ("y_train must hold one integer label", {"x_train": np.float64(3)}),
-        (r"got labels from 0 to 1000000000", {"y_train": np.arange(20) % 2 * 10**9}),
+        (r"y_test has classes that y_train lacks: \[1, 2, 3\]", {"y_train": np.arange(20) % 2 * 10**9}),
+        ("lacks x_test, y_test; data.validation holds a share", {"x_test": None, "y_test": None}),
         ("x_train and x_test must agree", {"x_test": np.zeros((8, 9, 9), np.uint8)}),
     ],
 )
@@ -316,3 +319,44 @@ def test_a_subset_that_loses_a_class_is_refused(tmp_path):
         InputError, match=r"train_size must keep a sample of every class; .* none of 2 classes \(label 2"
     ):
         sources.load(DataSettings(source=str(path), train_size=10))
+
+
+def test_labels_of_a_file_become_places_and_keep_their_names(tmp_path):
+    path = write_npz(tmp_path / "far.npz", y_train=np.arange(20) % 4 * 5 + 100, y_test=np.arange(8) % 3 * 5 + 100)
+    read = sources.load(DataSettings(source=str(path)))
+    assert read.class_names == ("100", "105", "110", "115")
+    assert read.train_labels.tolist() == [0, 1, 2, 3] * 5
+    assert read.test_labels.tolist() == [0, 1, 2, 0, 1, 2, 0, 1]
+
+
+def test_hidden_folders_and_files_are_no_classes_and_no_images(tmp_path):
+    root = write_folder(tmp_path)
+    (root / "train" / ".ipynb_checkpoints").mkdir()
+    (root / "test" / ".git").mkdir()
+    (root / "train" / "oak" / "._0.png").write_bytes(b"what a file manager leaves")
+    assert sources.load(DataSettings(source=str(root))).class_names == ("ash", "oak")
+
+
+def test_validation_holds_the_same_share_of_every_class_out():
+    whole = sources.load(DataSettings())
+    read = sources.load(DataSettings(validation=0.25))
+    assert len(read.train_labels) + len(read.test_labels) == len(whole.train_labels)
+    counts, held = torch.bincount(whole.train_labels), torch.bincount(read.test_labels)
+    assert ((held - counts / 4).abs() <= 0.5).all()
+    rows = {row.numpy().tobytes() for row in whole.test_inputs} - {row.numpy().tobytes() for row in whole.train_inputs}
+    assert not rows & {row.numpy().tobytes() for row in torch.cat([read.train_inputs, read.test_inputs])}
+    again = sources.load(DataSettings(validation=0.25, label_noise=0.5))
+    assert torch.equal(again.train_inputs, read.train_inputs)
+    assert torch.equal(again.test_labels, read.test_labels)  # wrong labels are for training alone
+    with pytest.raises(InputError, match="must hold out a sample of some class"):
+        sources.load(DataSettings(validation=1e-6))
+
+
+def test_without_a_test_part_validation_serves(tmp_path):
+    root = write_folder(tmp_path / "images")
+    shutil.rmtree(root / "test")
+    with pytest.raises(InputError, match="no test/<class> beside train/; set data.validation"):
+        sources.load(DataSettings(source=str(root)))
+    assert sources.load(DataSettings(source=str(root), validation=0.4)).test_labels.tolist() == [0, 1]
+    path = write_npz(tmp_path / "some.npz", x_test=None, y_test=None)
+    assert len(sources.load(DataSettings(source=str(path), validation=0.2)).test_labels) == 4
