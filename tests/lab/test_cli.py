@@ -104,7 +104,7 @@ def test_resume_of_another_recipe(tmp_path, capsys):
     assert main(["train", "--resume", out, "--batch-size", "7"]) == 2
     assert "batch_size: 500, 7" in capsys.readouterr().err
     assert main(["train", "digits", *QUICK, "--out", out]) == 2
-    assert "go on with --resume" in capsys.readouterr().err
+    assert "continue it with --resume" in capsys.readouterr().err
 
 
 def test_help_and_lists(capsys):

@@ -223,7 +223,7 @@ def test_folders_that_are_taken(tmp_path):
     with pytest.raises(InputError, match=r"no recipe\.json"):
         RunFolder.open(tmp_path / "taken")
     RunFolder.create(tmp_path / "run", SMALL)
-    with pytest.raises(InputError, match="a run is there already; go on with --resume"):
+    with pytest.raises(InputError, match="a run is there already; continue it with --resume"):
         train.start(SMALL, tmp_path / "run")
     with pytest.raises(InputError, match=r"has no summary\.json: the run is not complete"):
         RunFolder.open(tmp_path / "run").summary()

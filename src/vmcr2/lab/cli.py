@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import shlex
 import sys
 import warnings
@@ -82,66 +81,7 @@ class _CompareOptions(_Options):
     seeds: tuple[int, ...] = (0,)
 
 
-@dataclass(frozen=True)
-class _EvaluateOptions:
-    """What evaluate takes.
-
-    Attributes:
-        run: the run folder.
-        data_root: folder of named data sets; also $VMCR2_DATA_ROOT. By default ./data.
-        components: dimensions of the subspaces to try; by default 1, 2, 4, … and ⌊d/k⌋.
-    """
-
-    run: tyro.conf.Positional[Path]
-    data_root: Path | None = None
-    components: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True)
-class _PlotOptions:
-    """What plot takes.
-
-    Attributes:
-        run: a run folder, or the folder of a comparison.
-    """
-
-    run: tyro.conf.Positional[Path]
-
-
-@dataclass(frozen=True)
-class _BenchOptions:
-    """What bench takes.
-
-    Attributes:
-        rows: which of mnist, cifar10, cifar100, tiny-imagenet to time.
-        device: cpu, cuda or auto.
-        seconds: the least time that each measurement takes.
-        out: a .json file for the figures.
-    """
-
-    rows: tuple[Literal["mnist", "cifar10", "cifar100", "tiny-imagenet"], ...] = (
-        "mnist",
-        "cifar10",
-        "cifar100",
-        "tiny-imagenet",
-    )
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    seconds: float = 1.0
-    out: Path | None = None
-
-
-@dataclass(frozen=True)
-class _RecipesOptions:
-    """What recipes takes.
-
-    Attributes:
-        recipe: the one to show; none lists them all.
-    """
-
-    recipe: tyro.conf.Positional[str | None] = None
-
-
-def _train(arguments: list[str], console: Console) -> None:
+def _train(arguments: list[str]) -> None:
     from vmcr2.lab import figures, train
     from vmcr2.lab.run import RunFolder
 
@@ -153,18 +93,18 @@ def _train(arguments: list[str], console: Console) -> None:
         recipe, options = _parse("train", run.recipe(), _TrainOptions, flags)
         if options.out is not None:
             raise InputError(f"out has no meaning beside --resume, got {options.out}")
-        train.resume(run, recipe, options.data_root, console)
+        train.resume(run, recipe, options.data_root, _console())
     else:
         recipe, options = _parse("train", _recipe(name, "train", flags), _TrainOptions, flags)
         out = options.out or Path("runs") / f"{recipe.name}-{recipe.objective}-seed{recipe.seed}"
-        run = train.start(recipe, out, options.data_root, console)
+        run = train.start(recipe, out, options.data_root, _console())
     figures.draw_run(run)
     summary = run.summary()
-    _show(console, f"{summary['recipe']}, {summary['epochs']} epochs", [summary])
-    _say(console, f"run folder: {run.path}")
+    _show(f"{summary['recipe']}, {summary['epochs']} epochs", [summary])
+    _say(f"run folder: {run.path}")
 
 
-def _compare(arguments: list[str], console: Console) -> None:
+def _compare(arguments: list[str]) -> None:
     from vmcr2.lab.sweep import compare
 
     name, flags, deciding = _split(arguments)
@@ -172,76 +112,111 @@ def _compare(arguments: list[str], console: Console) -> None:
     objectives = options.objectives if deciding.objective is None else (deciding.objective,)
     seeds = options.seeds if deciding.seed is None else (deciding.seed,)
     out = options.out or Path("runs") / recipe.name
-    runs = compare(recipe, objectives, seeds, out, options.data_root, console)
-    _show(console, f"{recipe.name}, {recipe.epochs} epochs, seeds {seeds}", [run.summary() for run in runs])
-    _say(console, f"table, figures and runs: {out}")
+    runs = compare(recipe, objectives, seeds, out, options.data_root, _console())
+    _show(f"{recipe.name}, {recipe.epochs} epochs, seeds {seeds}", [run.summary() for run in runs])
+    _say(f"table, figures and runs: {out}")
 
 
-def _evaluate(arguments: list[str], console: Console) -> None:
+def evaluate(run: tyro.conf.Positional[Path], data_root: Path | None = None, components: tuple[int, ...] = ()) -> None:
+    """Measures a trained run again, in more detail.
+
+    Args:
+        run: the run folder.
+        data_root: folder of named data sets; also $VMCR2_DATA_ROOT. By default ./data.
+        components: dimensions of the subspaces to try; by default 1, 2, 4, … and ⌊d/k⌋.
+    """
     from vmcr2.lab import sources, train
     from vmcr2.lab.evaluate import accuracy_by_components, extract, measure, subspaces
     from vmcr2.lab.report import table
-    from vmcr2.lab.run import RunFolder, write_atomically
+    from vmcr2.lab.run import RunFolder, write_json
     from vmcr2.subspaces import default_components
 
-    options = tyro.cli(_EvaluateOptions, args=arguments, prog="vmcr2 evaluate")
-    run = RunFolder.open(options.run)
-    trained = train.load_trained(run)
+    folder = RunFolder.open(run)
+    trained = train.load_trained(folder)
     recipe = trained.recipe
-    dataset = sources.load(recipe.data, options.data_root)
+    dataset = sources.load(recipe.data, data_root)
     features = extract(trained.model, dataset, recipe.augmentation, recipe.batch_size, recipe.precision)
     predict = trained.objective.predict
     measured = asdict(measure(features, dataset, subspaces(features, dataset), recipe.eps_sq, predict))
     usual = default_components(recipe.feature_dim, dataset.num_classes)
-    tried = options.components or tuple(sorted({r for r in (1, 2, 4, 8) if r <= recipe.feature_dim} | {usual}))
+    tried = components or tuple(sorted({r for r in (1, 2, 4, 8) if r <= recipe.feature_dim} | {usual}))
     by_components = accuracy_by_components(features, dataset, list(tried))
-    record = measured | {"accuracy_by_components": by_components}
-    write_atomically(run.path / "evaluation.json", (json.dumps(record, indent=2) + "\n").encode())
-    figures = [(key, "–" if value is None else f"{value:.4f}") for key, value in measured.items()]
-    figures += [(f"test_accuracy, {r} components", f"{value:.4f}") for r, value in by_components.items()]
-    console.print(table(f"{run.path}", ("measure", "value"), figures))
+    write_json(run / "evaluation.json", measured | {"accuracy_by_components": by_components})
+    shown = [(key, "–" if value is None else f"{value:.4f}") for key, value in measured.items()]
+    shown += [(f"test_accuracy, {r} components", f"{value:.4f}") for r, value in by_components.items()]
+    _console().print(table(f"{run}", ("measure", "value"), shown))
 
 
-def _plot(arguments: list[str], console: Console) -> None:
+def plot(run: tyro.conf.Positional[Path]) -> None:
+    """Draws the figures of a run or a comparison again.
+
+    Args:
+        run: a run folder, or the folder of a comparison.
+    """
     from vmcr2.lab import figures
     from vmcr2.lab.run import RunFolder
 
-    folder = tyro.cli(_PlotOptions, args=arguments, prog="vmcr2 plot").run
-    if (folder / "comparison.json").is_file():
-        runs = [RunFolder.open(path.parent) for path in sorted(folder.glob("*/recipe.json"))]
+    if (run / "comparison.json").is_file():
+        runs = [RunFolder.open(path.parent) for path in sorted(run.glob("*/recipe.json"))]
         if not runs:
-            raise InputError(f"{folder} has a comparison.json but no run folders beside it")
+            raise InputError(f"{run} has a comparison.json but no run folders beside it")
         order = list(OBJECTIVES)
-        runs.sort(key=lambda run: (order.index(run.recipe().objective), run.recipe().seed))
-        drawn = figures.draw_comparison(runs, folder / "figures")
+        runs.sort(key=lambda one: (order.index(one.recipe().objective), one.recipe().seed))
+        drawn = figures.draw_comparison(runs, run / "figures")
     else:
-        drawn = figures.draw_run(RunFolder.open(folder))
+        drawn = figures.draw_run(RunFolder.open(run))
     for path in drawn:
-        _say(console, str(path))
+        _say(str(path))
 
 
-def _bench(arguments: list[str], console: Console) -> None:
+def bench(
+    rows: tuple[Literal["mnist", "cifar10", "cifar100", "tiny-imagenet"], ...] = (),
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    seconds: float = 1.0,
+    out: Path | None = None,
+) -> None:
+    """Times the objectives on random images, as the paper's Table 1.
+
+    Args:
+        rows: which to time; all by default.
+        device: cpu, cuda or auto.
+        seconds: the least time that each measurement takes.
+        out: a .json file for the figures.
+    """
     from vmcr2.checks import check_number
     from vmcr2.lab import bench
     from vmcr2.lab.report import describe_device, table
-    from vmcr2.lab.run import write_atomically
+    from vmcr2.lab.run import write_json
     from vmcr2.lab.train import chosen_device
 
-    options = tyro.cli(_BenchOptions, args=arguments, prog="vmcr2 bench")
-    check_number("seconds", options.seconds)
-    device = chosen_device(options.device)
-    costs: dict[str, bench.EpochCost] = {
-        name: bench.epoch_cost(bench.WORKLOADS[name], device, options.seconds) for name in options.rows
-    }
-    where = describe_device(device)
+    check_number("seconds", seconds)
+    used = chosen_device(device)
+    costs = {name: bench.epoch_cost(bench.WORKLOADS[name], used, seconds) for name in rows or bench.WORKLOADS}
+    where = describe_device(used)
     title = f"Random images of the right size; ms a step, median ± quartile distance; {where}"
-    console.print(table(title, bench.COLUMNS, bench.rows(costs)))
-    if options.out is not None:
-        record = {"where": where, "rows": {name: asdict(cost) for name, cost in costs.items()}}
-        write_atomically(options.out, (json.dumps(record, indent=2) + "\n").encode())
+    _console().print(table(title, bench.COLUMNS, bench.rows(costs)))
+    if out is not None:
+        write_json(out, {"where": where, "rows": {name: asdict(cost) for name, cost in costs.items()}})
 
 
-def _reproduce(arguments: list[str], console: Console) -> None:
+def recipes(recipe: tyro.conf.Positional[str | None] = None) -> None:
+    """Lists the recipes, or shows one as JSON.
+
+    Args:
+        recipe: the one to show.
+    """
+    from vmcr2.lab.report import table
+
+    if recipe is not None:
+        print(to_json(find(recipe)), end="")
+        return
+    rows = [
+        (r.name, r.network, str(r.feature_dim), str(r.batch_size), str(r.epochs), r.about) for r in named().values()
+    ]
+    _console().print(table("Recipes", ("name", "network", "d", "batch", "epochs", "about"), rows))
+
+
+def _reproduce(arguments: list[str]) -> None:
     from vmcr2.lab import reproduce
 
     name, *flags = arguments or [""]
@@ -251,32 +226,23 @@ def _reproduce(arguments: list[str], console: Console) -> None:
         hint = nearest(name, reproduce.TARGETS)
         raise InputError(f"reproduce takes one of {', '.join(reproduce.TARGETS)}, got {name or 'nothing'}{hint}")
     request = tyro.cli(reproduce.Request, args=flags, prog=f"vmcr2 reproduce {name}")
-    for path in reproduce.TARGETS[name](request, console):
-        _say(console, str(path))
+    for path in reproduce.TARGETS[name](request, _console()):
+        _say(str(path))
 
 
-def _recipes(arguments: list[str], console: Console) -> None:
-    from vmcr2.lab.report import table
-
-    name = tyro.cli(_RecipesOptions, args=arguments, prog="vmcr2 recipes").recipe
-    if name is not None:
-        print(to_json(find(name)), end="")
-        return
-    rows = [
-        (recipe.name, recipe.network, str(recipe.feature_dim), str(recipe.batch_size), str(recipe.epochs), recipe.about)
-        for recipe in named().values()
-    ]
-    console.print(table("Recipes", ("name", "network", "d", "batch", "epochs", "about"), rows))
+def _typed(command: Callable[..., None]) -> Callable[[list[str]], None]:
+    """Returns a command whose flags are a function's arguments."""
+    return lambda arguments: tyro.cli(command, args=arguments, prog=f"vmcr2 {command.__name__}")
 
 
-_COMMANDS: dict[str, Callable[[list[str], Console], None]] = {
+_COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "train": _train,
     "compare": _compare,
-    "evaluate": _evaluate,
-    "plot": _plot,
+    "evaluate": _typed(evaluate),
+    "plot": _typed(plot),
     "reproduce": _reproduce,
-    "bench": _bench,
-    "recipes": _recipes,
+    "bench": _typed(bench),
+    "recipes": _typed(recipes),
 }
 
 
@@ -308,15 +274,19 @@ def _parse(command: str, default: Recipe, kind: type[_Given], flags: list[str]) 
     return parsed.recipe, parsed.options
 
 
-def _show(console: Console, title: str, summaries: Sequence[dict]) -> None:
+def _show(title: str, summaries: Sequence[dict]) -> None:
     from vmcr2.lab.report import table
     from vmcr2.lab.sweep import COLUMNS, hardware, rows
 
-    console.print(table(f"{title}, {hardware(summaries[0])}", COLUMNS, rows(summaries)))
+    _console().print(table(f"{title}, {hardware(summaries[0])}", COLUMNS, rows(summaries)))
 
 
-def _say(console: Console, text: str) -> None:
-    console.print(text, highlight=False, soft_wrap=True)
+def _console() -> Console:
+    return Console(width=None if sys.stdout.isatty() else 120)
+
+
+def _say(text: str) -> None:
+    _console().print(text, highlight=False, soft_wrap=True)
 
 
 def _warn(message: Warning | str, *_: Any, **__: Any) -> None:
@@ -340,7 +310,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a pipe in a Windows code page has no Δ
             stream.reconfigure(errors="replace")
-    console = Console(width=None if sys.stdout.isatty() else 120)
     if not given or given[0] in ("-h", "--help"):
         print(USAGE)
         return 0
@@ -352,7 +321,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
                 print(__version__)
             elif given[0] in _COMMANDS:
-                _COMMANDS[given[0]](given[1:], console)
+                _COMMANDS[given[0]](given[1:])
             else:
                 hint = nearest(given[0], _COMMANDS)
                 raise InputError(f"command must be one of {', '.join(_COMMANDS)}, got {given[0]!r}{hint}")

@@ -179,10 +179,7 @@ def build(recipe: Recipe, num_classes: int) -> Objective:
     match recipe.objective:
         case "ce":
             return Objective(
-                CrossEntropyHead(recipe.feature_dim, num_classes),
-                num_classes,
-                eps_sq=recipe.eps_sq,
-                cure="Lower ce.lr",
+                CrossEntropyHead(recipe.feature_dim, num_classes), num_classes, eps_sq=recipe.eps_sq, cure="Lower ce.lr"
             )
         case "mcr2":
             return Objective(

@@ -49,10 +49,7 @@ _CIFAR100 = replace(
     vmcr2=replace(_MNIST.vmcr2, atoms_per_class=10),
 )
 _TINY = replace(
-    _CIFAR100,
-    name="tiny-imagenet",
-    data=DataSettings(source="tiny-imagenet"),
-    augmentation=Augmentation(flip=True),
+    _CIFAR100, name="tiny-imagenet", data=DataSettings(source="tiny-imagenet"), augmentation=Augmentation(flip=True)
 )
 
 

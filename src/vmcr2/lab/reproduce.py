@@ -15,7 +15,7 @@ from vmcr2.lab import bench, figures, recipes, train
 from vmcr2.lab.paper import FIGURE1, FIGURE2, NOISE, TABLE2, TABLE3, Printed
 from vmcr2.lab.recipes import OBJECTIVES, ObjectiveName, Recipe
 from vmcr2.lab.report import describe_device, markdown_table
-from vmcr2.lab.run import RunFolder, write_atomically
+from vmcr2.lab.run import RunFolder, write_atomically, write_json
 from vmcr2.lab.sources import load, resolved
 from vmcr2.lab.sweep import completed, hardware, refuse_conflicts
 
@@ -154,7 +154,7 @@ def _table(request: Request, rows: Rows, name: str, console: Console) -> list[Pa
         earlier = [line for line in _records(record) if str(_identity(line)[:2]) in order]
         known = {_identity(line): line for line in [*earlier, *fresh]}
         lines = sorted(known.values(), key=lambda line: (order.index(str(_identity(line)[:2])), line["seed"]))
-        write_atomically(record, (json.dumps(lines, indent=2) + "\n").encode())
+        write_json(record, lines)
         write_atomically(text, _rendered(lines, rows, name, request.ours).encode())
     if not text.is_file():
         raise NumericalError(f"every run of {name} diverged, there is nothing to show")
@@ -243,7 +243,7 @@ def table1(request: Request, console: Console) -> list[Path]:
             console.print(f"timing {row}", highlight=False)
             known[row] = asdict(bench.epoch_cost(bench.WORKLOADS[row], device))
             records = [{"where": place, "rows": timed} for place, timed in everywhere.items()]
-            write_atomically(stored, (json.dumps(records, indent=2) + "\n").encode())
+            write_json(stored, records)
     text = "## table1\n\nSeconds per epoch on random images of the right size.\n"
     for place, timed in everywhere.items():
         costs = {row: bench.EpochCost.from_record(timed[row]) for row in bench.WORKLOADS if row in timed}

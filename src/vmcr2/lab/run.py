@@ -39,11 +39,26 @@ def write_atomically(path: Path, content: bytes) -> None:
     part.replace(path)
 
 
+def write_json(path: Path, value: Any) -> None:
+    """Writes a value as indented JSON, atomically."""
+    write_atomically(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
 def is_free(path: Path) -> bool:
     """Whether nothing is at the path, or a folder with nothing but what a killed run's half-written files left."""
     if not path.exists():
         return True
     return path.is_dir() and all(file.name.startswith(".") and ".part" in file.name for file in path.iterdir())
+
+
+class _Inside:
+    """The path of a file in the run folder."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __get__(self, run: RunFolder, kind: type | None = None) -> Path:
+        return run.path / self.name
 
 
 @dataclass(frozen=True)
@@ -52,40 +67,13 @@ class RunFolder:
 
     path: Path
 
-    @property
-    def recipe_file(self) -> Path:
-        """recipe.json."""
-        return self.path / "recipe.json"
-
-    @property
-    def metrics_file(self) -> Path:
-        """metrics.jsonl."""
-        return self.path / "metrics.jsonl"
-
-    @property
-    def checkpoint_file(self) -> Path:
-        """checkpoint.pt."""
-        return self.path / "checkpoint.pt"
-
-    @property
-    def previous_checkpoint_file(self) -> Path:
-        """checkpoint.previous.pt."""
-        return self.path / "checkpoint.previous.pt"
-
-    @property
-    def features_file(self) -> Path:
-        """features.npz."""
-        return self.path / "features.npz"
-
-    @property
-    def summary_file(self) -> Path:
-        """summary.json."""
-        return self.path / "summary.json"
-
-    @property
-    def figures(self) -> Path:
-        """The folder of figures."""
-        return self.path / "figures"
+    recipe_file = _Inside("recipe.json")
+    metrics_file = _Inside("metrics.jsonl")
+    checkpoint_file = _Inside("checkpoint.pt")
+    previous_checkpoint_file = _Inside("checkpoint.previous.pt")
+    features_file = _Inside("features.npz")
+    summary_file = _Inside("summary.json")
+    figures = _Inside("figures")
 
     @classmethod
     def create(cls, path: str | Path, recipe: Recipe) -> RunFolder:
@@ -96,7 +84,11 @@ class RunFolder:
         """
         path = Path(path)
         if not is_free(path):
-            what = "a run is there already; go on with --resume" if (path / "recipe.json").is_file() else "it is taken"
+            what = (
+                "a run is there already; continue it with --resume"
+                if (path / "recipe.json").is_file()
+                else "it is taken"
+            )
             raise InputError(f"out must be a new or empty folder, got {path}: {what}, or choose another --out")
         path.mkdir(parents=True, exist_ok=True)
         run = cls(path)
@@ -237,7 +229,7 @@ class RunFolder:
 
     def save_summary(self, summary: dict[str, Any]) -> None:
         """Writes summary.json."""
-        write_atomically(self.summary_file, (json.dumps(summary, indent=2) + "\n").encode())
+        write_json(self.summary_file, summary)
 
     def summary(self) -> dict[str, Any]:
         """Returns summary.json.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,7 +14,7 @@ from vmcr2.errors import InputError
 from vmcr2.lab import figures, sources, train
 from vmcr2.lab.recipes import OBJECTIVES, ObjectiveName, Recipe
 from vmcr2.lab.report import markdown_table
-from vmcr2.lab.run import RunFolder, is_free, write_atomically
+from vmcr2.lab.run import RunFolder, is_free, write_atomically, write_json
 
 COLUMNS = ("objective", "R", "R_c", "ΔR", "test accuracy", "own head", "s/epoch")
 
@@ -59,7 +58,7 @@ def compare(
         runs.append(completed(path, one, data_root, console))
         figures.draw_run(runs[-1])
     summaries = [run.summary() for run in runs]
-    write_atomically(out / "comparison.json", (json.dumps(summaries, indent=2) + "\n").encode())
+    write_json(out / "comparison.json", summaries)
     heading = f"{recipe.name}, {recipe.epochs} epochs, seeds {', '.join(map(str, seeds))}, {hardware(summaries[0])}"
     text = f"{heading}\n\n{markdown_table(COLUMNS, rows(summaries))}"
     write_atomically(out / "comparison.md", text.encode())
