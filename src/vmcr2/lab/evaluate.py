@@ -10,11 +10,9 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
-from vmcr2.dictionary import latched_blocks
 from vmcr2.lab.augmentation import Augmentation, plain
 from vmcr2.lab.networks import autocast
 from vmcr2.lab.sources import Dataset
-from vmcr2.membership import as_membership
 from vmcr2.rates import RateReduction, rate_reduction
 from vmcr2.subspaces import class_subspaces, nearest_subspace
 
@@ -122,10 +120,12 @@ def for_figures(features: Features, dataset: Dataset, shown_classes: int = 10) -
     chosen = torch.linspace(0, k - 1, min(k, shown_classes)).long().tolist()
     rows = [(dataset.train_labels == j).nonzero()[:50, 0] for j in chosen]
     picked = torch.cat(rows)
-    checked = as_membership(features.train, dataset.train_labels, k)
-    d = features.train.shape[1]
-    depth = min(d, int(checked.counts.max()))
-    _, spectra = latched_blocks(features.train, checked, depth)
+    depth = min(features.train.shape[1], int(torch.bincount(dataset.train_labels).max()))
+    spectra = features.train.new_zeros(k, depth)
+    for j in range(k):
+        own = features.train[dataset.train_labels == j]
+        values = torch.linalg.svdvals(own).square() / max(1, len(own))
+        spectra[j, : len(values)] = values
     return {
         "features": features.train[picked].cpu().numpy().astype(np.float16),
         "labels": dataset.train_labels[picked].cpu().numpy(),
