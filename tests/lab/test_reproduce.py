@@ -131,6 +131,8 @@ def test_our_own_recipes_are_kept_apart(small, tmp_path):
 def test_timings_are_kept_row_by_row(monkeypatch, tmp_path):
     tiny = bench.Workload(100, (1, 8, 8), 4, "mlp", 16, 2, 50, 1.0, 0.5)
     monkeypatch.setattr(bench, "WORKLOADS", {"mnist": tiny, "cifar10": tiny})
+    epoch_cost = bench.epoch_cost
+    monkeypatch.setattr(bench, "epoch_cost", lambda workload, device: epoch_cost(workload, device, 0.01))
     reproduce.table1(Request(rows=("mnist",), out=tmp_path), QUIET)
     (kept,) = json.loads((tmp_path / "table1.json").read_text())
     elsewhere = {"where": "another machine", "rows": kept["rows"]}

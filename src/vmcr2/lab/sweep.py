@@ -84,8 +84,9 @@ def completed(path: Path, recipe: Recipe, data_root: str | Path | None, console:
 
 
 def hardware(summary: dict[str, Any]) -> str:
-    """Returns what a run ran on, in words."""
-    return f"{summary['device']}, {summary['threads']} threads, torch {summary['torch']}"
+    """Returns what a run ran on, in words, and what it was measured on where that is not the test set."""
+    held_out = ", measured on a validation share" if summary.get("evaluated_on") == "validation" else ""
+    return f"{summary['device']}, {summary['threads']} threads, torch {summary['torch']}{held_out}"
 
 
 def rows(summaries: Sequence[dict[str, Any]]) -> list[list[str]]:
