@@ -3,8 +3,8 @@
     python benchmarks/ablation.py run STUDY ... [--data-root DIR]    runs what is missing, one JSON line a run
     python benchmarks/ablation.py tables                             results/ablation/README.md from the lines
 
-A run that is in results/ablation/runs.jsonl is not run again, so this can be broken off at any time.
-The variants that did not become part of the library live here, as subclasses of its losses.
+A run that is in results/ablation/runs.jsonl is not run again, so this can be stopped at any time.
+The rivals that are not part of the library live here, as objectives for its `fit`.
 """
 
 from __future__ import annotations
@@ -19,28 +19,16 @@ from typing import Any
 
 import torch
 from studies import BASES, STUDIES
-from torch import Tensor
+from torch import Tensor, nn
 
 import vmcr2
 from vmcr2.errors import InputError, NumericalError
-from vmcr2.lab import networks as featurizers
-from vmcr2.lab import sources as data
-from vmcr2.lab.evaluate import accuracy_by_components, extract, measure
-from vmcr2.lab.networks import CrossEntropyHead
+from vmcr2.lab import objectives, sources, train
+from vmcr2.lab.augmentation import plain
+from vmcr2.lab.evaluate import accuracy_by_components, extract, measure, subspaces
+from vmcr2.lab.objectives import Objective, Variational
 from vmcr2.lab.recipes import Recipe
 from vmcr2.lab.sources import Dataset
-from vmcr2.lab.train import batches, epoch_generator
-from vmcr2.linalg import half_logdet
-from vmcr2.membership import Membership
-from vmcr2.subspaces import class_subspaces
-from vmcr2.variational import (
-    ascent_direction,
-    atom_overlap,
-    class_moments,
-    lipschitz_atoms,
-    lipschitz_codes,
-    residual,
-)
 
 HERE = Path(__file__).parent.parent / "results" / "ablation"
 RUNS = HERE / "runs.jsonl"
@@ -51,9 +39,7 @@ class Setting:
     """Everything a study may change; None keeps the base recipe's value."""
 
     base: str
-    objective: str = (
-        "vmcr2"  # vmcr2, mcr2, ce, memory (MCR² on a moving average), target (a fixed random dictionary), alm
-    )
+    objective: str = "vmcr2"  # vmcr2, mcr2, ce, memory (MCR² on a moving average), target (a fixed random dictionary)
     seed: int = 0
     epochs: int | None = None
     batch_size: int | None = None
@@ -65,15 +51,9 @@ class Setting:
     step_codes: float | None = None
     latch_every: int | None = None
     structure: str = "shared"
-    latch_mode: str = "training"  # or eval: BatchNorm's running statistics
     reduction: str = "sum"  # or mean: the residual / (µ m)
-    bounds: str = "global"  # or diagonal: one an atom, and an atom and class
-    order: str = "together"  # or atoms_first: the codes step at the moved atoms
-    inner_steps: int = 1
-    codes_at: str = "class"  # or batch: A itself is stored, at the scale of the batch
     frozen: bool = False  # the dictionary moves by latching alone
-    unit_codes: bool = False  # codes scaled to sum to 1 a class after each step, as those of unit features do
-    energy: float | None = None  # or to another sum
+    energy: float | None = None  # what the codes of a class are scaled to sum to
     balance: float | None = None  # ρ, from which µ follows at each batch size
     weight_decay: float = 0.0
     gradient_clip: float | None = None
@@ -81,81 +61,43 @@ class Setting:
     imbalance: float = 1.0  # the largest class over the smallest
 
 
-class Variant(vmcr2.VMCR2Loss):
-    """V-MCR² with the options that the library does not have."""
+class Still(nn.Module):
+    """A V-MCR² loss that takes no steps: its dictionary moves by latching alone."""
 
-    def __init__(self, setting: Setting, **given: Any) -> None:
-        super().__init__(**given)
-        self.setting = setting
+    def __init__(self, loss: vmcr2.VMCR2Loss) -> None:
+        super().__init__()
+        self.loss = loss
 
-    def forward(self, features: Tensor, membership: Tensor) -> Tensor:
-        z, checked = self._checked(features, membership)
-        if self.training and not self.setting.frozen:
-            for _ in range(self.setting.inner_steps):
-                self._step(z.detach(), checked)
-        atoms, codes = self.dictionary.atoms.clone(), self._class_scale(checked)
-        value = residual(z, checked, atoms, codes, self.mu)
-        return value / (self.mu * len(z)) if self.setting.reduction == "mean" else value
+    def train(self, mode: bool = True) -> Still:
+        return super().train(False)
 
-    def _scale(self, checked: Membership) -> Tensor:
-        """What stored codes are divided by to give Ã: at batch scale n_j against the n_j of an average batch."""
-        if self.setting.codes_at == "class":
-            return torch.ones_like(checked.counts)
-        return checked.counts.clamp_min(1e-8) / (checked.num_samples / self.num_classes)
-
-    def _class_scale(self, checked: Membership) -> Tensor:
-        return self.dictionary.codes / self._scale(checked)
-
-    def _step(self, z: Tensor, checked: Membership) -> None:
-        atoms, codes = self.dictionary.atoms, self._class_scale(checked)
-        grad_atoms, grad_codes = ascent_direction(z, checked, atoms, codes, self.mu, self.eps_sq)
-        moved = atoms + self.step_atoms * safe(grad_atoms, self._bound_atoms(z, checked, codes))
-        moved = torch.nn.functional.normalize(moved, dim=0)
-        if self.setting.order == "atoms_first":
-            grad_codes = ascent_direction(z, checked, moved, codes, self.mu, self.eps_sq)[1]
-        codes = (codes + self.step_codes * safe(grad_codes, self._bound_codes(atoms, codes, checked))).clamp_min(0)
-        if self.energy is not None:
-            codes = codes * (self.energy / codes.sum(0).clamp_min(1e-8))
-        self.dictionary.atoms.copy_(moved)
-        self.dictionary.codes.copy_(codes * self._scale(checked))
-
-    def _bound_atoms(self, z: Tensor, checked: Membership, codes: Tensor) -> Tensor:
-        if self.setting.bounds == "global":
-            return lipschitz_atoms(class_moments(z, checked).norms_sq, checked.counts, codes, self.mu)
-        norms = class_moments(z, checked).norms_sq.sqrt().float()
-        if self.setting.structure == "block":
-            return (2 * self.mu * checked.counts * (norms * codes + codes.square())).T.reshape(-1)
-        return 2 * self.mu * (codes * norms + codes.square()) @ checked.counts
-
-    def _bound_codes(self, atoms: Tensor, codes: Tensor, checked: Membership) -> Tensor:
-        if self.setting.bounds == "global":
-            return lipschitz_codes(atom_overlap(atoms, codes), checked.counts, self.mu, self.num_classes)
-        if self.setting.structure == "block":
-            blocks = atoms.view(atoms.shape[0], codes.shape[1], -1).permute(1, 0, 2)
-            return self.mu * checked.counts * (blocks.mT @ blocks).square().sum(2).T
-        return self.mu * (atoms.T @ atoms).square().sum(1)[:, None] * checked.counts
+    def forward(self, features: Tensor, labels: Tensor) -> Tensor:
+        return self.loss(features, labels)
 
 
-def safe(gradient: Tensor, bound: Tensor) -> Tensor:
-    return torch.where(bound > 0, gradient / torch.where(bound > 0, bound, 1), 0)
+def moments_of(z: Tensor, labels: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The classes' second moments C_j, k×d×d, and their sizes n_j."""
+    rows = nn.functional.one_hot(labels, k).to(z.dtype)
+    counts = rows.sum(0)
+    return torch.einsum("mk,md,me->kde", rows / counts.clamp_min(1), z, z), counts
 
 
-class FixedTarget(Variant):
-    """A random orthogonal dictionary with equal energies that never moves: regression on a frozen target."""
+class FixedTarget(nn.Module):
+    """The residual of a random orthogonal dictionary with equal energies that never moves."""
 
-    def latch_from(self, *_: Any) -> None:
-        k, s, d = self.num_classes, self.atoms_per_class, self.feature_dim
-        if self.dictionary.num_latched():
-            return
+    def __init__(self, k: int, d: int, s: int, mu: float) -> None:
+        super().__init__()
+        self.mu = mu
         columns = torch.linalg.qr(torch.randn(d, max(d, k * s)))[0]
         blocks = torch.stack([columns[:, [(j * s + i) % d for i in range(s)]] for j in range(k)])
-        self.dictionary.write(blocks, torch.full((k, s), 1 / s), torch.ones(k, dtype=torch.bool))
+        self.register_buffer("model", blocks @ blocks.mT / s)
 
-    def _step(self, *_: Any) -> None:
-        return None
+    def forward(self, z: Tensor, labels: Tensor) -> Tensor:
+        moments, counts = moments_of(z, labels, len(self.model))
+        return 0.5 * self.mu * (counts[:, None, None] * (moments - self.model).square()).sum()
 
 
-class MemoryMCR2(torch.nn.Module):
+class MemoryMCR2(nn.Module):
     """−ΔR of a moving average of the classes' second moments: exact MCR² given the memory that a dictionary has."""
 
     def __init__(self, num_classes: int, dim: int, eps_sq: float, rate: float) -> None:
@@ -166,108 +108,59 @@ class MemoryMCR2(torch.nn.Module):
 
     def forward(self, z: Tensor, labels: Tensor) -> Tensor:
         k, d, _ = self.moments.shape
-        rows = torch.nn.functional.one_hot(labels, k).to(z.dtype)
-        counts = rows.sum(0)
-        fresh = torch.einsum("mk,md,me->kde", rows / counts.clamp_min(1), z, z)
+        fresh, counts = moments_of(z, labels, k)
         rate = torch.where(counts > 0, torch.where(self.seen, self.rate, 1.0), 0.0)[:, None, None]
         moments = (1 - rate) * self.moments + rate * fresh
         self.moments.copy_(moments.detach())
         self.seen |= counts > 0
         weights = counts / counts.sum()
+
+        def half_logdet(scaled: Tensor) -> Tensor:
+            return torch.linalg.cholesky(torch.eye(d) + scaled).diagonal(dim1=-2, dim2=-1).log().sum(-1)
+
         beta = d / self.eps_sq
         whole = half_logdet(beta * torch.einsum("k,kde->de", weights, moments))
         return (weights * half_logdet(beta * moments)).sum() - whole
 
 
-class AugmentedLagrangian(torch.nn.Module):
-    """Eq. (6) by multipliers: Γ and Ã by gradient steps, Λ_j ← Λ_j + µ (C_j − Γ Diag(Ã_j) Γᵀ) once a batch."""
-
-    def __init__(self, inner: Variant) -> None:
-        super().__init__()
-        self.inner = inner
-        k, d = inner.num_classes, inner.feature_dim
-        self.register_buffer("multipliers", torch.zeros(k, d, d))
-
-    def latch_from(self, *given: Any) -> None:
-        self.inner.latch_from(*given)
-
-    def forward(self, z: Tensor, labels: Tensor) -> Tensor:
-        inner = self.inner
-        rows = torch.nn.functional.one_hot(labels, inner.num_classes).to(z.dtype)
-        counts = rows.sum(0)
-        moments = torch.einsum("mk,md,me->kde", rows / counts.clamp_min(1), z, z)
-        checked = Membership(labels, None, counts)
-        atoms, codes = (t.clone().requires_grad_() for t in (inner.dictionary.atoms, inner.dictionary.codes))
-
-        def gap(c: Tensor) -> Tensor:
-            return c - torch.einsum("dq,qk,eq->kde", atoms, codes, atoms)
-
-        difference = gap(moments.detach())
-        # ⟨Λ, C − B⟩ enters the dictionary's gradient beside the penalty.
-        extra = (counts[:, None, None] * self.multipliers * difference).sum()
-        pull = torch.autograd.grad(-extra, (atoms, codes))
-        with torch.no_grad():
-            ascent = ascent_direction(
-                z.detach(), checked, inner.dictionary.atoms, inner.dictionary.codes, inner.mu, inner.eps_sq
-            )
-            norms_sq = class_moments(z.detach(), checked).norms_sq
-            bound = lipschitz_atoms(norms_sq, counts, inner.dictionary.codes, inner.mu)
-            overlap_now = atom_overlap(inner.dictionary.atoms, inner.dictionary.codes)
-            bound_codes = lipschitz_codes(overlap_now, counts, inner.mu, inner.num_classes)
-            moved = inner.dictionary.atoms + inner.step_atoms * safe(ascent[0] + pull[0], bound)
-            new_codes = inner.dictionary.codes + inner.step_codes * safe(ascent[1] + pull[1], bound_codes)
-            inner.dictionary.atoms.copy_(torch.nn.functional.normalize(moved, dim=0))
-            inner.dictionary.codes.copy_(new_codes.clamp_min(0))
-            atoms, codes = inner.dictionary.atoms, inner.dictionary.codes
-            self.multipliers += 0.1 * inner.mu * (counts > 0)[:, None, None] * gap(moments)
-        linear = (counts[:, None, None] * self.multipliers * moments).sum()
-        return residual(z, checked, atoms.clone(), codes.clone(), inner.mu) + linear
-
-
 def recipe_of(setting: Setting) -> Recipe:
     base = BASES[setting.base]
-    changes = {
+    changes: dict[str, Any] = {
         name: getattr(setting, name)
         for name in ("epochs", "batch_size", "momentum")
         if getattr(setting, name) is not None
     }
     names = {"mu": "mu", "atoms": "atoms_per_class", "step_atoms": "step_atoms", "step_codes": "step_codes"}
+    names |= {"latch_every": "latch_every", "energy": "energy"}
     inner = {to: getattr(setting, of) for of, to in names.items() if getattr(setting, of) is not None}
-    if setting.latch_every is not None:
-        inner["latch_every"] = setting.latch_every
     if setting.balance is not None:
         inner |= {"balance": setting.balance, "mu": None}
-    if setting.unit_codes or setting.energy is not None:
-        inner["energy"] = setting.energy or 1.0
-    return replace(base, seed=setting.seed, vmcr2=replace(base.vmcr2, structure=setting.structure, **inner), **changes)
+    inner |= {name: getattr(setting, name) for name in ("structure", "reduction", "gradient_clip")}
+    if setting.objective in ("mcr2", "ce"):
+        changes["objective"] = setting.objective
+    return replace(
+        base, seed=setting.seed, weight_decay=setting.weight_decay, vmcr2=replace(base.vmcr2, **inner), **changes
+    )
 
 
-def criterion_of(setting: Setting, recipe: Recipe, k: int, m: int) -> torch.nn.Module:
-    d = recipe.feature_dim
-    batch = -(-m // -(-m // recipe.batch_size))
-    if setting.objective == "ce":
-        return CrossEntropyHead(d, k)
-    if setting.objective == "mcr2":
-        return vmcr2.MCR2Loss(k, eps_sq=recipe.eps_sq)
+def objective_of(setting: Setting, recipe: Recipe, k: int) -> Objective:
+    d, chosen = recipe.feature_dim, recipe.vmcr2
     if setting.objective == "memory":
-        return MemoryMCR2(k, d, recipe.eps_sq, setting.rate)
-    chosen = recipe.vmcr2
-    given = {"num_classes": k, "feature_dim": d, "eps_sq": recipe.eps_sq, "structure": chosen.structure}
-    given |= {name: getattr(chosen, name) for name in ("step_atoms", "step_codes", "energy")}
-    given["atoms_per_class"] = chosen.atoms_per_class or max(1, d // k)
-    given["mu"] = chosen.mu or vmcr2.balanced_mu(d, batch, eps_sq=recipe.eps_sq, balance=chosen.balance)
+        return Objective(MemoryMCR2(k, d, recipe.eps_sq, setting.rate), k, eps_sq=recipe.eps_sq)
     if setting.objective == "target":
-        return FixedTarget(setting, **given)
-    variant = Variant(setting, **given)
-    return AugmentedLagrangian(variant) if setting.objective == "alm" else variant
+        assert chosen.mu is not None
+        target = FixedTarget(k, d, chosen.atoms_per_class or max(1, d // k), chosen.mu)
+        return Objective(target, k, eps_sq=recipe.eps_sq)
+    objective = objectives.build(recipe, k)
+    if setting.frozen and isinstance(objective, Variational):
+        objective.criterion = Still(objective.loss)
+    return objective
 
 
 def lr_of(setting: Setting, recipe: Recipe) -> float:
     if setting.lr is not None:
         return setting.lr
-    return {"ce": recipe.ce.lr, "mcr2": recipe.mcr2.lr, "memory": recipe.mcr2.lr}.get(
-        setting.objective, recipe.vmcr2.lr
-    )
+    return recipe.mcr2.lr if setting.objective == "memory" else recipe.lr
 
 
 def unbalanced(dataset: Dataset, ratio: float) -> Dataset:
@@ -294,83 +187,54 @@ def overlap(bases: Tensor) -> float:
 def run(setting: Setting, root: Path | None) -> dict[str, Any]:
     """Trains one setting and returns its line."""
     recipe = recipe_of(setting)
-    dataset = unbalanced(data.load(recipe.data, root), setting.imbalance)
-    torch.manual_seed(recipe.seed)
-    example = data.plain(dataset.train_inputs[:1], recipe.augmentation)
-    model = featurizers.build(recipe.network, tuple(example.shape[1:]), recipe.feature_dim)
-    criterion = criterion_of(setting, recipe, dataset.num_classes, len(dataset.train_labels))
+    dataset = unbalanced(sources.load(recipe.data, root), setting.imbalance)
+    shape = plain(dataset.train_inputs[:1], recipe.augmentation).shape[1:]
+    model, _ = train.build(recipe, tuple(shape), dataset.num_classes)
+    objective = objective_of(setting, recipe, dataset.num_classes)
+    parameters = [*model.parameters(), *objective.criterion.parameters()]
     optimizer = torch.optim.SGD(
-        [*model.parameters(), *criterion.parameters()],
-        lr_of(setting, recipe),
-        momentum=recipe.momentum,
-        weight_decay=setting.weight_decay,
+        parameters, lr_of(setting, recipe), momentum=recipe.momentum, weight_decay=recipe.weight_decay
     )
     line: dict[str, Any] = {"setting": asdict(setting), "history": [], "failed": None}
-    began = time.perf_counter()
     every = max(recipe.evaluate_every, recipe.epochs // 12)
+
+    def after(epoch: dict[str, Any]) -> None:
+        number = epoch["epoch"]
+        if number % every == 0 or number == recipe.epochs:
+            line["history"].append({"epoch": number} | state(recipe, dataset, model, objective))
+
+    began = time.perf_counter()
     try:
-        for epoch in range(1, recipe.epochs + 1):
-            generator = epoch_generator(recipe, epoch, torch.device("cpu"))
-            if hasattr(criterion, "latch_from") and (epoch - 1) % recipe.vmcr2.latch_every == 0:
-                latch(setting, recipe, dataset, model, criterion, generator)
-            model.train()
-            criterion.train()
-            for rows in batches(dataset, recipe, generator):
-                features = model(data.augmented(dataset.train_inputs[rows], recipe.augmentation, generator))
-                loss = criterion(features, dataset.train_labels[rows])
-                optimizer.zero_grad()
-                loss.backward()
-                if setting.gradient_clip is not None:
-                    torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], setting.gradient_clip)
-                optimizer.step()
-            if epoch % every == 0 or epoch == recipe.epochs:
-                line["history"].append({"epoch": epoch} | state(recipe, dataset, model, criterion))
+        train.fit(
+            model,
+            objective,
+            lambda epoch: train.EpochBatches(dataset, recipe, epoch),
+            optimizer,
+            recipe.epochs,
+            latch_on=lambda epoch: train.EpochBatches(dataset, recipe, epoch, augment=False),
+            on_epoch=after,
+        )
     except (InputError, NumericalError) as error:
         line["failed"] = str(error)[:200]
     line["seconds"] = time.perf_counter() - began
     return line
 
 
-def latch(
-    setting: Setting,
-    recipe: Recipe,
-    dataset: Dataset,
-    model: torch.nn.Module,
-    criterion: Any,
-    generator: torch.Generator,
-) -> None:
-    pairs = (
-        (data.plain(dataset.train_inputs[rows], recipe.augmentation), dataset.train_labels[rows])
-        for rows in batches(dataset, recipe, generator)
-    )
-    if setting.latch_mode == "training":
-        criterion.latch_from(model, pairs)
-    else:
-        features = extract(model, dataset, recipe.augmentation, recipe.batch_size).train
-        criterion.latch(features, dataset.train_labels)
-
-
 @torch.no_grad()
-def state(recipe: Recipe, dataset: Dataset, model: torch.nn.Module, criterion: torch.nn.Module) -> dict[str, Any]:
+def state(recipe: Recipe, dataset: Dataset, model: nn.Module, objective: Objective) -> dict[str, Any]:
     """The figures of one moment: rates of train and test, accuracies, and how far the subspaces overlap."""
-    features = extract(model, dataset, recipe.augmentation, recipe.batch_size)
-    head = criterion if isinstance(criterion, CrossEntropyHead) else None
-    k = dataset.num_classes
-    found = {
-        name: value
-        for name, value in asdict(measure(features, dataset, recipe.eps_sq, head)).items()
-        if value is not None
-    }
+    features, k = extract(model, dataset, recipe.augmentation, recipe.batch_size), dataset.num_classes
+    bases = subspaces(features, dataset)
+    measured = asdict(measure(features, dataset, bases, recipe.eps_sq, objective.predict))
+    found = {name: value for name, value in measured.items() if value is not None}
     found["accuracy_of_one"] = accuracy_by_components(features, dataset, [1])[1]
     test = vmcr2.rate_reduction(features.test, dataset.test_labels, num_classes=k, eps_sq=recipe.eps_sq)
     found["test_reduction"] = float(test.reduction)
-    r = max(1, recipe.feature_dim // k)
-    found["overlap_features"] = overlap(class_subspaces(features.train, dataset.train_labels, k, r))
-    inner = getattr(criterion, "inner", criterion)
-    if isinstance(inner, vmcr2.VMCR2Loss):
-        d, s = recipe.feature_dim, inner.atoms_per_class
-        found["overlap_dictionary"] = overlap(inner.dictionary.atoms.view(d, k, s).permute(1, 0, 2))
-        found["energy_of_codes"] = float(inner.dictionary.codes.sum(0).mean())
+    found["overlap_features"] = overlap(bases)
+    if isinstance(objective, Variational):
+        dictionary, d = objective.loss.dictionary, recipe.feature_dim
+        found["overlap_dictionary"] = overlap(dictionary.atoms.view(d, k, -1).permute(1, 0, 2))
+        found["energy_of_codes"] = float(dictionary.codes.sum(0).mean())
     return {name: round(value, 5) for name, value in found.items()}
 
 

@@ -79,7 +79,7 @@ def collapse() -> None:
         for batch in (100, 1437):
             row = []
             for lr in rates:
-                found = lines_of("collapse", unit_codes=False, reduction="sum", mu=mu, batch_size=batch, lr=lr)
+                found = lines_of("collapse", energy=None, reduction="sum", mu=mu, batch_size=batch, lr=lr)
                 row.append(end(found, "train_reduction")[0])
             cells.append(row)
             labels.append(f"µ {mu:g}, batch {batch} (ρ {mu * batch * 0.5 / 128:.2g})")
@@ -139,7 +139,7 @@ def why() -> None:
     panels = figure.subplots(1, 3)
     rivals = (
         ({}, "V-MCR², codes free", BLUE, "-"),
-        ({"unit_codes": True, "lr": 0.2}, "V-MCR², Σ codes = 1", BLUE, "--"),
+        ({"energy": 1.0, "lr": 0.2}, "V-MCR², Σ codes = 1", BLUE, "--"),
         ({"objective": "mcr2"}, "exact MCR²", RED, "-"),
         ({"objective": "memory", "rate": 0.3}, "MCR² on a moving average", RED, "--"),
         ({"objective": "target", "atoms": 1}, "fixed random target", GREEN, "-"),

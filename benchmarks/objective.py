@@ -1,6 +1,6 @@
 """What the objectives cost, against the formulas as they stand (see `baselines.py`): the tables in results/speed.md.
 
-    python benchmarks/objective.py [--only PART ...] [--repeats 7]
+    python benchmarks/objective.py [--only PART ...]
 
 One machine, threads fixed at the start; every figure is a median, with the distance between quartiles, after one call
 to warm up, and every claim a ratio of two such figures from the same run. One "full step" of V-MCR² is the dictionary
@@ -75,25 +75,24 @@ def variational(d: int, k: int, s: int, structure: str) -> vmcr2.VMCR2Loss:
     return loss
 
 
-def steps(repeats: int) -> dict[str, Timing]:
+def steps() -> dict[str, Timing]:
     """The full step at (m, d, k, s) = (2000, 500, 200, 10)."""
     m, d, k, s = 2000, 500, 200, 10
     z, labels = batch(m, d, k)
     shared, block = variational(d, k, s, "shared"), variational(d, k, s, "block")
     dense = baselines.DenseVMCR2(shared.dictionary.atoms, shared.dictionary.codes, mu=1.0)
     found = {}
-    few = max(1, repeats // 3)
-    calls: list[tuple[str, Callable[[Tensor, Tensor], Tensor], int]] = [
-        ("ours: MCR2Loss", vmcr2.MCR2Loss(k), 3 * repeats),
-        ("(d) MCR², smaller side", lambda x, y: baselines.mcr2_smaller_side(x, y, k), 3 * repeats),
-        ("ours: VMCR2Loss, block", block, 3 * repeats),
-        ("ours: VMCR2Loss, shared", shared, 3 * repeats),
-        ("(b) MCR², one logdet a class", lambda x, y: baselines.mcr2_logdet_per_class(x, y, k), few),
-        ("(c) V-MCR², dense d×d", dense, few),
-        ("(a) MCR², dense Π", lambda x, y: baselines.mcr2_dense_membership(x, y, k), 1),
+    calls: list[tuple[str, Callable[[Tensor, Tensor], Tensor]]] = [
+        ("ours: MCR2Loss", vmcr2.MCR2Loss(k)),
+        ("(d) MCR², smaller side", lambda x, y: baselines.mcr2_smaller_side(x, y, k)),
+        ("ours: VMCR2Loss, block", block),
+        ("ours: VMCR2Loss, shared", shared),
+        ("(b) MCR², one logdet a class", lambda x, y: baselines.mcr2_logdet_per_class(x, y, k)),
+        ("(c) V-MCR², dense d×d", dense),
+        ("(a) MCR², dense Π", lambda x, y: baselines.mcr2_dense_membership(x, y, k)),
     ]
-    for name, loss, times in calls:
-        found[name] = timed(gradient_step(loss, z, labels), times, CPU)
+    for name, loss in calls:
+        found[name] = timed(gradient_step(loss, z, labels))
     return found
 
 
@@ -104,7 +103,7 @@ def classes(k: int) -> dict[str, float]:
     loss = vmcr2.VMCR2Loss(k, d, atoms_per_class=s, structure="block")
     z, labels = batch(4096, d, k)
     loss(z, labels)  # latches the classes in the batch
-    timing = timed(gradient_step(loss, z, labels), 5, CPU)
+    timing = timed(gradient_step(loss, z, labels))
     return asdict(timing) | {"peak_mib": memory.peak_mib(), "atoms_mib": d * k * s * 4 / 2**20}
 
 
@@ -115,7 +114,7 @@ def latching() -> dict[str, float]:
     small = batch(1000, 500, 200)
     loss.latch(*small)
     memory = Memory()
-    timing = timed(lambda: loss.latch(z, labels), 1, CPU)
+    timing = timed(lambda: loss.latch(z, labels))
     return asdict(timing) | {"peak_mib": memory.peak_mib()}
 
 
@@ -124,7 +123,7 @@ def subspaces() -> dict[str, float]:
     k = 200
     z, labels = batch(100_000, 500, k)
     test, _ = batch(10_000, 500, k, seed=2)
-    fit = timed(lambda: class_subspaces(z, labels, k, 10), 1, CPU)
+    fit = timed(lambda: class_subspaces(z, labels, k, 10))
     bases = class_subspaces(z, labels, k, 10)
 
     def projectors() -> Tensor:
@@ -132,15 +131,15 @@ def subspaces() -> dict[str, float]:
         return torch.stack([(test @ (eye - v @ v.T)).square().sum(1) for v in bases], 1).argmin(1)
 
     same = bool((projectors() == nearest_subspace(test, bases)).all())
-    ours = timed(lambda: nearest_subspace(test, bases), 9, CPU)
-    theirs = timed(projectors, 1, CPU)
+    ours = timed(lambda: nearest_subspace(test, bases))
+    theirs = timed(projectors)
     return {"fit": fit.median, "predict": ours.median, "projectors": theirs.median, "same_labels": same}
 
 
 def reduction() -> dict[str, float]:
     """Exact ΔR of a training set of 100,000 × 500, k = 200."""
     z, labels = batch(100_000, 500, 200)
-    return asdict(timed(lambda: vmcr2.rate_reduction(z, labels, num_classes=200), 1, CPU))
+    return asdict(timed(lambda: vmcr2.rate_reduction(z, labels, num_classes=200)))
 
 
 def precision() -> dict[str, float]:
@@ -165,25 +164,25 @@ def precision() -> dict[str, float]:
     return worst
 
 
-def picture(repeats: int) -> dict[str, dict[str, float]]:
+def picture() -> dict[str, dict[str, float]]:
     """Seconds of a step against the number of classes: m = 2000, d = 256, s = 10."""
     m, d, s = 2000, 256, 10
     found: dict[str, dict[str, float]] = {}
     for k in (10, 30, 100, 300, 1000):
         z, labels = batch(m, d, k)
         shared = variational(d, k, s, "shared") if k <= 300 else None
-        losses: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], int]] = {
-            "(b) MCR², one logdet a class": (lambda x, y, k=k: baselines.mcr2_logdet_per_class(x, y, k), 2),
-            "(d) MCR², smaller side": (lambda x, y, k=k: baselines.mcr2_smaller_side(x, y, k), repeats),
-            "ours: MCR2Loss": (vmcr2.MCR2Loss(k), repeats),
-            "ours: VMCR2Loss, block": (variational(d, k, s, "block"), repeats),
+        losses: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+            "(b) MCR², one logdet a class": lambda x, y, k=k: baselines.mcr2_logdet_per_class(x, y, k),
+            "(d) MCR², smaller side": lambda x, y, k=k: baselines.mcr2_smaller_side(x, y, k),
+            "ours: MCR2Loss": vmcr2.MCR2Loss(k),
+            "ours: VMCR2Loss, block": variational(d, k, s, "block"),
         }
         if shared is not None:
             dense = baselines.DenseVMCR2(shared.dictionary.atoms, shared.dictionary.codes, mu=1.0)
-            losses["ours: VMCR2Loss, shared"] = (shared, repeats)
-            losses["(c) V-MCR², dense d×d"] = (dense, 1)
-        for name, (loss, times) in losses.items():
-            found.setdefault(name, {})[str(k)] = timed(gradient_step(loss, z, labels), times, CPU).median
+            losses["ours: VMCR2Loss, shared"] = shared
+            losses["(c) V-MCR², dense d×d"] = dense
+        for name, loss in losses.items():
+            found.setdefault(name, {})[str(k)] = timed(gradient_step(loss, z, labels)).median
     return found
 
 
@@ -278,7 +277,6 @@ def main() -> None:
     names = ["steps", "classes", "latching", "subspaces", "reduction", "precision", "picture"]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=names, default=names)
-    parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--apart", help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -292,13 +290,13 @@ def main() -> None:
     known["where"] = describe_device(CPU)
     for name in given.only:
         if name == "steps":
-            known[name] = {what: asdict(timing) for what, timing in steps(given.repeats).items()}
+            known[name] = {what: asdict(timing) for what, timing in steps().items()}
         elif name == "classes":
             known |= {f"classes {k}": apart(f"classes {k}") for k in (10_000, 100_000)}
         elif name == "precision":
             known[name] = precision()
         elif name == "picture":
-            known[name] = picture(given.repeats)
+            known[name] = picture()
             draw(known[name], known["where"], RESULTS / "speed.png")
         else:
             known[name] = apart(name)

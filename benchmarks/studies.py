@@ -5,12 +5,16 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from vmcr2.lab.augmentation import Augmentation
 from vmcr2.lab.recipes import RECIPES, CESettings, MCR2Settings, Recipe, VMCR2Settings
-from vmcr2.lab.sources import Augmentation, DataSettings
+from vmcr2.lab.sources import DataSettings
+
+# The stored runs are of the residual's sum and of steps by the paper's bounds, both at the old point.
+_SUM = VMCR2Settings(reduction="sum", step="simultaneous", stop_on_collapse=False)
 
 _OMNIGLOT = replace(
     RECIPES["omniglot100"],
-    vmcr2=VMCR2Settings(lr=5e-2, mu=0.02, atoms_per_class=2),
+    vmcr2=replace(_SUM, lr=5e-2, mu=0.02, atoms_per_class=2),
     mcr2=MCR2Settings(lr=1e-2),
     ce=CESettings(lr=1.0),
 )
@@ -18,7 +22,7 @@ _OMNIGLOT = replace(
 BASES: dict[str, Recipe] = {
     "digits": replace(
         RECIPES["digits"],
-        vmcr2=VMCR2Settings(lr=3e-3, mu=1.0, atoms_per_class=20, step_atoms=20.0),
+        vmcr2=replace(_SUM, lr=3e-3, mu=1.0, atoms_per_class=20, step_atoms=20.0),
         mcr2=MCR2Settings(lr=1e-2),
         ce=CESettings(lr=1e-1),
     ),
@@ -29,20 +33,20 @@ BASES: dict[str, Recipe] = {
     # The recipes' defaults: µ by ρ = 0.05, ⌊d/k⌋ atoms a class.
     "digits-now": replace(
         RECIPES["digits"],
-        vmcr2=VMCR2Settings(lr=6e-2, energy=1.6),
+        vmcr2=replace(_SUM, lr=6e-2, energy=1.6),
         mcr2=MCR2Settings(lr=1e-2),
         ce=CESettings(lr=1e-1),
     ),
     "digits-free": replace(
-        RECIPES["digits"], vmcr2=VMCR2Settings(lr=6e-2), mcr2=MCR2Settings(lr=1e-2), ce=CESettings(lr=1e-1)
+        RECIPES["digits"], vmcr2=replace(_SUM, lr=6e-2), mcr2=MCR2Settings(lr=1e-2), ce=CESettings(lr=1e-1)
     ),
-    "omniglot100-now": replace(_OMNIGLOT, vmcr2=VMCR2Settings(lr=2.5e-2)),
+    "omniglot100-now": replace(_OMNIGLOT, vmcr2=replace(_SUM, lr=2.5e-2)),
     "omniglot200-now": replace(
         _OMNIGLOT,
         name="omniglot200",
         feature_dim=400,
         data=DataSettings(source="omniglot", classes=200),
-        vmcr2=VMCR2Settings(lr=1.25e-2),
+        vmcr2=replace(_SUM, lr=1.25e-2),
     ),
     # Architecture 1: no BatchNorm, so all features start nearly parallel.
     "digits-cnn": replace(
@@ -51,10 +55,10 @@ BASES: dict[str, Recipe] = {
         network="cnn",
         epochs=30,
         momentum=0.0,
-        vmcr2=VMCR2Settings(lr=1e-3, mu=1.0, atoms_per_class=20),
+        vmcr2=replace(_SUM, lr=1e-3, mu=1.0, atoms_per_class=20),
     ),
     "digits-cnn-now": replace(
-        RECIPES["digits"], name="digits-cnn", network="cnn", epochs=30, vmcr2=VMCR2Settings(lr=1e-2, energy=1.6)
+        RECIPES["digits"], name="digits-cnn", network="cnn", epochs=30, vmcr2=replace(_SUM, lr=1e-2, energy=1.6)
     ),
     "cifar100-20": Recipe(
         name="cifar100-20",
@@ -65,7 +69,7 @@ BASES: dict[str, Recipe] = {
         feature_dim=200,
         data=DataSettings(source="cifar100", classes=20, train_size=2000),
         augmentation=Augmentation(crop=32, padding=4, flip=True),
-        vmcr2=VMCR2Settings(lr=2.5e-2),
+        vmcr2=replace(_SUM, lr=2.5e-2),
         mcr2=MCR2Settings(lr=1e-2),
         ce=CESettings(lr=1e-1),
     ),
@@ -78,7 +82,7 @@ BASES: dict[str, Recipe] = {
         feature_dim=128,
         data=DataSettings(source="mnist", train_size=5000),
         augmentation=Augmentation(crop=32, padding=4),
-        vmcr2=VMCR2Settings(lr=3e-2),
+        vmcr2=replace(_SUM, lr=3e-2),
         mcr2=MCR2Settings(lr=1e-2),
         ce=CESettings(lr=1e-1),
     ),
@@ -113,15 +117,7 @@ STUDIES: dict[str, dict[str, Any]] = {
             {"mu": 2.0, "lr": 1.5e-3},
             {"mu": 3.0, "lr": 1e-3},
             {"structure": "block"},
-            {"bounds": "diagonal", "step_atoms": 1.0, "step_codes": 1.0},
-            {"bounds": "diagonal", "step_atoms": 0.5, "step_codes": 0.5},
-            {"inner_steps": 3},
-            {"inner_steps": 3, "mu": 3.0, "lr": 1e-3},
-            {"inner_steps": 10},
-            {"order": "atoms_first"},
-            {"unit_codes": True},
-            {"codes_at": "batch"},
-            {"latch_mode": "eval"},
+            {"energy": 1.0},
             {"frozen": True, "latch_every": 1},
             {"batch_size": 100},
             {"batch_size": 1437},
@@ -130,7 +126,7 @@ STUDIES: dict[str, dict[str, Any]] = {
     "digits-unit": {
         "about": "The same with codes scaled to sum to 1 in every class, as the constraint of eq. (6) has it.",
         "base": "digits",
-        "unit_codes": True,
+        "energy": 1.0,
         "seeds": [0, 1, 2],
         "rows": [
             {},
@@ -157,7 +153,7 @@ STUDIES: dict[str, dict[str, Any]] = {
     "omniglot100-unit": {
         "about": "omniglot100 with codes scaled to sum to 1 in every class.",
         "base": "omniglot100",
-        "unit_codes": True,
+        "energy": 1.0,
         "seeds": [0, 1],
         "rows": [
             {},
@@ -179,7 +175,7 @@ STUDIES: dict[str, dict[str, Any]] = {
             {"objective": "mcr2"},
             {"objective": "mcr2", "batch_size": 100},
             {"objective": "mcr2", "batch_size": 1500},
-            {"unit_codes": True, "lr": 0.2},
+            {"energy": 1.0, "lr": 0.2},
             {"objective": "memory", "rate": 0.3},
             {"objective": "memory", "rate": 0.1},
             {"objective": "memory", "rate": 0.03},
@@ -187,7 +183,6 @@ STUDIES: dict[str, dict[str, Any]] = {
             {"objective": "target", "atoms": 2},
             {"frozen": True, "latch_every": 1000},
             {"frozen": True, "latch_every": 5},
-            {"objective": "alm"},
         ],
     },
     "collapse": {
@@ -200,7 +195,7 @@ STUDIES: dict[str, dict[str, Any]] = {
         "rows": [
             {"objective": "mcr2", "lr": 1e-2},
             *(
-                {"unit_codes": unit, "reduction": reduction, "mu": mu, "batch_size": batch, "lr": lr}
+                {"energy": 1.0 if unit else None, "reduction": reduction, "mu": mu, "batch_size": batch, "lr": lr}
                 for unit, reduction, lrs in (
                     (False, "sum", (1e-4, 1e-3, 1e-2)),
                     (True, "sum", (1e-4, 1e-3, 1e-2)),
@@ -314,17 +309,11 @@ STUDIES: dict[str, dict[str, Any]] = {
             {"latch_every": 5},
             {"latch_every": 20},
             {"latch_every": 1000},
-            {"latch_mode": "eval"},
-            {"codes_at": "batch"},
             {"step_atoms": 1.0},
             {"step_atoms": 20.0},
             {"step_atoms": 50.0},
             {"step_codes": 1.0},
             {"step_codes": 20.0},
-            {"bounds": "diagonal", "step_atoms": 1.0, "step_codes": 1.0},
-            {"inner_steps": 3},
-            {"inner_steps": 10},
-            {"order": "atoms_first"},
             {"structure": "block"},
             {"atoms": 1},
             {"atoms": 4},

@@ -4,17 +4,11 @@ import subprocess
 import sys
 
 PROGRAM = """
-import sys
-from dataclasses import replace
-from pathlib import Path
 from jaxtyping import install_import_hook
 
 with install_import_hook("vmcr2", "beartype.beartype"):
     import torch
     import vmcr2
-    from vmcr2.lab import evaluate, train
-    from vmcr2.lab.sources import DataSettings
-    from vmcr2.lab.recipes import OBJECTIVES, RECIPES, VMCR2Settings
 
 z = torch.nn.functional.normalize(torch.randn(30, 8), dim=1)
 labels = torch.arange(30) % 3
@@ -26,11 +20,6 @@ for membership in (labels, torch.nn.functional.one_hot(labels, 3), torch.full((3
         loss.latch_from(torch.nn.Identity(), zip(z.split(6), membership.split(6)))
         loss.rates(z, membership)
 vmcr2.NearestSubspaceClassifier().fit(z.numpy(), labels.numpy()).predict(z.numpy())
-small = replace(RECIPES["digits"], epochs=1, data=DataSettings(train_size=200), vmcr2=VMCR2Settings(atoms_per_class=2))
-for objective in OBJECTIVES:
-    run = train.start(replace(small, objective=objective), Path(sys.argv[1]) / objective)
-    recipe, dataset, model, criterion = train.load_trained(run)
-    evaluate.accuracy_by_components(evaluate.extract(model, dataset, recipe.augmentation, 100), dataset, [1, 2])
 try:
     vmcr2.rates.expansion_rate(z[0], 0.5)
 except Exception as error:
@@ -39,7 +28,7 @@ except Exception as error:
 """
 
 
-def test_annotated_shapes_hold(tmp_path):
-    done = subprocess.run([sys.executable, "-c", PROGRAM, tmp_path], capture_output=True, text=True, check=False)
+def test_annotated_shapes_hold():
+    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "checked"

@@ -1,10 +1,13 @@
 """The command line, end to end."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 
-from vmcr2 import __version__
+from vmcr2 import __main__, __version__
 from vmcr2.lab.cli import main
 
 QUICK = ["--epochs", "2", "--data.train-size", "200", "--feature-dim", "24", "--device", "cpu"]
@@ -32,6 +35,9 @@ def test_train_evaluate_plot(tmp_path, capsys):
         "spectra.png",
     }
     assert main(["train", "--resume", out, "--epochs", "3"]) == 0
+    assert "nothing to do" not in capsys.readouterr().out
+    assert main(["train", "--resume", out]) == 0
+    assert "is complete at 3 epochs: nothing to do" in " ".join(capsys.readouterr().out.split())
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["epochs"] == 3
 
 
@@ -57,14 +63,19 @@ def test_compare_goes_on_where_it_was(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["trian"], "command must be one of train, compare"),
+        (
+            ["trian"],
+            "command must be one of train, compare, evaluate, plot, reproduce, bench, recipes, got 'trian'; did "
+            "you mean train?",
+        ),
         (["train"], "takes a recipe first"),
         (["train", "digit"], "did you mean digits?"),
         (["train", "--resume", "nowhere"], "there is no run folder nowhere"),
         (["evaluate", "nowhere"], "there is no run folder nowhere"),
         (["train", "digits", "--data.source", "nothing"], "data.source must be one of"),
         (["train", "omniglot100", "--data-root", "nowhere.zip/x"], "omniglot is not under the data root"),
-        (["recipes", "one", "two"], "at most one recipe"),
+        (["recipes", "digit"], "did you mean digits?"),
+        (["reproduce", "tabel2"], "did you mean table2?"),
     ],
 )
 def test_wrong_commands(tmp_path, monkeypatch, capsys, arguments, message):
@@ -93,7 +104,7 @@ def test_resume_of_another_recipe(tmp_path, capsys):
     assert main(["train", "--resume", out, "--batch-size", "7"]) == 2
     assert "batch_size: 500, 7" in capsys.readouterr().err
     assert main(["train", "digits", *QUICK, "--out", out]) == 2
-    assert "go on with --resume" in capsys.readouterr().err
+    assert "continue it with --resume" in capsys.readouterr().err
 
 
 def test_help_and_lists(capsys):
@@ -114,7 +125,38 @@ def test_help_and_lists(capsys):
 
 
 def test_resume_without_a_folder_says_so(capsys):
-    assert main(["train", "--resume"]) == 2
-    assert "resume takes the run folder to go on with, got nothing" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stopped:
+        main(["train", "--resume"])
+    assert stopped.value.code == 2
+    assert "--resume" in "".join(capsys.readouterr())
     assert main(["reproduce"]) == 2
     assert "got nothing" in capsys.readouterr().err
+
+
+def test_a_recipe_file_is_a_recipe(tmp_path, capsys):
+    assert main(["recipes", "digits"]) == 0
+    file = tmp_path / "mine.json"
+    file.write_text(capsys.readouterr().out.replace('"name": "digits"', '"name": "mine"'))
+    assert main(["train", str(file), *QUICK, "--out", str(tmp_path / "run")]) == 0
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["recipe"] == "mine"
+
+
+def test_output_fits_a_pipe_of_any_code_page(tmp_path):
+    command = [sys.executable, "-m", "vmcr2", "train", "digits", *QUICK, "--out", str(tmp_path / "run")]
+    environment = os.environ | {"PYTHONIOENCODING": "cp1252", "PYTHONUTF8": "0"}
+    done = subprocess.run(command, capture_output=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    assert b"?R" in done.stdout
+
+
+def test_a_missing_extra_is_named(monkeypatch, capsys):
+    for name in [name for name in sys.modules if name.startswith("vmcr2.lab.cli")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "tyro", None)
+    assert __main__.main() == 1
+    assert "needs tyro, which is missing: pip install 'vmcr2[lab]'" in capsys.readouterr().err
+
+
+def test_warnings_are_one_line(tmp_path, capsys):
+    assert main(["train", "digits", *QUICK, "--augmentation.crop", "6", "--out", str(tmp_path / "run")]) == 0
+    assert "vmcr2: augmentation.crop 6 is smaller than the images of 8×8 pixels" in capsys.readouterr().err

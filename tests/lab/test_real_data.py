@@ -5,8 +5,9 @@ from dataclasses import replace
 import pytest
 
 from vmcr2.lab import train
+from vmcr2.lab.augmentation import Augmentation
 from vmcr2.lab.recipes import RECIPES, Recipe, VMCR2Settings
-from vmcr2.lab.sources import Augmentation, DataSettings
+from vmcr2.lab.sources import DataSettings
 
 
 def test_omniglot_many_classes_few_samples(data_root, tmp_path):
@@ -32,11 +33,10 @@ def test_the_papers_networks_on_their_data(data_root, tmp_path, source, network,
         device="cpu",
         data=DataSettings(source=source, classes=10, train_size=300),
         augmentation=Augmentation(crop=32, padding=8 if channels == 1 else 4, flip=True),
-        vmcr2=VMCR2Settings(lr=1e-3, mu=0.1, atoms_per_class=5),
+        vmcr2=VMCR2Settings(atoms_per_class=5),
     )
     run = train.start(recipe, tmp_path / "run", data_root)
-    *_, model, _ = train.load_trained(run, data_root)
     if network == "cnn":
-        assert model[7].in_features == 12544
+        assert train.load_trained(run).model[7].in_features == 12544
     summary = run.summary()
     assert 0 <= summary["train_reduction"] <= summary["train_expansion"]

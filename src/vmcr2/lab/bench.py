@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.benchmark import Timer
 
-from vmcr2.lab import networks as featurizers
-from vmcr2.lab.networks import CrossEntropyHead
-from vmcr2.lab.sources import Augmentation, augmented
+from vmcr2.lab import networks
+from vmcr2.lab.augmentation import Augmentation, augmented
+from vmcr2.lab.objectives import CrossEntropyHead
 from vmcr2.losses import MCR2Loss, VMCR2Loss
 
 
@@ -60,31 +59,16 @@ class Timing:
     spread: float
 
 
-def timed(call: Callable[[], object], repeats: int, device: torch.device) -> Timing:
-    """Returns how long a call takes, after one call to warm up.
+def timed(call: Callable[[], object], seconds: float = 1.0) -> Timing:
+    """Returns how long a call takes, after one call to warm up; its work on a GPU is waited for.
 
     Args:
-        call: what to time; its work on the device is waited for.
-        repeats: how often, at least 1.
-        device: where it works.
+        call: what to time.
+        seconds: it is repeated for at least so long, and at least once.
     """
-
-    def wait() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
-    call()
-    seconds = []
-    for _ in range(repeats):
-        wait()
-        began = time.perf_counter()
-        call()
-        wait()
-        seconds.append(time.perf_counter() - began)
-    if repeats < 2:
-        return Timing(seconds[0], 0.0)
-    low, _, high = statistics.quantiles(seconds, n=4, method="inclusive")
-    return Timing(statistics.median(seconds), high - low)
+    timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
+    measured = timer.blocked_autorange(min_run_time=seconds)
+    return Timing(measured.median, measured.iqr)
 
 
 @dataclass(frozen=True)
@@ -122,17 +106,17 @@ class EpochCost:
         return self.epoch(objective) / self.epoch("ce") - 1
 
 
-def epoch_cost(workload: Workload, device: torch.device, repeats: int) -> EpochCost:
+def epoch_cost(workload: Workload, device: torch.device, seconds: float = 1.0) -> EpochCost:
     """Times one row of the table.
 
     Args:
         workload: the sizes.
         device: where to work.
-        repeats: of every timing; the network is timed a third as often.
+        seconds: of every timing, at least.
     """
     torch.manual_seed(0)
     m, k, d = workload.batch_size, workload.classes, workload.feature_dim
-    model = featurizers.build(workload.network, workload.shape, d).to(device)
+    model = networks.build(workload.network, workload.shape, d).to(device)
     optimizer = torch.optim.SGD(model.parameters(), 1e-3, momentum=0.9)
     images = torch.rand(m, *workload.shape, device=device)
     labels = torch.arange(m, device=device)[torch.randperm(m, device=device)] % k
@@ -161,9 +145,9 @@ def epoch_cost(workload: Workload, device: torch.device, repeats: int) -> EpochC
     stored = (255 * images).to(torch.uint8)
     generator = torch.Generator(device).manual_seed(0)
     crops = Augmentation(crop=workload.shape[1], padding=4, flip=True)
-    augmentation = timed(lambda: augmented(stored, crops, generator), repeats, device)
-    network = timed(network_step, max(1, repeats // 3), device)
-    costs = {name: timed(objective_step(criterion), repeats, device) for name, criterion in criteria.items()}
+    augmentation = timed(lambda: augmented(stored, crops, generator), seconds)
+    network = timed(network_step, seconds)
+    costs = {name: timed(objective_step(criterion), seconds) for name, criterion in criteria.items()}
     return EpochCost(augmentation, network, costs, -(-workload.samples // m))
 
 

@@ -3,35 +3,45 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+import shlex
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
+import tyro
 from rich.console import Console
 
 from vmcr2.errors import InputError, NumericalError
-from vmcr2.lab.recipes import OBJECTIVES, RECIPES, Objective, Recipe, find, to_json
+from vmcr2.lab.recipes import OBJECTIVES, RECIPES, ObjectiveName, Recipe, find, named, nearest, to_json
 
 USAGE = """\
 vmcr2: maximal coding rate reduction by variational forms
 
   vmcr2 train RECIPE [flags]       train one objective into a run folder
-  vmcr2 train --resume RUN         go on with a run that was broken off
+  vmcr2 train --resume RUN         continue a run that was interrupted
   vmcr2 compare RECIPE [flags]     V-MCR², MCR² and cross-entropy side by side
-  vmcr2 evaluate RUN               measure a trained run again, with more detail
-  vmcr2 plot RUN                   draw a run's, or a comparison's, figures again
+  vmcr2 evaluate RUN               measure a trained run again, in more detail
+  vmcr2 plot RUN                   draw the figures of a run or a comparison again
   vmcr2 reproduce TABLE [flags]    table1 … table3, figure1, figure2 of the paper, or label noise
   vmcr2 bench                      time the objectives, as the paper's Table 1
-  vmcr2 split RUN                  write a run's checkpoint in small parts, to carry it to another machine
   vmcr2 recipes [RECIPE]           list the recipes, or show one
 
 RECIPE is a name from the list or a recipe.json. Every field is a flag: vmcr2 train RECIPE --help shows them."""
 
 
 _Given = TypeVar("_Given")
+
+
+@dataclass(frozen=True)
+class _Deciding:
+    """Flags that decide what the others mean, and so are read first."""
+
+    resume: Path | None = None
+    objective: ObjectiveName | None = None
+    seed: int | None = None
 
 
 @dataclass(frozen=True)
@@ -52,7 +62,7 @@ class _TrainOptions(_Options):
     """What train takes beside the recipe.
 
     Attributes:
-        resume: the run folder to go on with. Beside it only --epochs may change.
+        resume: the run folder to continue. Beside it only --epochs may change.
     """
 
     resume: Path | None = None
@@ -67,279 +77,193 @@ class _CompareOptions(_Options):
         seeds: which to run each with; --seed runs that one alone.
     """
 
-    objectives: tuple[Objective, ...] = OBJECTIVES
+    objectives: tuple[ObjectiveName, ...] = tuple(OBJECTIVES)
     seeds: tuple[int, ...] = (0,)
 
 
-def _train(arguments: list[str], console: Console) -> None:
-    from vmcr2.lab import figures as plot
-    from vmcr2.lab import train
+def _train(arguments: list[str]) -> None:
+    from vmcr2.lab import figures, train
     from vmcr2.lab.run import RunFolder
 
-    name, flags = _recipe_name(arguments)
-    resumed = _value_of("--resume", flags)
-    if resumed is None and "--resume" in flags:
-        raise InputError("resume takes the run folder to go on with, got nothing")
-    if resumed is not None:
-        run = RunFolder.open(Path(resumed))
+    name, flags, deciding = _split(arguments)
+    if deciding.resume is not None:
+        run = RunFolder.open(deciding.resume)
         if name is not None and find(name).name != run.recipe().name:
-            raise InputError(f"{resumed} is a run of the recipe {run.recipe().name}, got {name}")
+            raise InputError(f"{run.path} is a run of the recipe {run.recipe().name}, got {name}")
         recipe, options = _parse("train", run.recipe(), _TrainOptions, flags)
         if options.out is not None:
             raise InputError(f"out has no meaning beside --resume, got {options.out}")
-        train.resume(run, recipe, options.data_root, console)
+        train.resume(run, recipe, options.data_root, _console())
     else:
-        recipe, options = _parse("train", _needed(name, "train", flags), _TrainOptions, flags)
+        recipe, options = _parse("train", _recipe(name, "train", flags), _TrainOptions, flags)
         out = options.out or Path("runs") / f"{recipe.name}-{recipe.objective}-seed{recipe.seed}"
-        run = train.start(recipe, out, options.data_root, console)
-    plot.draw_run(run)
+        run = train.start(recipe, out, options.data_root, _console())
+    figures.draw_run(run)
     summary = run.summary()
-    _show(console, f"{summary['recipe']}, {summary['epochs']} epochs", [summary])
-    console.print(f"run folder: {run.path}", highlight=False, soft_wrap=True)
+    _show(f"{summary['recipe']}, {summary['epochs']} epochs", [summary])
+    _say(f"run folder: {run.path}")
 
 
-def _compare(arguments: list[str], console: Console) -> None:
+def _compare(arguments: list[str]) -> None:
     from vmcr2.lab.sweep import compare
 
-    name, flags = _recipe_name(arguments)
-    recipe, options = _parse("compare", _needed(name, "compare", flags), _CompareOptions, flags)
-    objectives = options.objectives if _value_of("--objective", flags) is None else (recipe.objective,)
-    seeds = options.seeds if _value_of("--seed", flags) is None else (recipe.seed,)
+    name, flags, deciding = _split(arguments)
+    recipe, options = _parse("compare", _recipe(name, "compare", flags), _CompareOptions, flags)
+    objectives = options.objectives if deciding.objective is None else (deciding.objective,)
+    seeds = options.seeds if deciding.seed is None else (deciding.seed,)
     out = options.out or Path("runs") / recipe.name
-    runs = compare(recipe, objectives, seeds, out, options.data_root, console)
-    _show(console, f"{recipe.name}, {recipe.epochs} epochs, seeds {seeds}", [run.summary() for run in runs])
-    console.print(f"table, figures and runs: {out}", highlight=False, soft_wrap=True)
+    runs = compare(recipe, objectives, seeds, out, options.data_root, _console())
+    _show(f"{recipe.name}, {recipe.epochs} epochs, seeds {seeds}", [run.summary() for run in runs])
+    _say(f"table, figures and runs: {out}")
 
 
-@dataclass(frozen=True)
-class _EvaluateOptions:
-    """What evaluate takes.
+def evaluate(run: tyro.conf.Positional[Path], data_root: Path | None = None, components: tuple[int, ...] = ()) -> None:
+    """Measures a trained run again, in more detail.
 
-    Attributes:
+    Args:
         run: the run folder.
         data_root: folder of named data sets; also $VMCR2_DATA_ROOT. By default ./data.
         components: dimensions of the subspaces to try; by default 1, 2, 4, … and ⌊d/k⌋.
     """
-
-    run: Path
-    data_root: Path | None = None
-    components: tuple[int, ...] = ()
-
-
-def _evaluate(arguments: list[str], console: Console) -> None:
-    import tyro
-
-    from vmcr2.lab import train
-    from vmcr2.lab.evaluate import accuracy_by_components, extract, measure
-    from vmcr2.lab.networks import CrossEntropyHead
+    from vmcr2.lab import sources, train
+    from vmcr2.lab.evaluate import accuracy_by_components, extract, measure, subspaces
     from vmcr2.lab.report import table
-    from vmcr2.lab.run import RunFolder, write_atomically
+    from vmcr2.lab.run import RunFolder, write_json
     from vmcr2.subspaces import default_components
 
-    options = tyro.cli(
-        _EvaluateOptions, args=arguments, prog="vmcr2 evaluate", config=(tyro.conf.PositionalRequiredArgs,)
-    )
-    run = RunFolder.open(options.run)
-    recipe, dataset, model, criterion = train.load_trained(run, options.data_root)
-    features = extract(model, dataset, recipe.augmentation, recipe.batch_size)
-    head = criterion if isinstance(criterion, CrossEntropyHead) else None
-    measured = asdict(measure(features, dataset, recipe.eps_sq, head))
+    folder = RunFolder.open(run)
+    trained = train.load_trained(folder)
+    recipe = trained.recipe
+    dataset = sources.load(recipe.data, data_root)
+    features = extract(trained.model, dataset, recipe.augmentation, recipe.batch_size, recipe.precision)
+    predict = trained.objective.predict
+    measured = asdict(measure(features, dataset, subspaces(features, dataset), recipe.eps_sq, predict))
     usual = default_components(recipe.feature_dim, dataset.num_classes)
-    tried = options.components or tuple(sorted({r for r in (1, 2, 4, 8) if r <= recipe.feature_dim} | {usual}))
+    tried = components or tuple(sorted({r for r in (1, 2, 4, 8) if r <= recipe.feature_dim} | {usual}))
     by_components = accuracy_by_components(features, dataset, list(tried))
-    write_atomically(
-        run.path / "evaluation.json",
-        (json.dumps(measured | {"accuracy_by_components": by_components}, indent=2) + "\n").encode(),
-    )
-    figures = [(key, "–" if value is None else f"{value:.4f}") for key, value in measured.items()]
-    figures += [(f"test_accuracy, {r} components", f"{value:.4f}") for r, value in by_components.items()]
-    console.print(table(f"{run.path}", ("measure", "value"), figures))
+    write_json(run / "evaluation.json", measured | {"accuracy_by_components": by_components})
+    shown = [(key, "–" if value is None else f"{value:.4f}") for key, value in measured.items()]
+    shown += [(f"test_accuracy, {r} components", f"{value:.4f}") for r, value in by_components.items()]
+    _console().print(table(f"{run}", ("measure", "value"), shown))
 
 
-@dataclass(frozen=True)
-class _PlotOptions:
-    """What plot takes.
+def plot(run: tyro.conf.Positional[Path]) -> None:
+    """Draws the figures of a run or a comparison again.
 
-    Attributes:
+    Args:
         run: a run folder, or the folder of a comparison.
     """
-
-    run: Path
-
-
-def _plot(arguments: list[str], console: Console) -> None:
-    import tyro
-
-    from vmcr2.lab import figures as plot
+    from vmcr2.lab import figures
     from vmcr2.lab.run import RunFolder
 
-    folder = tyro.cli(_PlotOptions, args=arguments, prog="vmcr2 plot", config=(tyro.conf.PositionalRequiredArgs,)).run
-    if (folder / "comparison.json").is_file():
-        runs = [RunFolder.open(path.parent) for path in sorted(folder.glob("*/recipe.json"))]
+    if (run / "comparison.json").is_file():
+        runs = [RunFolder.open(path.parent) for path in sorted(run.glob("*/recipe.json"))]
         if not runs:
-            raise InputError(f"{folder} has a comparison.json but no run folders beside it")
-        order = {objective: place for place, objective in enumerate(OBJECTIVES)}
-        runs.sort(key=lambda run: (order[run.recipe().objective], run.recipe().seed))
-        drawn = plot.draw_comparison(runs, folder / "figures")
+            raise InputError(f"{run} has a comparison.json but no run folders beside it")
+        order = list(OBJECTIVES)
+        runs.sort(key=lambda one: (order.index(one.recipe().objective), one.recipe().seed))
+        drawn = figures.draw_comparison(runs, run / "figures")
     else:
-        drawn = plot.draw_run(RunFolder.open(folder))
+        drawn = figures.draw_run(RunFolder.open(run))
     for path in drawn:
-        console.print(str(path), highlight=False, soft_wrap=True)
+        _say(str(path))
 
 
-@dataclass(frozen=True)
-class _BenchOptions:
-    """What bench takes.
+def bench(
+    rows: tuple[Literal["mnist", "cifar10", "cifar100", "tiny-imagenet"], ...] = (),
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    seconds: float = 1.0,
+    out: Path | None = None,
+) -> None:
+    """Times the objectives on random images, as the paper's Table 1.
 
-    Attributes:
-        rows: which of mnist, cifar10, cifar100, tiny-imagenet to time.
+    Args:
+        rows: which to time; all by default.
         device: cpu, cuda or auto.
-        repeats: of every timing; the network is timed a third as often.
+        seconds: the least time that each measurement takes.
         out: a .json file for the figures.
     """
-
-    rows: tuple[Literal["mnist", "cifar10", "cifar100", "tiny-imagenet"], ...] = (
-        "mnist",
-        "cifar10",
-        "cifar100",
-        "tiny-imagenet",
-    )
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    repeats: int = 9
-    out: Path | None = None
-
-
-def _bench(arguments: list[str], console: Console) -> None:
-    import torch
-    import tyro
-
-    from vmcr2.checks import check_count
+    from vmcr2.checks import check_number
     from vmcr2.lab import bench
     from vmcr2.lab.report import describe_device, table
-    from vmcr2.lab.run import write_atomically
+    from vmcr2.lab.run import write_json
     from vmcr2.lab.train import chosen_device
 
-    options = tyro.cli(_BenchOptions, args=arguments, prog="vmcr2 bench")
-    check_count("repeats", options.repeats)
-    device = torch.device(chosen_device(options.device))
-    costs: dict[str, bench.EpochCost] = {
-        name: bench.epoch_cost(bench.WORKLOADS[name], device, options.repeats) for name in options.rows
-    }
-    where = describe_device(device)
+    check_number("seconds", seconds)
+    used = chosen_device(device)
+    costs = {name: bench.epoch_cost(bench.WORKLOADS[name], used, seconds) for name in rows or bench.WORKLOADS}
+    where = describe_device(used)
     title = f"Random images of the right size; ms a step, median ± quartile distance; {where}"
-    console.print(table(title, bench.COLUMNS, bench.rows(costs)))
-    if options.out is not None:
-        record = {"where": where, "rows": {name: asdict(cost) for name, cost in costs.items()}}
-        write_atomically(options.out, (json.dumps(record, indent=2) + "\n").encode())
+    _console().print(table(title, bench.COLUMNS, bench.rows(costs)))
+    if out is not None:
+        write_json(out, {"where": where, "rows": {name: asdict(cost) for name, cost in costs.items()}})
 
 
-@dataclass(frozen=True)
-class _SplitOptions:
-    """What split takes.
+def recipes(recipe: tyro.conf.Positional[str | None] = None) -> None:
+    """Lists the recipes, or shows one as JSON.
 
-    Attributes:
-        run: the run folder.
-        megabytes: of the largest part.
+    Args:
+        recipe: the one to show.
     """
-
-    run: Path
-    megabytes: int = 16
-
-
-def _split(arguments: list[str], console: Console) -> None:
-    import tyro
-
-    from vmcr2.checks import check_count
-    from vmcr2.lab.run import RunFolder
-
-    options = tyro.cli(_SplitOptions, args=arguments, prog="vmcr2 split", config=(tyro.conf.PositionalRequiredArgs,))
-    check_count("megabytes", options.megabytes)
-    run = RunFolder.open(options.run)
-    with run.held():
-        parts = run.split_checkpoint(options.megabytes * 1_000_000)
-    console.print(
-        f"{len(parts)} part{'s' * (len(parts) > 1)} in {run.parts_folder}; leave checkpoint.pt behind, "
-        f"carry the rest of {run.path}, and go on with --resume",
-        highlight=False,
-        soft_wrap=True,
-    )
-
-
-def _reproduce(arguments: list[str], console: Console) -> None:
-    import tyro
-
-    from vmcr2.lab import reproduce
-
-    name, flags = _recipe_name(arguments)
-    asked_for_help = {"-h", "--help"} & set(flags)
-    if name not in reproduce.TARGETS and not (name is None and asked_for_help):
-        got = "nothing" if name is None else repr(name)
-        raise InputError(f"reproduce takes one of {', '.join(reproduce.TARGETS)}, got {got}")
-    request = tyro.cli(reproduce.Request, args=flags, prog=f"vmcr2 reproduce {name or 'TABLE'}")
-    assert name is not None
-    for path in reproduce.TARGETS[name](request, console):
-        console.print(str(path), highlight=False, soft_wrap=True)
-
-
-def _recipes(arguments: list[str], console: Console) -> None:
     from vmcr2.lab.report import table
 
-    if arguments[:1] in (["-h"], ["--help"]):
-        print(USAGE)
-        return
-    if len(arguments) > 1 or (arguments and arguments[0].startswith("-")):
-        raise InputError(f"recipes takes at most one recipe, got {' '.join(arguments)}")
-    if arguments:
-        print(to_json(find(arguments[0])), end="")
+    if recipe is not None:
+        print(to_json(find(recipe)), end="")
         return
     rows = [
-        (recipe.name, recipe.network, str(recipe.feature_dim), str(recipe.batch_size), str(recipe.epochs), recipe.about)
-        for recipe in RECIPES.values()
+        (r.name, r.network, str(r.feature_dim), str(r.batch_size), str(r.epochs), r.about) for r in named().values()
     ]
-    console.print(table("Recipes", ("name", "network", "d", "batch", "epochs", "about"), rows))
+    _console().print(table("Recipes", ("name", "network", "d", "batch", "epochs", "about"), rows))
 
 
-_COMMANDS: dict[str, Callable[[list[str], Console], None]] = {
+def _reproduce(arguments: list[str]) -> None:
+    from vmcr2.lab import reproduce
+
+    name, *flags = arguments or [""]
+    if name in ("-h", "--help"):
+        tyro.cli(reproduce.Request, args=["--help"], prog="vmcr2 reproduce TABLE")
+    if name not in reproduce.TARGETS:
+        hint = nearest(name, reproduce.TARGETS)
+        raise InputError(f"reproduce takes one of {', '.join(reproduce.TARGETS)}, got {name or 'nothing'}{hint}")
+    request = tyro.cli(reproduce.Request, args=flags, prog=f"vmcr2 reproduce {name}")
+    for path in reproduce.TARGETS[name](request, _console()):
+        _say(str(path))
+
+
+def _typed(command: Callable[..., None]) -> Callable[[list[str]], None]:
+    """Returns a command whose flags are a function's arguments."""
+    return lambda arguments: tyro.cli(command, args=arguments, prog=f"vmcr2 {command.__name__}")
+
+
+_COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "train": _train,
     "compare": _compare,
-    "evaluate": _evaluate,
-    "plot": _plot,
+    "evaluate": _typed(evaluate),
+    "plot": _typed(plot),
     "reproduce": _reproduce,
-    "bench": _bench,
-    "split": _split,
-    "recipes": _recipes,
+    "bench": _typed(bench),
+    "recipes": _typed(recipes),
 }
 
 
-def _recipe_name(arguments: list[str]) -> tuple[str | None, list[str]]:
-    """Splits off the recipe, which is the first argument unless that is a flag."""
-    if arguments and not arguments[0].startswith("-"):
-        return arguments[0], arguments[1:]
-    return None, arguments
+def _split(arguments: list[str]) -> tuple[str | None, list[str], _Deciding]:
+    """Returns the recipe's name, which comes first, the flags after it, and those of them that decide the others."""
+    named_first = bool(arguments) and not arguments[0].startswith("-")
+    name, flags = (arguments[0], arguments[1:]) if named_first else (None, arguments)
+    deciding, _ = tyro.cli(_Deciding, args=flags, prog="vmcr2", return_unknown_args=True, add_help=False)
+    return name, flags, deciding
 
 
-def _needed(name: str | None, command: str, flags: list[str]) -> Recipe:
-    if name is None:
-        if {"-h", "--help"} & set(flags):
-            return RECIPES["digits"]
-        raise InputError(f"vmcr2 {command} takes a recipe first: one of {', '.join(RECIPES)} or a .json file")
-    return find(name)
-
-
-def _value_of(flag: str, flags: list[str]) -> str | None:
-    """Returns a flag's value, so that what it decides can be known before the flags are parsed."""
-    for place, word in enumerate(flags):
-        if word == flag and place + 1 < len(flags):
-            return flags[place + 1]
-        if word.startswith(f"{flag}="):
-            return word.partition("=")[2]
-    return None
+def _recipe(name: str | None, command: str, flags: list[str]) -> Recipe:
+    if name is not None:
+        return find(name)
+    if {"-h", "--help"} & set(flags):
+        return RECIPES["digits"]
+    raise InputError(f"vmcr2 {command} takes a recipe first: one of {', '.join(named())} or a .json file")
 
 
 def _parse(command: str, default: Recipe, kind: type[_Given], flags: list[str]) -> tuple[Recipe, _Given]:
     """Returns the recipe with the flags applied, and the command's other options."""
-    import tyro
-
     # Both are shown without a prefix: --epochs, --vmcr2.mu, --out.
     fields = [
         ("recipe", Annotated[Recipe, tyro.conf.arg(name="")], dataclasses.field(default=default)),
@@ -350,40 +274,65 @@ def _parse(command: str, default: Recipe, kind: type[_Given], flags: list[str]) 
     return parsed.recipe, parsed.options
 
 
-def _show(console: Console, title: str, summaries: Sequence[dict]) -> None:
+def _show(title: str, summaries: Sequence[dict]) -> None:
     from vmcr2.lab.report import table
     from vmcr2.lab.sweep import COLUMNS, hardware, rows
 
-    console.print(table(f"{title}, {hardware(summaries[0])}", COLUMNS, rows(summaries)))
+    _console().print(table(f"{title}, {hardware(summaries[0])}", COLUMNS, rows(summaries)))
+
+
+def _console() -> Console:
+    return Console(width=None if sys.stdout.isatty() else 120)
+
+
+def _say(text: str) -> None:
+    _console().print(text, highlight=False, soft_wrap=True)
+
+
+def _warn(message: Warning | str, *_: Any, **__: Any) -> None:
+    print(f"vmcr2: {message}", file=sys.stderr)
+
+
+def _how_to_continue(error: KeyboardInterrupt, given: list[str]) -> str:
+    """Returns the command that continues what Ctrl-C ended."""
+    if given[0] in ("compare", "reproduce"):  # they continue what is there
+        return shlex.join(["vmcr2", *given])
+    run = getattr(error, "run", None)
+    if run is None:
+        return ""
+    root = tyro.cli(_Options, args=given[1:], return_unknown_args=True, add_help=False)[0].data_root
+    return shlex.join(["vmcr2", "train", "--resume", str(run), *([] if root is None else ["--data-root", str(root)])])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit code: 0, or 2 for wrong input, 3 for diverged training."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a pipe in a Windows code page has no Δ
+            stream.reconfigure(errors="replace")
     if not given or given[0] in ("-h", "--help"):
         print(USAGE)
         return 0
-    try:
-        if given[0] == "--version":
-            from vmcr2 import __version__
+    with warnings.catch_warnings():
+        warnings.showwarning = _warn
+        try:
+            if given[0] == "--version":
+                from vmcr2 import __version__
 
-            print(__version__)
-        elif given[0] in _COMMANDS:
-            _COMMANDS[given[0]](given[1:], console)
-        else:
-            raise InputError(f"command must be one of {', '.join(_COMMANDS)}, got {given[0]!r}")
-    except (InputError, OSError) as error:
-        print(f"vmcr2: {error}", file=sys.stderr)
-        return 2
-    except NumericalError as error:
-        print(f"vmcr2: {error}", file=sys.stderr)
-        return 3
-    except KeyboardInterrupt:
-        print("vmcr2: interrupted; the run goes on with --resume", file=sys.stderr)
-        return 130
+                print(__version__)
+            elif given[0] in _COMMANDS:
+                _COMMANDS[given[0]](given[1:])
+            else:
+                hint = nearest(given[0], _COMMANDS)
+                raise InputError(f"command must be one of {', '.join(_COMMANDS)}, got {given[0]!r}{hint}")
+        except (InputError, OSError) as error:
+            print(f"vmcr2: {error}", file=sys.stderr)
+            return 2
+        except NumericalError as error:
+            print(f"vmcr2: {error}", file=sys.stderr)
+            return 3
+        except KeyboardInterrupt as error:
+            command = _how_to_continue(error, given)
+            print(f"vmcr2: interrupted{f'; to continue: {command}' if command else ''}", file=sys.stderr)
+            return 130
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

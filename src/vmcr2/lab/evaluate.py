@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,10 +10,9 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
-from vmcr2.dictionary import latched_blocks
-from vmcr2.lab.networks import CrossEntropyHead
-from vmcr2.lab.sources import Augmentation, Dataset, plain
-from vmcr2.membership import as_membership
+from vmcr2.lab.augmentation import Augmentation, plain
+from vmcr2.lab.networks import autocast
+from vmcr2.lab.sources import Dataset
 from vmcr2.rates import RateReduction, rate_reduction
 from vmcr2.subspaces import class_subspaces, nearest_subspace
 
@@ -26,18 +26,34 @@ class Features:
 
 
 @torch.no_grad()
-def extract(model: nn.Module, dataset: Dataset, augmentation: Augmentation, batch_size: int) -> Features:
-    """Returns the features of a data set; the model's mode is restored."""
+def extract(
+    model: nn.Module, dataset: Dataset, augmentation: Augmentation, batch_size: int, precision: str = "float32"
+) -> Features:
+    """Returns the features of a data set, on the device that holds it; the model's mode is restored.
+
+    Args:
+        model: the network, on the same device.
+        dataset: its inputs.
+        augmentation: whose crop size is taken from the middle.
+        batch_size: inputs at once.
+        precision: of the network: float32 or bf16.
+    """
     training = model.training
     model.eval()
     try:
-        parts = [
-            torch.cat([model(plain(batch, augmentation)) for batch in inputs.split(batch_size)])
-            for inputs in (dataset.train_inputs, dataset.test_inputs)
-        ]
+        with autocast(dataset.train_inputs.device, precision):
+            parts = [
+                torch.cat([model(plain(batch, augmentation)) for batch in inputs.split(batch_size)])
+                for inputs in (dataset.train_inputs, dataset.test_inputs)
+            ]
     finally:
         model.train(training)
     return Features(*parts)
+
+
+def subspaces(features: Features, dataset: Dataset, components: int | None = None) -> Float[Tensor, "k d r"]:
+    """Returns the bases of the classes' training features, by which eq. (8) classifies; None means ⌊d/k⌋ components."""
+    return class_subspaces(features.train, dataset.train_labels, dataset.num_classes, components)
 
 
 @dataclass(frozen=True)
@@ -52,25 +68,31 @@ class Measures:
 
 
 @torch.no_grad()
-def measure(features: Features, dataset: Dataset, eps_sq: float, head: CrossEntropyHead | None) -> Measures:
+def measure(
+    features: Features,
+    dataset: Dataset,
+    bases: Float[Tensor, "k d r"],
+    eps_sq: float,
+    predict: Callable[[Tensor], Tensor] | None = None,
+) -> Measures:
     """Returns exact R, R_c, ΔR on the training set, and the accuracy of nearest subspaces (eq. 8) on the test set.
 
     Args:
         features: of the data set.
         dataset: its labels.
+        bases: from `subspaces`.
         eps_sq: ε².
-        head: cross-entropy's linear layer, whose accuracy is given beside, or None.
+        predict: a classifier that was trained with the network, whose accuracy is given beside, or None.
     """
     k = dataset.num_classes
     rates: RateReduction = rate_reduction(features.train, dataset.train_labels, num_classes=k, eps_sq=eps_sq)
-    bases = class_subspaces(features.train, dataset.train_labels, k)
     predicted = nearest_subspace(features.test, bases)
     return Measures(
         float(rates.expansion),
         float(rates.compression),
         float(rates.reduction),
         accuracy(predicted, dataset.test_labels),
-        None if head is None else accuracy(head.predict(features.test), dataset.test_labels),
+        None if predict is None else accuracy(predict(features.test), dataset.test_labels),
     )
 
 
@@ -82,11 +104,10 @@ def accuracy(predicted: Shaped[Tensor, " t"], labels: Shaped[Tensor, " t"]) -> f
 @torch.no_grad()
 def accuracy_by_components(features: Features, dataset: Dataset, components: list[int]) -> dict[int, float]:
     """Returns the nearest-subspace test accuracy for each dimension of the subspaces."""
-    found = {}
-    for r in components:
-        bases = class_subspaces(features.train, dataset.train_labels, dataset.num_classes, r)
-        found[r] = accuracy(nearest_subspace(features.test, bases), dataset.test_labels)
-    return found
+    return {
+        r: accuracy(nearest_subspace(features.test, subspaces(features, dataset, r)), dataset.test_labels)
+        for r in components
+    }
 
 
 @torch.no_grad()
@@ -99,10 +120,12 @@ def for_figures(features: Features, dataset: Dataset, shown_classes: int = 10) -
     chosen = torch.linspace(0, k - 1, min(k, shown_classes)).long().tolist()
     rows = [(dataset.train_labels == j).nonzero()[:50, 0] for j in chosen]
     picked = torch.cat(rows)
-    checked = as_membership(features.train, dataset.train_labels, k)
-    d = features.train.shape[1]
-    depth = min(d, int(checked.counts.max()))
-    _, spectra = latched_blocks(features.train, checked, depth)
+    depth = min(features.train.shape[1], int(torch.bincount(dataset.train_labels).max()))
+    spectra = features.train.new_zeros(k, depth)
+    for j in range(k):
+        own = features.train[dataset.train_labels == j]
+        values = torch.linalg.svdvals(own).square() / max(1, len(own))
+        spectra[j, : len(values)] = values
     return {
         "features": features.train[picked].cpu().numpy().astype(np.float16),
         "labels": dataset.train_labels[picked].cpu().numpy(),

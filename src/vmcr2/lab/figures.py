@@ -11,10 +11,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from vmcr2.lab.recipes import Objective
+from vmcr2.lab.recipes import OBJECTIVES, ObjectiveName
 from vmcr2.lab.run import RunFolder
 
-OBJECTIVE_NAMES = {"vmcr2": "V-MCR²", "mcr2": "MCR²", "ce": "cross-entropy"}
 _COLOURS = {"vmcr2": "#0b6e99", "mcr2": "#d1495b", "ce": "#7a7a7a"}
 _STYLE: dict[str, Any] = {
     "figure.dpi": 150,
@@ -108,7 +107,7 @@ def draw_run(run: RunFolder) -> list[Path]:
         InputError: the run is not complete (a ValueError).
     """
     recipe, arrays, metrics = run.recipe(), run.features(), run.metrics()
-    name = f"{recipe.name}, {OBJECTIVE_NAMES[recipe.objective]}, seed {recipe.seed}"
+    name = f"{recipe.name}, {OBJECTIVES[recipe.objective]}, seed {recipe.seed}"
     k = len(arrays["class_names"])
     drawn = []
     with mpl.rc_context(_STYLE):
@@ -141,7 +140,7 @@ def draw_comparison(runs: Sequence[RunFolder], folder: Path) -> list[Path]:
     Raises:
         InputError: a run is not complete (a ValueError).
     """
-    by_objective: dict[str, list[RunFolder]] = {}
+    by_objective: dict[ObjectiveName, list[RunFolder]] = {}
     for run in runs:
         by_objective.setdefault(run.recipe().objective, []).append(run)
     title = runs[0].recipe().name
@@ -168,7 +167,7 @@ def draw_comparison(runs: Sequence[RunFolder], folder: Path) -> list[Path]:
         for axes, (objective, members) in zip(panels, by_objective.items(), strict=True):
             arrays = members[0].features()
             draw_similarity(axes, arrays["features"], arrays["labels"], arrays["class_names"])
-            axes.set_title(OBJECTIVE_NAMES[objective], loc="left")
+            axes.set_title(OBJECTIVES[objective], loc="left")
             if axes is not panels[0]:
                 axes.set_yticklabels([])
         figure.suptitle(f"{title}: |cosine| between training samples, sorted by class")
@@ -177,7 +176,7 @@ def draw_comparison(runs: Sequence[RunFolder], folder: Path) -> list[Path]:
     return drawn
 
 
-def draw_convergence(runs: Mapping[tuple[str, Objective], RunFolder], path: Path, title: str) -> Path:
+def draw_convergence(runs: Mapping[tuple[str, ObjectiveName], RunFolder], path: Path, title: str) -> Path:
     """Draws ΔR over epochs, a panel a data set and a line an objective, R and R_c beside it (the paper's Figure 1).
 
     Args:
@@ -199,7 +198,7 @@ def draw_convergence(runs: Mapping[tuple[str, Objective], RunFolder], path: Path
                 epochs, colour = [line["epoch"] for line in measured], _COLOURS[objective]
                 marker = "o" if len(epochs) < 2 else None
                 reduction = [line["train_reduction"] for line in measured]
-                axes.plot(epochs, reduction, color=colour, label=f"ΔR, {OBJECTIVE_NAMES[objective]}", marker=marker)
+                axes.plot(epochs, reduction, color=colour, label=f"ΔR, {OBJECTIVES[objective]}", marker=marker)
                 for key, style in (("train_expansion", "--"), ("train_compression", ":")):
                     axes.plot(epochs, [line[key] for line in measured], style, color=colour, linewidth=0.8)
             axes.set_title(name, loc="left")
@@ -215,7 +214,7 @@ def draw_convergence(runs: Mapping[tuple[str, Objective], RunFolder], path: Path
         return _save(figure, path)
 
 
-def draw_similarities(runs: Mapping[tuple[str, Objective], RunFolder], path: Path, title: str) -> Path:
+def draw_similarities(runs: Mapping[tuple[str, ObjectiveName], RunFolder], path: Path, title: str) -> Path:
     """Draws |z_i · z_i'| of training samples by class, data sets across and objectives down (the paper's Figure 2).
 
     Args:
@@ -242,7 +241,7 @@ def draw_similarities(runs: Mapping[tuple[str, Objective], RunFolder], path: Pat
                 if i == 0:
                     axes.set_title(f"{name}, {runs[name, objective].recipe().epochs} epochs")
                 if j == 0:
-                    axes.set_ylabel(OBJECTIVE_NAMES[objective])
+                    axes.set_ylabel(OBJECTIVES[objective])
         shown = next(axes for line in panels for axes in line if axes.images)
         figure.colorbar(shown.images[0], ax=list(panels.flatten()), shrink=0.7)
         figure.suptitle(title, x=0.01, ha="left")
@@ -262,7 +261,7 @@ def draw_noise(records: Sequence[dict[str, Any]], path: Path, title: str) -> Pat
         figure = Figure(figsize=(max(4.6, 3.4 * len(names)), 3.2))
         panels = figure.subplots(1, len(names), squeeze=False)[0]
         for axes, name in zip(panels, names, strict=True):
-            for objective, label in OBJECTIVE_NAMES.items():
+            for objective, label in OBJECTIVES.items():
                 for key, style in (("test_accuracy", "-"), ("head_accuracy", "--")):
                     by_share: dict[int, list[float]] = {}
                     for record in records:
@@ -281,13 +280,13 @@ def draw_noise(records: Sequence[dict[str, Any]], path: Path, title: str) -> Pat
         return _save(figure, path)
 
 
-def _draw_seeds(axes: Axes, seeds: list[list[dict[str, Any]]], key: str, objective: str) -> None:
+def _draw_seeds(axes: Axes, seeds: list[list[dict[str, Any]]], key: str, objective: ObjectiveName) -> None:
     curves = [[(line["epoch"], line[key]) for line in metrics if key in line] for metrics in seeds]
     for curve in curves:
         axes.plot(*zip(*curve, strict=True), color=_COLOURS[objective], alpha=0.25, linewidth=0.8)
     epochs = [epoch for epoch, _ in curves[0]]
     mean = np.mean([[value for _, value in curve] for curve in curves], axis=0)
-    axes.plot(epochs, mean, color=_COLOURS[objective], label=OBJECTIVE_NAMES[objective])
+    axes.plot(epochs, mean, color=_COLOURS[objective], label=OBJECTIVES[objective])
 
 
 def _figure(width: float, height: float) -> tuple[Figure, Axes]:

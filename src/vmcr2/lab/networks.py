@@ -6,7 +6,7 @@ from collections.abc import Callable
 from itertools import pairwise
 
 import torch
-from jaxtyping import Float, Shaped
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -153,17 +153,6 @@ def build(network: str, input_shape: tuple[int, ...], feature_dim: int) -> nn.Mo
         raise InputError(f"network {network} cannot take inputs of shape {input_shape}: {error}") from error
 
 
-class CrossEntropyHead(nn.Module):
-    """The linear layer on top of the featurizer and its cross-entropy loss (Section 7.2)."""
-
-    def __init__(self, feature_dim: int, num_classes: int) -> None:
-        super().__init__()
-        self.linear = nn.Linear(feature_dim, num_classes)
-
-    def forward(self, features: Float[Tensor, "m d"], labels: Shaped[Tensor, "m ..."]) -> Float[Tensor, ""]:
-        """Returns the mean cross-entropy."""
-        return functional.cross_entropy(self.linear(features), labels)
-
-    def predict(self, features: Float[Tensor, "m d"]) -> Shaped[Tensor, " m"]:
-        """Returns the most likely labels."""
-        return self.linear(features).argmax(1)
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """Returns the context in which a network computes: "bf16" by torch's autocast, anything else as it is."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")

@@ -8,61 +8,25 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 
 from vmcr2.errors import InputError, NumericalError
-from vmcr2.lab import bench, train
-from vmcr2.lab import figures as plot
-from vmcr2.lab.recipes import RECIPES, Objective, Recipe
+from vmcr2.lab import bench, figures, recipes, train
+from vmcr2.lab.paper import FIGURE1, FIGURE2, NOISE, TABLE2, TABLE3, Printed
+from vmcr2.lab.recipes import OBJECTIVES, ObjectiveName, Recipe
 from vmcr2.lab.report import describe_device, markdown_table
-from vmcr2.lab.run import RunFolder, write_atomically
+from vmcr2.lab.run import RunFolder, write_atomically, write_json
 from vmcr2.lab.sources import load, resolved
 from vmcr2.lab.sweep import completed, hardware, refuse_conflicts
 
-
-@dataclass(frozen=True)
-class Printed:
-    """What the paper prints for one row and objective: ΔR of the training set and test accuracy; None where nothing."""
-
-    reduction: float | None = None
-    accuracy: float | None = None
-
-
-TABLE2: dict[str, dict[Objective, Printed]] = {
-    "mnist": {"mcr2": Printed(44.6429, 0.9785), "vmcr2": Printed(44.2117, 0.9788), "ce": Printed(None, 0.9738)},
-    "cifar10": {"mcr2": Printed(49.40, 0.8956), "vmcr2": Printed(48.43, 0.8997), "ce": Printed(None, 0.8665)},
-    "cifar100": {"mcr2": Printed(226.0519, 0.2421), "vmcr2": Printed(218.0185, 0.5872), "ce": Printed(None, 0.5840)},
-    "tiny-imagenet": {
-        "mcr2": Printed(227.6468, 0.1319),
-        "vmcr2": Printed(231.1538, 0.2665),
-        "ce": Printed(None, 0.1907),
-    },
-}
-TABLE3: dict[str, dict[Objective, Printed]] = {
-    "cifar100-strong": {"vmcr2": Printed(130.2177, 0.6951), "ce": Printed(None, 0.7146)},
-    "tiny-imagenet-strong": {"vmcr2": Printed(134.9504, 0.4189), "ce": Printed(None, 0.4843)},
-}
-# Not in the paper: the property that MCR² is known for. digits is there for those without a GPU.
-NOISE: dict[str, dict[Objective, Printed]] = {
-    f"{name}-noise{percent}": {"mcr2": Printed(), "vmcr2": Printed(), "ce": Printed()}
-    for name in ("digits", "mnist", "cifar10")
-    for percent in (0, 10, 20, 30, 40, 50)
-}
-FIGURE1: dict[str, dict[Objective, Printed | None]] = {
-    name: {"mcr2": None, "vmcr2": None}
-    for name in ("mnist", "cifar10", "cifar100-d100", "cifar100", "tiny-imagenet-d200", "tiny-imagenet")
-}
-FIGURE2: dict[str, dict[Objective, Printed | None]] = {
-    name: {"mcr2": None, "vmcr2": None} for name in ("mnist", "cifar10", "cifar100", "tiny-imagenet")
-}
+Rows = dict[str, dict[ObjectiveName, Printed | None]]
 
 
 @dataclass(frozen=True)
 class Request:
     """What to reproduce, and how much of it; the flags of the command.
 
-    Whatever was run before is gone on with, or shown as it is.
+    Runs that are there already are shown, or continued where more epochs are asked for.
 
     Attributes:
         rows: which rows of the table, or data sets of the figure; all by default.
@@ -78,7 +42,7 @@ class Request:
     """
 
     rows: tuple[str, ...] = ()
-    objectives: tuple[Objective, ...] = ()
+    objectives: tuple[ObjectiveName, ...] = ()
     seeds: tuple[int, ...] = (0,)
     epochs: int | None = None
     train_size: int | None = None
@@ -99,7 +63,7 @@ class Request:
             raise InputError(f"rows of {name} must be among {', '.join(rows)}, got {', '.join(unknown)}")
         return [row for row in rows if not self.rows or row in self.rows]
 
-    def recipe(self, row: str, objective: Objective, seed: int) -> Recipe:
+    def recipe(self, row: str, objective: ObjectiveName, seed: int) -> Recipe:
         """Returns the recipe of one run."""
         recipe = replace(_base(row, self.ours), objective=objective, seed=seed)
         if self.epochs is not None:
@@ -127,7 +91,7 @@ class Request:
 def _base(row: str, ours: bool) -> Recipe:
     """Returns the recipe that a row stands for, at its full length."""
     base, _, percent = row.partition("-noise")
-    recipe = RECIPES[f"{base}-ours" if ours else base]
+    recipe = recipes.named()[f"{base}-ours" if ours else base]
     if not percent:
         return recipe
     noisy = replace(recipe.data, label_noise=int(percent) / 100)
@@ -135,16 +99,16 @@ def _base(row: str, ours: bool) -> Recipe:
 
 
 def _runs(
-    request: Request, rows: dict[str, dict[Objective, Any]], name: str, console: Console
-) -> Iterator[tuple[str, Objective, list[RunFolder]]]:
+    request: Request, rows: Rows, name: str, console: Console
+) -> Iterator[tuple[str, ObjectiveName, list[RunFolder]]]:
     """Yields the runs of every row and objective, complete; all that is asked for is looked at before anything runs."""
     if not request.seeds:
         raise InputError("seeds must name at least one")
     if request.ours:
-        rows = {row: cells for row, cells in rows.items() if f"{row.partition('-noise')[0]}-ours" in RECIPES}
+        rows = {row: cells for row, cells in rows.items() if f"{row.partition('-noise')[0]}-ours" in recipes.named()}
         name += " --ours"
         if not rows:
-            raise InputError(f"ours must be left away here: there are no recipes of our own for {name.split()[0]}")
+            raise InputError(f"ours has no meaning here: there are no recipes of our own for {name.split()[0]}")
     planned = [
         (row, objective, [request.recipe(row, objective, seed) for seed in request.seeds])
         for row in request.chosen(rows, name)
@@ -153,13 +117,13 @@ def _runs(
     ]
     if not planned:
         raise InputError(f"objectives must be some that {name} has, got {', '.join(request.objectives)}")
-    recipes = [recipe for *_, wanted in planned for recipe in wanted]
-    refuse_conflicts([(request.folder(recipe), recipe) for recipe in recipes])
-    for settings in dict.fromkeys(recipe.data for recipe in recipes):
+    everything = [recipe for *_, members in planned for recipe in members]
+    refuse_conflicts([(request.folder(recipe), recipe) for recipe in everything])
+    for settings in dict.fromkeys(recipe.data for recipe in everything):
         load(settings, request.data_root)
-    for row, objective, wanted in planned:
+    for row, objective, members in planned:
         done = []
-        for recipe in wanted:
+        for recipe in members:
             try:
                 done.append(completed(request.folder(recipe), recipe, request.data_root, console))
             except NumericalError as error:  # the other cells do not depend on this one
@@ -179,7 +143,7 @@ def _mean(summaries: list[dict[str, Any]], key: str) -> float | None:
     return None if None in values else sum(values) / len(values)
 
 
-def _table(request: Request, rows: dict[str, dict[Objective, Printed]], name: str, console: Console) -> list[Path]:
+def _table(request: Request, rows: Rows, name: str, console: Console) -> list[Path]:
     """Runs what is asked for and writes the table of all that this and earlier calls have run."""
     text, record = request.path(name, "md"), request.path(name, "json")
     for row, _, runs in _runs(request, rows, name, console):
@@ -190,7 +154,7 @@ def _table(request: Request, rows: dict[str, dict[Objective, Printed]], name: st
         earlier = [line for line in _records(record) if str(_identity(line)[:2]) in order]
         known = {_identity(line): line for line in [*earlier, *fresh]}
         lines = sorted(known.values(), key=lambda line: (order.index(str(_identity(line)[:2])), line["seed"]))
-        write_atomically(record, (json.dumps(lines, indent=2) + "\n").encode())
+        write_json(record, lines)
         write_atomically(text, _rendered(lines, rows, name, request.ours).encode())
     if not text.is_file():
         raise NumericalError(f"every run of {name} diverged, there is nothing to show")
@@ -198,7 +162,7 @@ def _table(request: Request, rows: dict[str, dict[Objective, Printed]], name: st
     return [text, record]
 
 
-def _cells(rows: dict[str, dict[Objective, Any]]) -> list[tuple[str, Objective]]:
+def _cells(rows: Rows) -> list[tuple[str, ObjectiveName]]:
     return [(row, objective) for row, cells in rows.items() for objective in cells]
 
 
@@ -215,7 +179,7 @@ def _records(path: Path) -> list[dict[str, Any]]:
         raise InputError(f"{path} is damaged ({error}); delete it, the runs beside it are kept") from error
 
 
-def _rendered(records: list[dict[str, Any]], rows: dict[str, dict[Objective, Printed]], name: str, ours: bool) -> str:
+def _rendered(records: list[dict[str, Any]], rows: Rows, name: str, ours: bool) -> str:
     """Returns the table in Markdown; the title says what is smaller than it should be."""
     lines, sizes = [], []
     for row, objective in _cells(rows):
@@ -224,10 +188,10 @@ def _rendered(records: list[dict[str, Any]], rows: dict[str, dict[Objective, Pri
             continue
         full = _base(row, ours).epochs
         sizes += [f"{member['epochs']} of {full} epochs" for member in members if member["epochs"] < full]
-        printed = rows[row][objective]
+        printed = rows[row][objective] or Printed()
         lines.append(
             [
-                f"{row}, {plot.OBJECTIVE_NAMES[objective]}",
+                f"{row}, {OBJECTIVES[objective]}",
                 ", ".join(str(member["seed"]) for member in members),
                 ", ".join(sorted({str(member["epochs"]) for member in members})),
                 _beside(_mean(members, "train_expansion"), None, 2),
@@ -268,7 +232,7 @@ def table1(request: Request, console: Console) -> list[Path]:
             f"{', '.join([*unused, *['ours'] * request.ours])} has no meaning for table1, which times steps"
         )
     rows = request.chosen(dict.fromkeys(bench.WORKLOADS), "table1")
-    device = torch.device(train.chosen_device("auto"))
+    device = train.chosen_device("auto")
     where = describe_device(device)
     stored = request.out / "table1.json"
     everywhere = {record["where"]: record["rows"] for record in _records(stored)}
@@ -277,9 +241,9 @@ def table1(request: Request, console: Console) -> list[Path]:
     for row in rows:
         if row not in known:
             console.print(f"timing {row}", highlight=False)
-            known[row] = asdict(bench.epoch_cost(bench.WORKLOADS[row], device, 9))
+            known[row] = asdict(bench.epoch_cost(bench.WORKLOADS[row], device))
             records = [{"where": place, "rows": timed} for place, timed in everywhere.items()]
-            write_atomically(stored, (json.dumps(records, indent=2) + "\n").encode())
+            write_json(stored, records)
     text = "## table1\n\nSeconds per epoch on random images of the right size.\n"
     for place, timed in everywhere.items():
         costs = {row: bench.EpochCost.from_record(timed[row]) for row in bench.WORKLOADS if row in timed}
@@ -304,26 +268,26 @@ def noise(request: Request, console: Console) -> list[Path]:
     """Trains the three objectives with wrong labels, tests them on right ones, and draws the accuracies."""
     text, record = _table(request, NOISE, "noise", console)
     title = "Wrong training labels" + _part_of(request)
-    return [text, record, plot.draw_noise(_records(record), request.path("noise", "png"), title)]
+    return [text, record, figures.draw_noise(_records(record), request.path("noise", "png"), title)]
 
 
 def figure1(request: Request, console: Console) -> list[Path]:
     """Draws ΔR of the training set over epochs, from the runs of table 2 and of the other feature dimensions."""
-    return _figure(request, FIGURE1, "figure1", "ΔR of the training set", plot.draw_convergence, console)
+    return _figure(request, FIGURE1, "figure1", "ΔR of the training set", figures.draw_convergence, console)
 
 
 def figure2(request: Request, console: Console) -> list[Path]:
     """Draws |ZᵀZ| of training samples sorted by class, from the runs of table 2."""
     title = "|cosine| between training samples, by class"
-    return _figure(request, FIGURE2, "figure2", title, plot.draw_similarities, console)
+    return _figure(request, FIGURE2, "figure2", title, figures.draw_similarities, console)
 
 
 def _figure(
     request: Request,
-    rows: dict[str, dict[Objective, Any]],
+    rows: Rows,
     name: str,
     title: str,
-    draw: Callable[[dict[tuple[str, Objective], RunFolder], Path, str], Path],
+    draw: Callable[[dict[tuple[str, ObjectiveName], RunFolder], Path, str], Path],
     console: Console,
 ) -> list[Path]:
     runs = {(row, objective): found[0] for row, objective, found in _runs(request, rows, name, console)}

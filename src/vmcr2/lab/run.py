@@ -3,7 +3,6 @@
 recipe.json      the resolved recipe
 metrics.jsonl    one line an epoch
 checkpoint.pt    the latest state, tensors and primitives only; checkpoint.previous.pt the one before
-checkpoint.parts the same in small files, where asked for; read where checkpoint.pt is missing
 features.npz     features for the figures
 summary.json     the final numbers; there once the run is complete
 figures/*.png
@@ -11,7 +10,6 @@ figures/*.png
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -24,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 
 from vmcr2.errors import InputError
 from vmcr2.lab import recipes
@@ -40,6 +39,11 @@ def write_atomically(path: Path, content: bytes) -> None:
     part.replace(path)
 
 
+def write_json(path: Path, value: Any) -> None:
+    """Writes a value as indented JSON, atomically."""
+    write_atomically(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
 def is_free(path: Path) -> bool:
     """Whether nothing is at the path, or a folder with nothing but what a killed run's half-written files left."""
     if not path.exists():
@@ -47,8 +51,14 @@ def is_free(path: Path) -> bool:
     return path.is_dir() and all(file.name.startswith(".") and ".part" in file.name for file in path.iterdir())
 
 
-def _digest(content: bytes) -> str:
-    return hashlib.blake2b(content, digest_size=16).hexdigest()
+class _Inside:
+    """The path of a file in the run folder."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __get__(self, run: RunFolder, kind: type | None = None) -> Path:
+        return run.path / self.name
 
 
 @dataclass(frozen=True)
@@ -57,55 +67,28 @@ class RunFolder:
 
     path: Path
 
-    @property
-    def recipe_file(self) -> Path:
-        """recipe.json."""
-        return self.path / "recipe.json"
-
-    @property
-    def metrics_file(self) -> Path:
-        """metrics.jsonl."""
-        return self.path / "metrics.jsonl"
-
-    @property
-    def checkpoint_file(self) -> Path:
-        """checkpoint.pt."""
-        return self.path / "checkpoint.pt"
-
-    @property
-    def previous_checkpoint_file(self) -> Path:
-        """checkpoint.previous.pt."""
-        return self.path / "checkpoint.previous.pt"
-
-    @property
-    def parts_folder(self) -> Path:
-        """checkpoint.parts."""
-        return self.path / "checkpoint.parts"
-
-    @property
-    def features_file(self) -> Path:
-        """features.npz."""
-        return self.path / "features.npz"
-
-    @property
-    def summary_file(self) -> Path:
-        """summary.json."""
-        return self.path / "summary.json"
-
-    @property
-    def figures(self) -> Path:
-        """The folder of figures."""
-        return self.path / "figures"
+    recipe_file = _Inside("recipe.json")
+    metrics_file = _Inside("metrics.jsonl")
+    checkpoint_file = _Inside("checkpoint.pt")
+    previous_checkpoint_file = _Inside("checkpoint.previous.pt")
+    features_file = _Inside("features.npz")
+    summary_file = _Inside("summary.json")
+    figures = _Inside("figures")
 
     @classmethod
-    def create(cls, path: Path, recipe: Recipe) -> RunFolder:
+    def create(cls, path: str | Path, recipe: Recipe) -> RunFolder:
         """Makes a new run folder.
 
         Raises:
             InputError: the path is taken, by a run or by anything else (a ValueError).
         """
+        path = Path(path)
         if not is_free(path):
-            what = "a run is there already; go on with --resume" if (path / "recipe.json").is_file() else "it is taken"
+            what = (
+                "a run is there already; continue it with --resume"
+                if (path / "recipe.json").is_file()
+                else "it is taken"
+            )
             raise InputError(f"out must be a new or empty folder, got {path}: {what}, or choose another --out")
         path.mkdir(parents=True, exist_ok=True)
         run = cls(path)
@@ -113,12 +96,13 @@ class RunFolder:
         return run
 
     @classmethod
-    def open(cls, path: Path) -> RunFolder:
+    def open(cls, path: str | Path) -> RunFolder:
         """Opens a run folder that exists.
 
         Raises:
             InputError: the folder is missing, or has no recipe.json (a ValueError).
         """
+        path = Path(path)
         run = cls(path)
         if not path.is_dir():
             raise InputError(f"there is no run folder {path}")
@@ -149,18 +133,10 @@ class RunFolder:
             InputError: another process is at it (a ValueError).
         """
         try:
-            import fcntl
-        except ImportError:  # Windows has no such locks
-            yield
-            return
-        with (self.path / ".lock.part").open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise InputError(f"{self.path} is in use by another process") from error
-            except OSError:
-                pass  # a file system without locks
-            yield
+            with FileLock(self.path / ".lock.part", timeout=0):
+                yield
+        except Timeout as error:
+            raise InputError(f"{self.path} is in use by another process") from error
 
     def save_checkpoint(self, state: dict[str, Any]) -> None:
         """Writes checkpoint.pt, keeping the one before as checkpoint.previous.pt; both are whole at any moment."""
@@ -178,18 +154,14 @@ class RunFolder:
                 shutil.copyfile(self.checkpoint_file, spare)
             spare.replace(self.previous_checkpoint_file)
         part.replace(self.checkpoint_file)
-        shutil.rmtree(self.parts_folder, ignore_errors=True)  # they are those of an earlier state
 
-    def load_checkpoint(self, device: torch.device | str = "cpu") -> dict[str, Any] | None:
-        """Returns the latest checkpoint, or None where none was written yet.
+    def load_checkpoint(self) -> dict[str, Any] | None:
+        """Returns the latest checkpoint with its tensors on the CPU, or None where none was written yet.
 
         Raises:
             InputError: checkpoint.pt is damaged; it and the previous one are left as they are (a ValueError).
         """
         if not self.checkpoint_file.exists():
-            if (self.parts_folder / "parts.json").exists():
-                write_atomically(self.checkpoint_file, self._joined())
-                return self.load_checkpoint(device)
             if self.previous_checkpoint_file.exists():
                 raise InputError(
                     f"{self.checkpoint_file} is missing; to go on from the one before it, copy "
@@ -202,7 +174,7 @@ class RunFolder:
                 broken = archive.testzip()
             if broken is not None:
                 raise ValueError(f"checksum of {broken} is wrong")
-            return torch.load(self.checkpoint_file, map_location=device, weights_only=True)
+            return torch.load(self.checkpoint_file, map_location="cpu", weights_only=True)
         except Exception as error:
             previous = self.previous_checkpoint_file
             cure = (
@@ -212,40 +184,6 @@ class RunFolder:
                 else "there is no checkpoint before it; start the run anew"
             )
             raise InputError(f"{self.checkpoint_file} is damaged ({error}); {cure}") from error
-
-    def split_checkpoint(self, part_bytes: int) -> list[Path]:
-        """Writes checkpoint.parts, to carry a run where large files cannot go, and returns the parts.
-
-        A run folder that has the parts but no checkpoint.pt goes on from them.
-
-        Args:
-            part_bytes: at most so many in a part.
-
-        Raises:
-            InputError: the run has no checkpoint yet, or a damaged one (a ValueError).
-        """
-        if self.load_checkpoint() is None:
-            raise InputError(f"{self.path} has no checkpoint.pt to split yet")
-        content = self.checkpoint_file.read_bytes()
-        shutil.rmtree(self.parts_folder, ignore_errors=True)
-        self.parts_folder.mkdir()
-        paths = []
-        for i, start in enumerate(range(0, len(content), part_bytes)):
-            paths.append(self.parts_folder / f"{i:04d}")
-            write_atomically(paths[-1], content[start : start + part_bytes])
-        listed = {"names": [path.name for path in paths], "blake2b": _digest(content)}
-        write_atomically(self.parts_folder / "parts.json", json.dumps(listed).encode())
-        return paths
-
-    def _joined(self) -> bytes:
-        try:
-            listed = json.loads((self.parts_folder / "parts.json").read_text(encoding="utf-8"))
-            content = b"".join((self.parts_folder / name).read_bytes() for name in listed["names"])
-            if _digest(content) != listed["blake2b"]:
-                raise ValueError("their checksum is wrong")
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{self.parts_folder} is damaged or not complete ({error}); copy it again") from error
-        return content
 
     def metrics(self) -> list[dict[str, Any]]:
         """Returns the lines of metrics.jsonl; a last line that was cut off by a kill is left out."""
@@ -291,7 +229,7 @@ class RunFolder:
 
     def save_summary(self, summary: dict[str, Any]) -> None:
         """Writes summary.json."""
-        write_atomically(self.summary_file, (json.dumps(summary, indent=2) + "\n").encode())
+        write_json(self.summary_file, summary)
 
     def summary(self) -> dict[str, Any]:
         """Returns summary.json.

@@ -6,6 +6,10 @@ omniglot                                     <data root>/omniglot.npz, or built 
 tiny-imagenet                                <data root>/tiny-imagenet-200, as its archive unpacks; cached at 32×32
 a folder                                     train/<class>/*.png and test/<class>/*.png
 a .npz file                                  x_train, y_train, x_test, y_test: images or ready embeddings
+
+The labels of a file may be any integers, such as 100 to 119: they become 0 to k − 1 in their order, and the class names
+keep the originals. Where the file has `class_names`, its labels are places in them instead. A file or folder without a
+test part serves where `validation` holds a share of the training set out.
 """
 
 from __future__ import annotations
@@ -20,9 +24,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int, Shaped, UInt8
+from jaxtyping import Int, Shaped
 from torch import Tensor
-from torch.nn import functional
 
 from vmcr2.checks import check_count, check_number
 from vmcr2.errors import InputError
@@ -43,6 +46,8 @@ class DataSettings:
         train_size: keep the first so many training samples only.
         test_size: keep the first so many test samples only.
         image_size: scale a folder's images to so many pixels a side; needed where they differ in size.
+        validation: share of every class's training samples, drawn once for all runs, that is held out and takes the
+            place of the test set, so that settings can be chosen without it.
         label_noise: share of the training samples, drawn once for all runs, that get the label of another class.
     """
 
@@ -51,6 +56,7 @@ class DataSettings:
     train_size: int | None = None
     test_size: int | None = None
     image_size: int | None = None
+    validation: float = 0.0
     label_noise: float = 0.0
 
     def __post_init__(self) -> None:
@@ -58,29 +64,12 @@ class DataSettings:
             value = getattr(self, name)
             if value is not None:
                 check_count(f"data.{name}", value, at_least=least)
-        check_number("data.label_noise", self.label_noise, positive=False)
-        if self.label_noise >= 1:
-            raise InputError(f"data.label_noise must be a share below 1, got {self.label_noise}")
-
-
-@dataclass(frozen=True)
-class Augmentation:
-    """Random crops and flips, drawn anew for each image of a batch.
-
-    Attributes:
-        crop: side of the square cut out; None keeps the image's size.
-        padding: zeros put around the image first, so shifts go up to padding + (size − crop)/2 pixels.
-        flip: mirror half of the images.
-    """
-
-    crop: int | None = None
-    padding: int = 0
-    flip: bool = False
-
-    def __post_init__(self) -> None:
-        if self.crop is not None:
-            check_count("augmentation.crop", self.crop)
-        check_count("augmentation.padding", self.padding, at_least=0)
+        for name in ("validation", "label_noise"):
+            check_number(f"data.{name}", getattr(self, name), positive=False)
+            if getattr(self, name) >= 1:
+                raise InputError(f"data.{name} must be a share below 1, got {getattr(self, name)}")
+        if self.validation and self.test_size is not None:
+            raise InputError("data.test_size has no meaning beside data.validation, which replaces the test set")
 
 
 @dataclass(frozen=True)
@@ -109,7 +98,7 @@ def default_data_root() -> Path:
     return Path(os.environ.get(DATA_ROOT_VARIABLE) or "data")
 
 
-def load(settings: DataSettings, data_root: Path | None = None) -> Dataset:
+def load(settings: DataSettings, data_root: str | Path | None = None) -> Dataset:
     """Returns a data set.
 
     Args:
@@ -119,14 +108,15 @@ def load(settings: DataSettings, data_root: Path | None = None) -> Dataset:
     Raises:
         InputError: the source is unknown, or its files are missing, damaged or of the wrong form (a ValueError).
     """
-    root = default_data_root() if data_root is None else data_root
+    root = default_data_root() if data_root is None else Path(data_root)
     path = Path(settings.source)
     if settings.source in _NAMED:
         dataset = _NAMED[settings.source](root)
     elif path.suffix == ".npz":
-        dataset = _npz(path if path.is_file() or path.is_absolute() else root / path)
+        path = path if path.is_file() or path.is_absolute() else root / path
+        dataset = _npz(path, needs_test=not settings.validation)
     elif path.is_dir():
-        dataset = _folder(path, settings.image_size)
+        dataset = _folder(path, settings.image_size, needs_test=not settings.validation)
     else:
         raise InputError(
             f"data.source must be one of {', '.join(_NAMED)}, a .npz file or a folder of images by class, "
@@ -179,10 +169,26 @@ def _subset(dataset: Dataset, settings: DataSettings) -> Dataset:
                 )
             kept = {f"{part}_inputs": inputs[:size].clone(), f"{part}_labels": labels[:size].clone()}
             dataset = replace(dataset, **kept)
+    if settings.validation:
+        dataset = _held_out(dataset, settings.validation)
     if settings.label_noise:
         check_count("the number of classes beside data.label_noise", dataset.num_classes, at_least=2)
         dataset = replace(dataset, train_labels=_mislabelled(dataset, settings.label_noise))
     return dataset
+
+
+def _held_out(dataset: Dataset, share: float) -> Dataset:
+    """Returns the data set with a share of every class's training samples in place of the test set."""
+    m = len(dataset.train_labels)
+    shuffled = torch.randperm(m, generator=torch.Generator().manual_seed(0))
+    held = torch.zeros(m, dtype=torch.bool)
+    for j in range(dataset.num_classes):
+        members = shuffled[dataset.train_labels[shuffled] == j]
+        held[members[: min(round(share * len(members)), len(members) - 1)]] = True
+    if not held.any():
+        raise InputError(f"data.validation must hold out a sample of some class, {share} of each class is none")
+    inputs, labels = dataset.train_inputs, dataset.train_labels
+    return Dataset(inputs[~held], labels[~held], inputs[held], labels[held], dataset.class_names)
 
 
 def _mislabelled(dataset: Dataset, share: float) -> Int[Tensor, " m"]:
@@ -347,7 +353,7 @@ def _decode_all(files: list[Path], side: int, title: str) -> np.ndarray:
     return images
 
 
-def _npz(path: Path) -> Dataset:
+def _npz(path: Path, *, needs_test: bool = True) -> Dataset:
     if not path.is_file():
         raise InputError(f"data.source: there is no file {path}")
     try:
@@ -358,41 +364,53 @@ def _npz(path: Path) -> Dataset:
     except Exception as error:  # NumPy passes on whatever the zip, the header or the decompression stumbled over
         raise InputError(f"{path} is no readable .npz file (truncated or damaged?): {error}") from error
     missing = [name for name in ("x_train", "y_train", "x_test", "y_test") if name not in held]
-    if missing:
-        raise InputError(f"{path} must hold x_train, y_train, x_test, y_test; it lacks {', '.join(missing)}")
+    if missing == ["x_test", "y_test"] and not needs_test:
+        held |= {"x_test": held["x_train"][:0], "y_test": held["y_train"][:0]}
+    elif missing:
+        hint = "; data.validation holds a share of the training set out instead" if missing[0] == "x_test" else ""
+        raise InputError(f"{path} must hold x_train, y_train, x_test, y_test; it lacks {', '.join(missing)}{hint}")
     names = [str(name) for name in np.atleast_1d(held["class_names"])] if "class_names" in held else None
     return _from_arrays(str(path), held["x_train"], held["y_train"], held["x_test"], held["y_test"], names)
 
 
-def _folder(root: Path, image_size: int | None) -> Dataset:
-    parts = {}
-    for part in ("train", "test"):
-        if not (root / part).is_dir():
-            raise InputError(f"{root} must hold folders train/<class> and test/<class> of images, it has no {part}/")
-        parts[part] = {path.name: path for path in sorted((root / part).iterdir()) if path.is_dir()}
-    names = sorted(parts["train"])
+def _folder(root: Path, image_size: int | None, *, needs_test: bool) -> Dataset:
+    parts: dict[str, dict[str, Path]] = {"train": {}, "test": {}}
+    for part, classes in parts.items():
+        if (root / part).is_dir():
+            found = sorted(path for path in (root / part).iterdir() if path.is_dir() and path.name[0] != ".")
+            classes |= {path.name: path for path in found}
+        elif part == "train":
+            raise InputError(f"{root} must hold folders train/<class> and test/<class> of images, it has no train/")
+        elif needs_test:
+            raise InputError(
+                f"{root} has no test/<class> beside train/; set data.validation to hold a share of train/ out instead"
+            )
+    names = list(parts["train"])
     unknown = sorted(set(parts["test"]) - set(names))
     if not names or unknown:
         raise InputError(
             f"{root}: test/ has classes that train/ lacks: {unknown}" if names else f"{root}/train is empty"
         )
     arrays: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-    for part in ("train", "test"):
+    for part, classes in parts.items():
         files = [
             (file, label)
             for label, name in enumerate(names)
-            if name in parts[part]
-            for file in sorted(parts[part][name].iterdir())
-            if file.suffix.lower() in _IMAGE_ENDINGS
+            if name in classes
+            for file in sorted(classes[name].iterdir())
+            if file.suffix.lower() in _IMAGE_ENDINGS and file.name[0] != "."
         ]
         empty = [] if part == "test" else [name for j, name in enumerate(names) if all(j != y for _, y in files)]
         if empty:
             raise InputError(f"{root}/train must hold an image of every class, it has none of {', '.join(empty)}")
+        if part == "test" and not classes and not needs_test:
+            arrays[part] = arrays["train"][0][:0], arrays["train"][1][:0]
+            continue
         images = [_decode(file, image_size) for file, _ in files]
         sizes = {image.shape for image in images}
         if len(sizes) != 1:
-            found = f"sizes {sorted(sizes)[:3]}; set data.image_size" if sizes else "no image"
-            raise InputError(f"{root}/{part} must hold images of one size, got {found}")
+            found_sizes = f"sizes {sorted(sizes)[:3]}; set data.image_size" if sizes else "no image"
+            raise InputError(f"{root}/{part} must hold images of one size, got {found_sizes}")
         arrays[part] = np.stack(images), np.asarray([label for _, label in files])
     return _from_arrays(str(root), *arrays["train"], *arrays["test"], names)
 
@@ -420,20 +438,28 @@ def _from_arrays(
 ) -> Dataset:
     """Checks arrays and returns them as a data set."""
     for part, x, y in (("train", x_train, y_train), ("test", x_test, y_test)):
-        if y.ndim != 1 or not np.issubdtype(y.dtype, np.integer) or x.shape[:1] != y.shape or not y.size:
+        empty = part == "train" and not y.size
+        if y.ndim != 1 or not np.issubdtype(y.dtype, np.integer) or x.shape[:1] != y.shape or empty:
             raise InputError(
                 f"{name}: y_{part} must hold one integer label a sample of x_{part} {x.shape}, got {y.dtype} {y.shape}"
             )
-    lowest, highest = min(y_train.min(), y_test.min()), max(y_train.max(), y_test.max())
-    k = int(min(y_train.max(), 10_000_000)) + 1 if class_names is None else len(class_names)
+    if class_names is None:
+        values, y_train = np.unique(y_train, return_inverse=True)
+        unknown = np.setdiff1d(y_test, values)
+        if unknown.size:
+            raise InputError(f"{name}: y_test has classes that y_train lacks: {unknown[:5].tolist()}")
+        y_test, class_names = np.searchsorted(values, y_test), [str(value) for value in values]
+    k = len(class_names)
+    lowest, highest = (extreme(np.concatenate([y_train, y_test])) for extreme in (np.min, np.max))
     if lowest < 0 or highest >= k:
-        raise InputError(f"{name}: labels must lie in [0, {k}), got labels from {lowest} to {highest}")
-    names = [str(j) for j in range(k)] if class_names is None else class_names
+        raise InputError(
+            f"{name}: labels must lie in [0, {k}), as class_names are, got labels from {lowest} to {highest}"
+        )
     inputs = [_as_inputs(f"{name}: x_{part}", x) for part, x in (("train", x_train), ("test", x_test))]
     if inputs[0].shape[1:] != inputs[1].shape[1:]:
         raise InputError(f"{name}: x_train and x_test must agree, got {x_train.shape} and {x_test.shape}")
     labels = [torch.from_numpy(y.astype(np.int64)) for y in (y_train, y_test)]
-    return Dataset(inputs[0], labels[0], inputs[1], labels[1], tuple(names))
+    return Dataset(inputs[0], labels[0], inputs[1], labels[1], tuple(class_names))
 
 
 def _as_inputs(name: str, array: np.ndarray) -> Tensor:
@@ -443,7 +469,7 @@ def _as_inputs(name: str, array: np.ndarray) -> Tensor:
         if not np.isfinite(narrow).all():
             raise InputError(f"{name} must be finite in float32, it holds NaN or infinite entries")
         return torch.from_numpy(narrow)
-    if array.ndim in (3, 4) and array.size and array.dtype == np.uint8:
+    if array.ndim in (3, 4) and all(array.shape[1:]) and array.dtype == np.uint8:
         if array.ndim == 3:
             array = array[:, None]
         elif array.shape[-1] in (1, 3) and array.shape[1] not in (1, 3):
@@ -464,56 +490,3 @@ _NAMED: dict[str, Callable[[Path], Dataset]] = {
     "omniglot": _omniglot,
     "tiny-imagenet": _tiny_imagenet,
 }
-
-
-def augmented(
-    inputs: Shaped[Tensor, "b ..."], settings: Augmentation, generator: torch.Generator
-) -> Float[Tensor, "b ..."]:
-    """Returns a batch as float32, each image with a crop and a mirroring of its own; embeddings as they are.
-
-    Args:
-        inputs: uint8 images (b, c, h, w), or float embeddings (b, d).
-        settings: the augmentation.
-        generator: the source of randomness, on the inputs' device.
-    """
-    if inputs.ndim == 2:
-        return inputs
-    b, c = inputs.shape[:2]
-    height, width = _crop_size(inputs, settings)
-    padded = functional.pad(inputs, (settings.padding,) * 4)
-    device = inputs.device
-
-    def starts(room: int) -> Tensor:
-        return torch.randint(room + 1, (b, 1), generator=generator, device=device)
-
-    rows = starts(padded.shape[2] - height) + torch.arange(height, device=device)
-    columns = starts(padded.shape[3] - width) + torch.arange(width, device=device)
-    if settings.flip:
-        mirrored = torch.rand(b, 1, generator=generator, device=device) < 0.5
-        columns = torch.where(mirrored, columns.flip(1), columns)
-    samples = torch.arange(b, device=device)[:, None, None, None]
-    channels = torch.arange(c, device=device)[None, :, None, None]
-    return _to_float(padded[samples, channels, rows[:, None, :, None], columns[:, None, None, :]])
-
-
-def plain(inputs: Shaped[Tensor, "b ..."], settings: Augmentation) -> Float[Tensor, "b ..."]:
-    """Returns a batch as float32 without augmentation: the middle of the padded image, at the crop's size."""
-    if inputs.ndim == 2:
-        return inputs
-    height, width = _crop_size(inputs, settings)
-    top, left = inputs.shape[2] - height, inputs.shape[3] - width
-    # A negative pad cuts, a positive one adds zeros: either way the image stays in the middle.
-    return _to_float(functional.pad(inputs, (-(left // 2), -(left - left // 2), -(top // 2), -(top - top // 2))))
-
-
-def _crop_size(inputs: UInt8[Tensor, "b c h w"], settings: Augmentation) -> tuple[int, int]:
-    height, width = inputs.shape[2:]
-    if settings.crop is None:
-        return height, width
-    limit = min(height, width) + 2 * settings.padding
-    check_count("augmentation.crop", settings.crop, at_most=limit, limit="the padded image")
-    return settings.crop, settings.crop
-
-
-def _to_float(images: UInt8[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-    return images.float().div_(255)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,22 +11,20 @@ from typing import Any
 from rich.console import Console
 
 from vmcr2.errors import InputError
-from vmcr2.lab import figures as plot
-from vmcr2.lab import sources as data
-from vmcr2.lab import train
-from vmcr2.lab.recipes import Objective, Recipe, differences
+from vmcr2.lab import figures, sources, train
+from vmcr2.lab.recipes import OBJECTIVES, ObjectiveName, Recipe
 from vmcr2.lab.report import markdown_table
-from vmcr2.lab.run import RunFolder, is_free, write_atomically
+from vmcr2.lab.run import RunFolder, is_free, write_atomically, write_json
 
 COLUMNS = ("objective", "R", "R_c", "ΔR", "test accuracy", "own head", "s/epoch")
 
 
 def compare(
     recipe: Recipe,
-    objectives: Sequence[Objective],
+    objectives: Sequence[ObjectiveName],
     seeds: Sequence[int],
-    out: Path,
-    data_root: Path | None = None,
+    out: str | Path,
+    data_root: str | Path | None = None,
     console: Console | None = None,
 ) -> list[RunFolder]:
     """Trains every objective on every seed, going on with what is there, and writes the table and the figures.
@@ -48,7 +45,8 @@ def compare(
     """
     if not objectives or not seeds:
         raise InputError("objectives and seeds must each name at least one")
-    recipe = replace(recipe, data=data.resolved(recipe.data))
+    out = Path(out)
+    recipe = replace(recipe, data=sources.resolved(recipe.data))
     planned = [
         (out / f"{objective}-seed{seed}", replace(recipe, objective=objective, seed=seed))
         for seed in seeds
@@ -56,33 +54,29 @@ def compare(
     ]
     refuse_conflicts(planned)
     runs = []
-    for path, wanted in planned:
-        runs.append(completed(path, wanted, data_root, console))
-        plot.draw_run(runs[-1])
+    for path, one in planned:
+        runs.append(completed(path, one, data_root, console))
+        figures.draw_run(runs[-1])
     summaries = [run.summary() for run in runs]
-    write_atomically(out / "comparison.json", (json.dumps(summaries, indent=2) + "\n").encode())
+    write_json(out / "comparison.json", summaries)
     heading = f"{recipe.name}, {recipe.epochs} epochs, seeds {', '.join(map(str, seeds))}, {hardware(summaries[0])}"
     text = f"{heading}\n\n{markdown_table(COLUMNS, rows(summaries))}"
     write_atomically(out / "comparison.md", text.encode())
-    plot.draw_comparison(runs, out / "figures")
+    figures.draw_comparison(runs, out / "figures")
     return runs
 
 
 def refuse_conflicts(planned: Sequence[tuple[Path, Recipe]]) -> None:
     """Raises InputError if the folder of a planned run holds something else, before any of them is run."""
-    for path, wanted in planned:
+    for path, recipe in planned:
         if (path / "recipe.json").is_file():
             run = RunFolder.open(path)
-            stored = run.recipe()
-            train.refuse_epochs(run, stored, wanted)
-            differing = differences(stored, replace(wanted, epochs=stored.epochs))
-            if differing:
-                raise InputError(f"{path} belongs to another recipe (there, here): {'; '.join(differing)}")
+            train.refuse_other_recipe(run, run.recipe(), recipe)
         elif not is_free(path):
             raise InputError(f"{path} exists and is no run folder; choose another --out")
 
 
-def completed(path: Path, recipe: Recipe, data_root: Path | None, console: Console | None) -> RunFolder:
+def completed(path: Path, recipe: Recipe, data_root: str | Path | None, console: Console | None) -> RunFolder:
     """Returns the run of a recipe in a folder, after starting it or going on with it as far as is needed."""
     if (path / "recipe.json").is_file():
         return train.resume(RunFolder.open(path), recipe, data_root, console)
@@ -90,8 +84,9 @@ def completed(path: Path, recipe: Recipe, data_root: Path | None, console: Conso
 
 
 def hardware(summary: dict[str, Any]) -> str:
-    """Returns what a run ran on, in words."""
-    return f"{summary['device']}, {summary['threads']} threads, torch {summary['torch']}"
+    """Returns what a run ran on, in words, and what it was measured on where that is not the test set."""
+    held_out = ", measured on a validation share" if summary.get("evaluated_on") == "validation" else ""
+    return f"{summary['device']}, {summary['threads']} threads, torch {summary['torch']}{held_out}"
 
 
 def rows(summaries: Sequence[dict[str, Any]]) -> list[list[str]]:
@@ -99,7 +94,7 @@ def rows(summaries: Sequence[dict[str, Any]]) -> list[list[str]]:
     table = []
     for objective in dict.fromkeys(summary["objective"] for summary in summaries):
         members = [summary for summary in summaries if summary["objective"] == objective]
-        row = [plot.OBJECTIVE_NAMES[objective]]
+        row = [OBJECTIVES[objective]]
         for key, digits in (
             ("train_expansion", 2),
             ("train_compression", 2),

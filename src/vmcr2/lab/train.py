@@ -1,41 +1,159 @@
-"""The one training loop, for V-MCR² (Algorithms 1 and 2), exact MCR² and cross-entropy on the same network and data."""
+"""The one training loop, `fit`, and the runs of recipes around it: V-MCR² (Algorithms 1 and 2), MCR², cross-entropy."""
 
 from __future__ import annotations
 
 import math
 import platform
+import signal
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import TracebackType
+from typing import Any
 
 import torch
+from jaxtyping import Float
 from rich.console import Console
 from torch import Tensor, nn
 
 from vmcr2.errors import InputError, NumericalError
-from vmcr2.lab import networks as featurizers
-from vmcr2.lab import recipes
-from vmcr2.lab import sources as data
-from vmcr2.lab.evaluate import Features, Measures, extract, for_figures, measure
-from vmcr2.lab.networks import CrossEntropyHead
+from vmcr2.lab import networks, objectives, recipes, sources
+from vmcr2.lab.augmentation import augmented, plain, warn_of_lost_borders
+from vmcr2.lab.evaluate import Features, Measures, extract, for_figures, measure, subspaces
+from vmcr2.lab.objectives import Objective
 from vmcr2.lab.recipes import Recipe
 from vmcr2.lab.report import EpochProgress, device_name
 from vmcr2.lab.run import RunFolder
 from vmcr2.lab.sources import Dataset
-from vmcr2.losses import MCR2Loss, VMCR2Loss, balanced_mu
-from vmcr2.rates import rate_reduction
 
-if TYPE_CHECKING:
-    from lightning_fabric import Fabric
-
-_CHECKED_ATOMS = 5000  # of more the check of block structure would cost more than the epoch
-
-Criterion = VMCR2Loss | MCR2Loss | CrossEntropyHead
+Batches = Iterable[tuple[Tensor, Tensor]]
+OnEpoch = Callable[[dict[str, Any]], None]
 
 
-def start(recipe: Recipe, out: Path, data_root: Path | None = None, console: Console | None = None) -> RunFolder:
+def fit(
+    model: nn.Module,
+    objective: Objective,
+    batches: Batches | Callable[[int], Batches],
+    optimizer: torch.optim.Optimizer,
+    epochs: int,
+    *,
+    latch_on: Batches | Callable[[int], Batches] | None = None,
+    lr_at: Callable[[float], float] | None = None,
+    precision: str = "float32",
+    on_epoch: OnEpoch | None = None,
+    done: int = 0,
+    history: Sequence[dict[str, Any]] = (),
+) -> None:
+    """Trains a network on an objective.
+
+    Args:
+        model: maps inputs to features (m, d). It and the criterion are on the device to train on.
+        objective: what to train on; anything with the interface of `Objective`.
+        batches: pairs (inputs, labels), such as a DataLoader, gone through once an epoch; or a function that returns
+            those of an epoch, the first of which is 1.
+        optimizer: of the parameters of the model and of `objective.criterion`.
+        epochs: the last epoch.
+        latch_on: what the objective may look at before an epoch, in the same form; best un-augmented. None means
+            `batches`.
+        lr_at: the learning rate at a moment (1.5 is half-way through the second epoch), set before every step; the
+            batches must then have a length. None leaves the optimizer's.
+        precision: of the network: "float32", or "bf16" by autocast.
+        on_epoch: called after every epoch with its line of figures, to which it may add.
+        done: epochs that were trained before, after which this goes on.
+        history: their lines.
+
+    Raises:
+        InputError: there is no batch, or the objective refuses the first one (a ValueError).
+        NumericalError: training diverged, or the objective saw no sense in going on.
+    """
+    lines = list(history)
+    if lines:
+        _check(objective, lines)
+    for epoch in range(done + 1, epochs + 1):
+        began = time.perf_counter()
+        found = _fit_epoch(model, objective, batches, optimizer, epoch, latch_on, lr_at, precision)
+        lines.append({"epoch": epoch} | found | {"seconds": time.perf_counter() - began})
+        if on_epoch is not None:
+            on_epoch(lines[-1])
+        _check(objective, lines)
+
+
+def _fit_epoch(
+    model: nn.Module,
+    objective: Objective,
+    batches: Batches | Callable[[int], Batches],
+    optimizer: torch.optim.Optimizer,
+    epoch: int,
+    latch_on: Batches | Callable[[int], Batches] | None,
+    lr_at: Callable[[float], float] | None,
+    precision: str,
+) -> dict[str, float]:
+    """Runs one epoch and returns the mean loss and the figures of the last batch."""
+    device, criterion = next(model.parameters()).device, objective.criterion
+    total = torch.zeros((), device=device, dtype=torch.float64)
+    steps, features, labels = 0, None, None
+    try:
+        with networks.autocast(device, precision):
+            objective.before_epoch(epoch, model, _of(epoch, batches if latch_on is None else latch_on))
+        model.train()
+        criterion.train()
+        current = _of(epoch, batches)
+        for inputs, given in current:
+            if lr_at is not None:
+                assert isinstance(current, Sized)
+                for group in optimizer.param_groups:
+                    group["lr"] = lr_at(epoch - 1 + (steps + 0.5) / len(current))
+            with networks.autocast(device, precision):
+                features = model(inputs.to(device))
+            features, labels = features.to(torch.promote_types(features.dtype, torch.float32)), given.to(device)
+            loss = criterion(features, labels)
+            optimizer.zero_grad()
+            loss.backward()
+            if objective.gradient_clip is not None:
+                nn.utils.clip_grad_norm_(model.parameters(), objective.gradient_clip)
+            optimizer.step()
+            total += loss.detach()
+            steps += 1
+        if features is None or labels is None:
+            raise InputError("batches must give at least one batch an epoch; a generator is used up after the first")
+        mean = float(total / steps)
+        if not math.isfinite(mean):
+            raise NumericalError(f"the mean loss is {mean}")
+        # The last step may have spoilt the weights without a loss to show it; such a state must not be saved.
+        if not torch.stack([parameter.isfinite().all() for parameter in model.parameters()]).all():
+            raise NumericalError("the network's weights are no longer finite")
+        return {"loss": mean} | objective.log(features.detach(), labels)
+    except (InputError, NumericalError) as error:
+        fine = epoch == 1 if features is None else bool(features.isfinite().all())
+        if isinstance(error, InputError) and fine:
+            raise  # the input is wrong, not the training
+        raise _diverged(objective, epoch, error) from error
+
+
+def _of(epoch: int, batches: Batches | Callable[[int], Batches]) -> Batches:
+    return batches(epoch) if callable(batches) else batches
+
+
+def _check(objective: Objective, lines: list[dict[str, Any]]) -> None:
+    try:
+        objective.check(lines)
+    except NumericalError as error:
+        raise _diverged(objective, lines[-1]["epoch"], error) from error
+
+
+def _diverged(objective: Objective, epoch: int, why: Exception) -> NumericalError:
+    return NumericalError(f"training diverged in epoch {epoch}: {why}. {objective.cure}.")
+
+
+def start(
+    recipe: Recipe,
+    out: str | Path,
+    data_root: str | Path | None = None,
+    console: Console | None = None,
+    on_epoch: OnEpoch | None = None,
+) -> RunFolder:
     """Trains a recipe into a new run folder.
 
     Args:
@@ -43,6 +161,7 @@ def start(recipe: Recipe, out: Path, data_root: Path | None = None, console: Con
         out: the run folder, new or empty.
         data_root: where named data sets lie.
         console: where progress is shown.
+        on_epoch: called with every epoch's line of metrics.jsonl, such as a logger's.
 
     Returns:
         The run folder, complete.
@@ -50,17 +169,22 @@ def start(recipe: Recipe, out: Path, data_root: Path | None = None, console: Con
     Raises:
         InputError: the data or the folder is not as it must be; nothing was written (a ValueError).
         NumericalError: training diverged; the checkpoints before are there.
+        Interrupted: Ctrl-C was pressed; the run can be resumed.
     """
-    recipe = replace(recipe, data=data.resolved(recipe.data))
+    recipe = replace(recipe, data=sources.resolved(recipe.data))
     prepared = _prepare(recipe, data_root)
     run = RunFolder.create(out, recipe)
     with run.held():
-        _train(prepared, run, console)
+        _train(prepared, run, console, on_epoch)
     return run
 
 
 def resume(
-    run: RunFolder, recipe: Recipe | None = None, data_root: Path | None = None, console: Console | None = None
+    run: RunFolder,
+    recipe: Recipe | None = None,
+    data_root: str | Path | None = None,
+    console: Console | None = None,
+    on_epoch: OnEpoch | None = None,
 ) -> RunFolder:
     """Goes on with a run from its last checkpoint, or from its beginning where it has none; a complete run is left.
 
@@ -71,22 +195,21 @@ def resume(
         recipe: must be the run's own but for `epochs`, which may be more than the run has; None takes the run's own.
         data_root: where named data sets lie.
         console: where progress is shown.
+        on_epoch: called with every further epoch's line of metrics.jsonl.
 
     Raises:
         InputError: the folder belongs to another recipe, or its checkpoint is damaged (a ValueError).
         NumericalError: training diverged; the checkpoints before are there.
+        Interrupted: Ctrl-C was pressed; the run can be resumed.
     """
     stored = run.recipe()
-    recipe = stored if recipe is None else replace(recipe, data=data.resolved(recipe.data))
-    differing = recipes.differences(stored, replace(recipe, epochs=stored.epochs))
-    if differing:
-        raise InputError(
-            f"{run.path} belongs to another recipe (there, here): {'; '.join(differing)}. "
-            "Take another --out, or leave these flags away"
-        )
+    recipe = stored if recipe is None else replace(recipe, data=sources.resolved(recipe.data))
+    refuse_other_recipe(run, stored, recipe)
     if run.is_complete() and recipe.epochs <= stored.epochs:
+        if console is not None:
+            text = f"{run.path} is complete at {stored.epochs} epochs: nothing to do"
+            console.print(text, highlight=False, soft_wrap=True)
         return run
-    refuse_epochs(run, stored, recipe)
     prepared = _prepare(recipe, data_root)
     with run.held():
         state = run.load_checkpoint()
@@ -95,19 +218,68 @@ def resume(
         if recipe != stored:
             run.summary_file.unlink(missing_ok=True)
             run.write_recipe(recipe)
-        _train(prepared, run, console, state)
+        _train(prepared, run, console, on_epoch, state)
     return run
 
 
-def refuse_epochs(run: RunFolder, stored: Recipe, recipe: Recipe) -> None:
-    """Raises InputError where a run cannot be given other epochs: fewer before it is done, or more with `lr_drops`."""
+def refuse_other_recipe(run: RunFolder, stored: Recipe, recipe: Recipe) -> None:
+    """Raises InputError where a run cannot go on with a recipe: another one, or with epochs that it cannot be given."""
+    differing = recipes.differences(stored, replace(recipe, epochs=stored.epochs))
+    if differing:
+        raise InputError(
+            f"{run.path} belongs to another recipe (there, here): {'; '.join(differing)}. "
+            "Choose another --out, or drop these flags"
+        )
     if recipe.epochs < stored.epochs and not run.is_complete():
         raise InputError(f"epochs must be at least the {stored.epochs} that {run.path} is to have, got {recipe.epochs}")
-    if recipe.epochs > stored.epochs and recipe.lr_drops:
+    if recipe.epochs > stored.epochs and recipe.lr_needs_epochs:
         raise InputError(
-            f"epochs must stay {stored.epochs} for {run.path}, got {recipe.epochs}: its lr_drops are shares of the "
-            "epochs, so a longer run is another one from the first drop on; start it in a folder of its own"
+            f"epochs must stay {stored.epochs} for {run.path}, got {recipe.epochs}: its learning rate follows the "
+            "share of the epochs that has passed, so a longer run is another one; start it in a folder of its own"
         )
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C ended a run that can be resumed.
+
+    Attributes:
+        run: its folder.
+    """
+
+    def __init__(self, run: Path) -> None:
+        super().__init__(f"interrupted; {run} can be resumed")
+        self.run = run
+
+
+class _Interrupt:
+    """Turns Ctrl-C into a stop that loses nothing: after the epoch, where that is not on the disk yet, else at once.
+
+    Epochs shorter than `checkpoint_seconds` are finished and saved; of a longer one the state before it is on the disk
+    already. A second Ctrl-C stops at once in any case.
+    """
+
+    def __init__(self, run: RunFolder, epoch: int, console: Console | None) -> None:
+        self.run, self.console = run, console
+        self.done = self.saved = epoch
+        self.asked = False
+
+    def __enter__(self) -> _Interrupt:
+        if threading.current_thread() is threading.main_thread():
+            self.before = signal.signal(signal.SIGINT, self._note)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, self.before)
+
+    def _note(self, *_: object) -> None:
+        if self.asked or self.done == self.saved:
+            raise Interrupted(self.run.path)
+        self.asked = True
+        if self.console is not None:
+            self.console.print("stopping after this epoch; Ctrl-C again stops at once", highlight=False)
 
 
 @dataclass(frozen=True)
@@ -117,13 +289,13 @@ class _Prepared:
     recipe: Recipe
     dataset: Dataset
     fingerprint: str
-    fabric: Fabric
+    device: torch.device
     model: nn.Module
-    criterion: Criterion
+    objective: Objective
 
 
-def chosen_device(name: str) -> str:
-    """Returns cuda or cpu for auto, cuda or cpu; auto passes over accelerators without float64.
+def chosen_device(name: str) -> torch.device:
+    """Returns the device for auto, cuda or cpu; auto passes over accelerators without float64.
 
     Raises:
         InputError: cuda is asked for and there is none (a ValueError).
@@ -131,320 +303,289 @@ def chosen_device(name: str) -> str:
     there = torch.cuda.is_available()
     if name == "cuda" and not there:
         raise InputError("device must be cpu or auto here, got cuda: torch sees no CUDA device")
-    return "cuda" if name == "cuda" or (name == "auto" and there) else "cpu"
+    return torch.device("cuda" if name == "cuda" or (name == "auto" and there) else "cpu")
 
 
-def _prepare(recipe: Recipe, data_root: Path | None) -> _Prepared:
+def _prepare(recipe: Recipe, data_root: str | Path | None) -> _Prepared:
     """Loads the data and builds the network, and sends a few samples through it, so that what is wrong shows now."""
-    from lightning_fabric import Fabric
-
-    dataset = _load(recipe, data_root)
-    digest = data.fingerprint(dataset)
-    fabric = Fabric(accelerator=chosen_device(recipe.device), devices=1, precision=recipe.precision)
-    model, criterion = build_model(recipe, dataset)
+    dataset = sources.load(recipe.data, data_root)
+    digest = sources.fingerprint(dataset)
+    m = len(dataset.train_labels)
+    if m < 2:
+        raise InputError(f"data must have at least 2 training samples, got {m}")
+    example = plain(dataset.train_inputs[:2], recipe.augmentation)
+    if example.ndim == 4:
+        warn_of_lost_borders((dataset.train_inputs.shape[2], dataset.train_inputs.shape[3]), recipe.augmentation)
+    device = chosen_device(recipe.device)
+    model, objective = build(recipe, tuple(example.shape[1:]), dataset.num_classes)
     try:
         with torch.no_grad():
-            model.eval()(data.plain(dataset.train_inputs[:2], recipe.augmentation))
+            model.eval()(example)
     except RuntimeError as error:
         shape = tuple(dataset.train_inputs.shape[1:])
         raise InputError(f"network {recipe.network} cannot take inputs of shape {shape}: {error}") from error
-    return _Prepared(recipe, dataset.to(fabric.device), digest, fabric, model.train(), criterion)
+    if recipe.channels_last:
+        for parameter in model.parameters():
+            if parameter.ndim == 4:  # the layout of the weights is what convolutions go by
+                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+    objective.criterion.to(device)
+    return _Prepared(recipe, dataset.to(device), digest, device, model.train().to(device), objective)
+
+
+def build(recipe: Recipe, input_shape: tuple[int, ...], num_classes: int) -> tuple[nn.Module, Objective]:
+    """Returns the network and the objective of a recipe, initialised from its seed.
+
+    Args:
+        recipe: the recipe.
+        input_shape: of one input of the network, after augmentation.
+        num_classes: k.
+
+    Raises:
+        InputError: the network does not take such inputs (a ValueError).
+    """
+    torch.manual_seed(recipe.seed)
+    model = networks.build(recipe.network, input_shape, recipe.feature_dim)
+    return model, objectives.build(recipe, num_classes)
 
 
 def _check_state(run: RunFolder, state: Any, prepared: _Prepared) -> None:
     """Raises InputError unless a checkpoint has what it must, of this recipe and this data."""
-    wanted = {"epoch", "seconds", "model", "criterion", "optimizer", "rng", "recipe", "data"}
-    if not isinstance(state, dict) or not wanted <= state.keys():
-        raise InputError(f"{run.checkpoint_file} is no checkpoint of this program: it must hold {sorted(wanted)}")
+    expected = {"epoch", "seconds", "model", "criterion", "optimizer", "rng", "recipe", "data", "trained"}
+    if not isinstance(state, dict) or not expected <= state.keys():
+        raise InputError(f"{run.checkpoint_file} is no checkpoint of this program: it must hold {sorted(expected)}")
     if state["epoch"] > prepared.recipe.epochs:
         got = prepared.recipe.epochs
         raise InputError(f"epochs must be at least the {state['epoch']} that {run.path} has, got {got}")
     if state["recipe"] != _identity(prepared.recipe):
         raise InputError(f"{run.checkpoint_file} belongs to another recipe than {run.recipe_file}")
     if state["data"] != prepared.fingerprint:
-        raise InputError(f"{run.checkpoint_file} was trained on other data than is found now")
+        raise InputError(f"{run.checkpoint_file} was trained on data that differs from what is there now")
 
 
 def _identity(recipe: Recipe) -> str:
     """Returns the recipe as text, but for the number of epochs, which may grow."""
-    return recipes.to_json(replace(recipe, epochs=1))
+    return recipes.to_json(recipe if recipe.lr_needs_epochs else replace(recipe, epochs=max(1, recipe.warmup_epochs)))
 
 
-def _load(recipe: Recipe, data_root: Path | None) -> Dataset:
-    """Returns the recipe's data, after everything that can be wrong with the two together was checked."""
-    dataset = data.load(recipe.data, data_root)
-    m = len(dataset.train_labels)
-    if m < 2:
-        raise InputError(f"data must have at least 2 training samples, got {m}")
-    data.plain(dataset.train_inputs[:1], recipe.augmentation)
-    return dataset
+@dataclass(frozen=True)
+class EpochBatches:
+    """One pass over a training set, in an order and with an augmentation that follow from the epoch's number alone.
 
+    So there is no state to save between epochs. The batches are as equal as can be, and of two samples at least, as
+    BatchNorm needs.
 
-def epoch_generator(recipe: Recipe, epoch: int, device: torch.device) -> torch.Generator:
-    """Returns the source of data order and augmentation of one epoch: no state to save between epochs."""
-    return torch.Generator(device).manual_seed(recipe.seed * 1_000_003 + epoch)
-
-
-def batches(dataset: Dataset, recipe: Recipe, generator: torch.Generator) -> Iterator[Tensor]:
-    """Yields the indices of one epoch's batches, as equal as can be and of two samples at least, as BatchNorm needs."""
-    m = len(dataset.train_labels)
-    order = torch.randperm(m, generator=generator, device=generator.device)
-    yield from order.tensor_split(_num_batches(m, recipe.batch_size))
-
-
-def _num_batches(m: int, batch_size: int) -> int:
-    return min(-(-m // batch_size), m // 2)
-
-
-def build_model(recipe: Recipe, dataset: Dataset) -> tuple[nn.Module, Criterion]:
-    """Returns the featurizer and the criterion of a recipe, initialised from its seed."""
-    torch.manual_seed(recipe.seed)
-    example = data.plain(dataset.train_inputs[:1], recipe.augmentation)
-    model = featurizers.build(recipe.network, tuple(example.shape[1:]), recipe.feature_dim)
-    k, d = dataset.num_classes, recipe.feature_dim
-    match recipe.objective:
-        case "ce":
-            return model, CrossEntropyHead(d, k)
-        case "mcr2":
-            return model, MCR2Loss(k, eps_sq=recipe.eps_sq)
-        case "vmcr2":
-            chosen = recipe.vmcr2
-            m = len(dataset.train_labels)
-            batch = math.ceil(m / _num_batches(m, recipe.batch_size))
-            return model, VMCR2Loss(
-                k,
-                d,
-                atoms_per_class=chosen.atoms_per_class or max(1, d // k),
-                mu=chosen.mu or balanced_mu(d, batch, eps_sq=recipe.eps_sq, balance=chosen.balance),
-                eps_sq=recipe.eps_sq,
-                step_atoms=chosen.step_atoms,
-                step_codes=chosen.step_codes,
-                energy=chosen.energy,
-                structure=chosen.structure,
-            )
-
-
-def _train(prepared: _Prepared, run: RunFolder, console: Console | None, state: dict[str, Any] | None = None) -> None:
-    recipe, dataset, fabric, criterion = prepared.recipe, prepared.dataset, prepared.fabric, prepared.criterion
-    torch.manual_seed(recipe.seed)
-    parameters = [*prepared.model.parameters(), *criterion.parameters()]
-    optimizer = torch.optim.SGD(parameters, recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
-    criterion.to(fabric.device)
-    if recipe.channels_last:
-        for parameter in prepared.model.parameters():
-            if parameter.ndim == 4:  # the layout of the weights is what convolutions go by
-                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
-    model, optimizer = fabric.setup(prepared.model, optimizer)
-    done, seconds = 0, 0.0
-    if state is not None:
-        done, seconds = state["epoch"], state["seconds"]
-        model.load_state_dict(state["model"])
-        criterion.load_state_dict(state["criterion"])
-        optimizer.load_state_dict(state["optimizer"])
-        torch.set_rng_state(state["rng"].cpu())
-        if fabric.device.type == "cuda" and "cuda_rng" in state:
-            torch.cuda.set_rng_state(state["cuda_rng"].cpu(), fabric.device)
-    run.truncate_metrics(done)
-    history = run.metrics()
-    saved = time.monotonic()
-    title = f"{recipe.name} {recipe.objective} seed {recipe.seed}"
-    features = measures = None
-    with EpochProgress(title, recipe.epochs, done, console) as progress:
-        for epoch in range(done + 1, recipe.epochs + 1):
-            began = time.perf_counter()
-            for group in optimizer.param_groups:
-                group["lr"] = recipe.lr_at(epoch)
-            try:
-                line = {"epoch": epoch} | _train_epoch(recipe, dataset, fabric, model, criterion, optimizer, epoch)
-                line["seconds"] = time.perf_counter() - began
-                seconds += line["seconds"]
-                if epoch % recipe.evaluate_every == 0 or epoch == recipe.epochs:
-                    features = extract(model, dataset, recipe.augmentation, recipe.batch_size)
-                    measures = measure(features, dataset, recipe.eps_sq, _head(criterion))
-                    line |= asdict(measures)
-            except (InputError, NumericalError) as error:
-                raise _diverged(recipe, epoch, str(error)) from error
-            run.add_metrics(line)
-            history.append(line)
-            if isinstance(criterion, VMCR2Loss) and recipe.vmcr2.stop_on_collapse:
-                _check_progress(recipe, dataset, criterion, history)
-            if epoch == recipe.epochs or time.monotonic() - saved >= recipe.checkpoint_seconds:
-                run.save_checkpoint(_state(epoch, seconds, prepared, model, optimizer))
-                saved = time.monotonic()
-            progress.update(epoch, _figures(line))
-    if features is None or measures is None:  # the run was broken off after its last epoch
-        features = extract(model, dataset, recipe.augmentation, recipe.batch_size)
-        measures = measure(features, dataset, recipe.eps_sq, _head(criterion))
-    _finish(recipe, dataset, run, features, measures, criterion, seconds, fabric)
-
-
-def _state(epoch: int, seconds: float, prepared: _Prepared, model: nn.Module, optimizer: Any) -> dict[str, Any]:
-    state = {
-        "epoch": epoch,
-        "seconds": seconds,
-        "model": model.state_dict(),
-        "criterion": prepared.criterion.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "rng": torch.get_rng_state(),
-        "recipe": _identity(prepared.recipe),
-        "data": prepared.fingerprint,
-    }
-    if prepared.fabric.device.type == "cuda":
-        state["cuda_rng"] = torch.cuda.get_rng_state(prepared.fabric.device)
-    return state
-
-
-def _train_epoch(
-    recipe: Recipe, dataset: Dataset, fabric: Fabric, model: nn.Module, criterion: Criterion, optimizer: Any, epoch: int
-) -> dict[str, float]:
-    """Runs one epoch, latching first where it is due, and returns the figures of its batches."""
-    generator = epoch_generator(recipe, epoch, fabric.device)
-    if isinstance(criterion, VMCR2Loss) and (epoch - 1) % recipe.vmcr2.latch_every == 0:
-        criterion.latch_from(
-            model,
-            (
-                (data.plain(dataset.train_inputs[rows], recipe.augmentation), dataset.train_labels[rows])
-                for rows in batches(dataset, recipe, generator)
-            ),
-        )
-    model.train()
-    criterion.train()
-    total = torch.zeros((), device=fabric.device, dtype=torch.float64)
-    steps, features, labels = 0, None, None
-    for rows in batches(dataset, recipe, generator):
-        labels = dataset.train_labels[rows]
-        features = model(data.augmented(dataset.train_inputs[rows], recipe.augmentation, generator))
-        loss = criterion(features, labels)
-        optimizer.zero_grad()
-        fabric.backward(loss)
-        if isinstance(criterion, VMCR2Loss) and recipe.vmcr2.gradient_clip is not None:
-            nn.utils.clip_grad_norm_(model.parameters(), recipe.vmcr2.gradient_clip)
-        optimizer.step()
-        total += loss.detach()
-        steps += 1
-    if isinstance(criterion, VMCR2Loss):
-        criterion.check()
-    mean = float(total / steps)
-    if not math.isfinite(mean):
-        raise NumericalError(f"the mean loss is {mean}")
-    # The last step may have spoilt the weights without a loss to show it; such a state must not be saved.
-    if not torch.stack([parameter.isfinite().all() for parameter in model.parameters()]).all():
-        raise NumericalError("the network's weights are no longer finite")
-    assert features is not None
-    assert labels is not None
-    line = {"loss": mean}
-    rates = rate_reduction(features.detach(), labels, num_classes=dataset.num_classes, eps_sq=recipe.eps_sq)
-    line |= {"batch_expansion": float(rates.expansion), "batch_compression": float(rates.compression)}
-    if isinstance(criterion, VMCR2Loss):
-        variational = criterion.rates(features.detach(), labels)
-        line |= {
-            "residual": float(variational.residual),
-            "variational_expansion": float(variational.expansion),
-            "variational_compression": float(variational.compression),
-        }
-        if criterion.structure == "block" and criterion.dictionary.atoms.shape[1] <= _CHECKED_ATOMS:
-            line["off_block"] = criterion.off_block(features.detach(), labels)
-    return line
-
-
-def _diverged(recipe: Recipe, epoch: int, why: str) -> NumericalError:
-    cure = f"Lower {recipe.objective}.lr"
-    if recipe.objective == "vmcr2":
-        cure += " or vmcr2.mu" + ("" if recipe.vmcr2.gradient_clip else ", or set vmcr2.gradient_clip to 0.1")
-    return NumericalError(f"training diverged in epoch {epoch}: {why}. {cure} (lr is {recipe.lr:g}).")
-
-
-def _check_progress(recipe: Recipe, dataset: Dataset, criterion: VMCR2Loss, history: list[dict[str, Any]]) -> None:
-    """Raises NumericalError once V-MCR² has collapsed: ΔR of the batches fell to a fifth, or of the set to a tenth.
-
-    It happens where the penalty outweighs the rates, µ m ε²/d well above 1: the dictionary then follows the features
-    instead of leading them. A healthy run may start with a dip, but not so deep nor so long.
+    Attributes:
+        dataset: on the device to train on.
+        recipe: its seed, batch size and augmentation.
+        epoch: the epoch's number.
+        augment: whether crops and flips are drawn; otherwise images are cut from the middle.
     """
-    if len(history) < 4:
-        return
-    reductions = [line["batch_expansion"] - line["batch_compression"] for line in history]
-    # Dropout makes noise that passes for ΔR in a batch; the whole training set, where it was measured, has none.
-    measured = [line["train_reduction"] for line in history if "train_reduction" in line]
-    flat = len(measured) > 5 and max(measured[-5:]) < 0.1 * measured[0]
-    if max(reductions[-3:]) >= 0.2 * reductions[0] and not flat:
-        return
-    m = min(recipe.batch_size, len(dataset.train_labels))
-    balance = criterion.mu * m * recipe.eps_sq / recipe.feature_dim
-    why = (
-        f"the features have collapsed: ΔR of the {'training set' if flat else 'batch'} fell from "
-        f"{(measured if flat else reductions)[0]:.3g} to {(measured if flat else reductions)[-1]:.3g} for good, "
-        f"the residual is {history[-1]['residual']:.3g}. mu * batch_size * eps_sq / feature_dim is {balance:.2g}; "
-        f"above about 1 (vmcr2.mu {criterion.mu / balance:.2g}) the dictionary cannot lead the features"
-    )
-    raise _diverged(recipe, history[-1]["epoch"], why)
+
+    dataset: Dataset
+    recipe: Recipe
+    epoch: int
+    augment: bool = True
+
+    def __len__(self) -> int:
+        m = len(self.dataset.train_labels)
+        return min(-(-m // self.recipe.batch_size), m // 2)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        device = self.dataset.train_labels.device
+        generator = torch.Generator(device).manual_seed(self.recipe.seed * 1_000_003 + self.epoch)
+        order = torch.randperm(len(self.dataset.train_labels), generator=generator, device=device)
+        for rows in order.tensor_split(len(self)):
+            images, settings = self.dataset.train_inputs[rows], self.recipe.augmentation
+            inputs = augmented(images, settings, generator) if self.augment else plain(images, settings)
+            yield inputs, self.dataset.train_labels[rows]
 
 
-def _head(criterion: Criterion) -> CrossEntropyHead | None:
-    return criterion if isinstance(criterion, CrossEntropyHead) else None
+class _Run:
+    """What one run keeps between epochs: its optimizer, the latest measures, what is on the disk."""
+
+    def __init__(self, prepared: _Prepared, run: RunFolder, state: dict[str, Any] | None) -> None:
+        recipe, model, criterion = prepared.recipe, prepared.model, prepared.objective.criterion
+        self.prepared, self.run = prepared, run
+        self.measured: tuple[Features, Measures] | None = None
+        self.bases: Tensor | None = None
+        self.seconds = 0.0
+        self.optimizer = torch.optim.SGD(
+            [*model.parameters(), *criterion.parameters()],
+            recipe.lr,
+            momentum=recipe.momentum,
+            weight_decay=recipe.weight_decay,
+        )
+        torch.manual_seed(recipe.seed)
+        if state is not None:
+            self.seconds, self.bases = state["seconds"], state["trained"]["bases"]
+            model.load_state_dict(state["model"])
+            criterion.load_state_dict(state["criterion"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            torch.set_rng_state(state["rng"])
+            if prepared.device.type == "cuda" and "cuda_rng" in state:
+                torch.cuda.set_rng_state(state["cuda_rng"], prepared.device)
+
+    def measure(self) -> Measures:
+        """Measures the network on the whole data set, and keeps what the summary and a checkpoint need of it."""
+        recipe, dataset, objective = self.prepared.recipe, self.prepared.dataset, self.prepared.objective
+        features = extract(self.prepared.model, dataset, recipe.augmentation, recipe.batch_size, recipe.precision)
+        bases = subspaces(features, dataset)
+        measures = measure(features, dataset, bases, recipe.eps_sq, objective.predict)
+        self.measured, self.bases = (features, measures), bases.cpu()
+        return measures
+
+    def save(self, epoch: int) -> None:
+        """Writes a checkpoint: the state to go on from, and what prediction needs without the training data."""
+        recipe, dataset = self.prepared.recipe, self.prepared.dataset
+        example = plain(dataset.train_inputs[:1], recipe.augmentation)
+        state = {
+            "epoch": epoch,
+            "seconds": self.seconds,
+            "model": self.prepared.model.state_dict(),
+            "criterion": self.prepared.objective.criterion.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "rng": torch.get_rng_state(),
+            "recipe": _identity(recipe),
+            "data": self.prepared.fingerprint,
+            "trained": {
+                "network": recipe.network,
+                "feature_dim": recipe.feature_dim,
+                "input_shape": list(example.shape[1:]),
+                "augmentation": asdict(recipe.augmentation),
+                "image_size": recipe.data.image_size,
+                "class_names": list(dataset.class_names),
+                "bases": self.bases,
+            },
+        }
+        if self.prepared.device.type == "cuda":
+            state["cuda_rng"] = torch.cuda.get_rng_state(self.prepared.device)
+        self.run.save_checkpoint(state)
+
+    def finish(self) -> None:
+        """Writes what the figures need and, last, the summary, whose presence says that the run is complete."""
+        if self.measured is None:  # the run was broken off after its last epoch
+            self.measure()
+        assert self.measured is not None
+        (features, measures), recipe = self.measured, self.prepared.recipe
+        objective = self.prepared.objective
+        self.run.save_features(for_figures(features, self.prepared.dataset) | objective.arrays())
+        self.run.save_summary(
+            {
+                "recipe": recipe.name,
+                "objective": recipe.objective,
+                "seed": recipe.seed,
+                "epochs": recipe.epochs,
+                **objective.describe(),
+                **asdict(measures),
+                "evaluated_on": "validation" if recipe.data.validation else "test",
+                "seconds_per_epoch": self.seconds / recipe.epochs,
+                "device": device_name(self.prepared.device),
+                "threads": torch.get_num_threads(),
+                "precision": recipe.precision,
+                "torch": torch.__version__,
+                "python": platform.python_version(),
+            }
+        )
+
+
+def _train(
+    prepared: _Prepared,
+    run: RunFolder,
+    console: Console | None,
+    on_epoch: OnEpoch | None,
+    state: dict[str, Any] | None = None,
+) -> None:
+    recipe, dataset, objective = prepared.recipe, prepared.dataset, prepared.objective
+    kept = _Run(prepared, run, state)
+    done = 0 if state is None else state["epoch"]
+    run.truncate_metrics(done)
+    saved_at = time.monotonic()
+    title = f"{recipe.name} {recipe.objective} seed {recipe.seed}"
+    with EpochProgress(title, recipe.epochs, done, console) as progress, _Interrupt(run, done, console) as interrupt:
+
+        def after(line: dict[str, Any]) -> None:
+            nonlocal saved_at
+            epoch = line["epoch"]
+            kept.seconds += line["seconds"]
+            if epoch % recipe.evaluate_every == 0 or epoch == recipe.epochs:
+                try:
+                    line |= asdict(kept.measure())
+                except (InputError, NumericalError) as error:
+                    raise _diverged(objective, epoch, error) from error
+            run.add_metrics(line)
+            interrupt.done = epoch
+            if epoch == recipe.epochs or interrupt.asked or time.monotonic() - saved_at >= recipe.checkpoint_seconds:
+                kept.save(epoch)
+                interrupt.saved, saved_at = epoch, time.monotonic()
+            progress.update(epoch, _figures(line))
+            if on_epoch is not None:
+                on_epoch(line)
+            if interrupt.asked and epoch < recipe.epochs:
+                raise Interrupted(run.path)
+
+        fit(
+            prepared.model,
+            objective,
+            lambda epoch: EpochBatches(dataset, recipe, epoch),
+            kept.optimizer,
+            recipe.epochs,
+            latch_on=lambda epoch: EpochBatches(dataset, recipe, epoch, augment=False),
+            lr_at=recipe.lr_at,
+            precision=recipe.precision,
+            on_epoch=after,
+            done=done,
+            history=run.metrics(),
+        )
+        kept.finish()
+        if interrupt.asked:
+            raise Interrupted(run.path)
 
 
 def _figures(line: dict[str, Any]) -> dict[str, str]:
-    """Returns what the progress bar shows of an epoch: ΔR of the training set where measured, else of the batch."""
+    """Returns what the progress bar shows of an epoch: ΔR of the training set where measured, and the loss."""
     shown = {}
     if "train_reduction" in line:
         shown["ΔR"] = f"{line['train_reduction']:.2f}"
         shown["accuracy"] = f"{line['test_accuracy']:.4f}"
-    if line.get("off_block"):
-        shown["off-block"] = f"{line['off_block']:.2%}"
-    if "residual" in line:
-        shown["residual"] = f"{line['residual']:.3g}"
-    else:
-        shown["loss"] = f"{line['loss']:.3g}"
-    return shown
+    name = "residual" if "residual" in line else "loss"
+    return shown | {name: f"{line[name]:.3g}"}
 
 
-def _finish(
-    recipe: Recipe,
-    dataset: Dataset,
-    run: RunFolder,
-    features: Features,
-    measures: Measures,
-    criterion: Criterion,
-    seconds: float,
-    fabric: Fabric,
-) -> None:
-    """Writes what the figures need and, last, the summary, whose presence says that the run is complete."""
-    arrays = for_figures(features, dataset)
-    if isinstance(criterion, VMCR2Loss):
-        arrays["codes"] = criterion.dictionary.codes.float().cpu().numpy()
-    run.save_features(arrays)
-    device = fabric.device
-    run.save_summary(
-        {
-            "recipe": recipe.name,
-            "objective": recipe.objective,
-            "seed": recipe.seed,
-            "epochs": recipe.epochs,
-            "mu": criterion.mu if isinstance(criterion, VMCR2Loss) else None,
-            "atoms_per_class": criterion.atoms_per_class if isinstance(criterion, VMCR2Loss) else None,
-            **asdict(measures),
-            "seconds_per_epoch": seconds / recipe.epochs,
-            "device": device_name(device),
-            "threads": torch.get_num_threads(),
-            "precision": recipe.precision,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        }
-    )
+@dataclass(frozen=True)
+class Trained:
+    """A trained run, read from its folder alone, on the CPU and in eval mode.
+
+    Attributes:
+        recipe: what was trained; its augmentation says how images are cut.
+        model: the network: inputs (m, *input_shape) to features (m, d).
+        objective: with the dictionary or the classifier that was trained beside it.
+        input_shape: of one input of the network.
+        class_names: names of the classes, in the order of the labels.
+        bases: V^(j) of eq. (8), (k, d, r), at the last evaluation; None where there was none yet.
+    """
+
+    recipe: Recipe
+    model: nn.Module
+    objective: Objective
+    input_shape: tuple[int, ...]
+    class_names: tuple[str, ...]
+    bases: Float[Tensor, "k d r"] | None
 
 
-def load_trained(run: RunFolder, data_root: Path | None = None) -> tuple[Recipe, Dataset, nn.Module, Criterion]:
-    """Returns the recipe, data, featurizer and criterion of a run as its last checkpoint has them, on the CPU.
+def load_trained(run: RunFolder | str | Path) -> Trained:
+    """Returns a run as its last checkpoint has it; the data it was trained on is not needed.
 
     Raises:
-        InputError: the run has no checkpoint, or a damaged one; the data is missing (a ValueError).
+        InputError: the run has no checkpoint, or a damaged one (a ValueError).
     """
-    recipe = run.recipe()
-    state = run.load_checkpoint()
+    run = run if isinstance(run, RunFolder) else RunFolder.open(run)
+    recipe, state = run.recipe(), run.load_checkpoint()
     if state is None:
-        raise InputError(f"{run.path} has no checkpoint yet; go on with --resume")
-    dataset = _load(recipe, data_root)
-    model, criterion = build_model(recipe, dataset)
+        raise InputError(f"{run.path} has no checkpoint yet; --resume it")
+    trained = state["trained"]
+    shape, names = tuple(trained["input_shape"]), tuple(trained["class_names"])
+    model, objective = build(recipe, shape, len(names))
     model.load_state_dict(state["model"])
-    criterion.load_state_dict(state["criterion"])
-    return recipe, dataset, model.eval(), criterion.eval()
+    objective.criterion.load_state_dict(state["criterion"])
+    objective.criterion.eval()
+    return Trained(recipe, model.eval(), objective, shape, names, trained["bases"])

@@ -1,5 +1,6 @@
-"""Sources, and what is said when they are missing or damaged; augmentation image by image."""
+"""Sources, and what is said when they are missing or damaged."""
 
+import shutil
 import urllib.request
 
 import numpy as np
@@ -8,8 +9,8 @@ import torch
 from PIL import Image
 
 from vmcr2.errors import InputError
-from vmcr2.lab import sources as data
-from vmcr2.lab.sources import Augmentation, DataSettings
+from vmcr2.lab import sources
+from vmcr2.lab.sources import DataSettings
 
 
 def write_npz(path, **changed):
@@ -42,7 +43,7 @@ def no_network(monkeypatch):
 
 
 def test_digits_ship_with_scikit_learn():
-    digits = data.load(DataSettings())
+    digits = sources.load(DataSettings())
     assert digits.train_inputs.shape == (1437, 1, 8, 8)
     assert digits.train_inputs.dtype == torch.uint8
     assert digits.test_inputs.shape == (360, 1, 8, 8)
@@ -63,7 +64,7 @@ def test_named_sources(data_root, no_network, source, shape, train, test, classe
     """Files that are there are read without a word to the network."""
     if not any(data_root.glob({"mnist": "MNIST", "cifar100": "cifar-100*", "omniglot": "omniglot.npz"}[source])):
         pytest.skip(f"needs {source} under {data_root}")
-    read = data.load(DataSettings(source=source), data_root)
+    read = sources.load(DataSettings(source=source), data_root)
     assert read.train_inputs.shape == (train, *shape)
     assert read.test_inputs.shape == (test, *shape)
     assert read.num_classes == classes
@@ -79,7 +80,7 @@ def test_omniglot_from_the_original_archive(tmp_path, no_network):
             image = Image.new("1", (105, 105), 1)
             image.paste(0, (0, 0, 105, 30))
             image.save(folder / f"0001_{drawer:02d}.png")
-    arrays = data._pack_omniglot(tmp_path / "omniglot-py" / "images_background")
+    arrays = sources._pack_omniglot(tmp_path / "omniglot-py" / "images_background")
     assert arrays["x_train"].shape == (4, 28, 28)
     assert arrays["y_train"].tolist() == [0, 0, 1, 1]
     assert arrays["x_test"].shape == (2, 28, 28)
@@ -90,27 +91,27 @@ def test_omniglot_from_the_original_archive(tmp_path, no_network):
 
 def test_subsets(tmp_path):
     path = write_npz(tmp_path / "some.npz")
-    some = data.load(DataSettings(source=str(path), classes=3, train_size=7))
+    some = sources.load(DataSettings(source=str(path), classes=3, train_size=7))
     assert some.num_classes == 3
     assert len(some.train_labels) == 7
     assert some.test_labels.max() == 2
     with pytest.raises(InputError, match=r"data.classes must be at most 4 .*got 9"):
-        data.load(DataSettings(source=str(path), classes=9))
+        sources.load(DataSettings(source=str(path), classes=9))
     with pytest.raises(InputError, match=r"data.train_size must be at most 20 .*got 21"):
-        data.load(DataSettings(source=str(path), train_size=21))
+        sources.load(DataSettings(source=str(path), train_size=21))
     with pytest.raises(InputError, match=r"data.train_size must be an integer >= 1"):
         DataSettings(train_size=0)
 
 
 def test_npz_of_images_and_of_embeddings(tmp_path):
-    images = data.load(DataSettings(source=str(write_npz(tmp_path / "images.npz"))))
+    images = sources.load(DataSettings(source=str(write_npz(tmp_path / "images.npz"))))
     assert images.train_inputs.shape == (20, 1, 6, 5)
     colour = np.zeros((20, 6, 5, 3), np.uint8), np.zeros((8, 6, 5, 3), np.uint8)
     path = write_npz(tmp_path / "colour.npz", x_train=colour[0], x_test=colour[1])
-    assert data.load(DataSettings(source=str(path))).train_inputs.shape == (20, 3, 6, 5)
+    assert sources.load(DataSettings(source=str(path))).train_inputs.shape == (20, 3, 6, 5)
     embeddings = {"x_train": np.ones((20, 7)), "x_test": np.ones((8, 7))}
     write_npz(tmp_path / "vectors.npz", **embeddings)
-    vectors = data.load(DataSettings(source="vectors.npz"), tmp_path)
+    vectors = sources.load(DataSettings(source="vectors.npz"), tmp_path)
     assert vectors.train_inputs.dtype == torch.float32
     assert vectors.train_inputs.shape == (20, 7)
 
@@ -121,19 +122,21 @@ def test_npz_of_images_and_of_embeddings(tmp_path):
         ("lacks y_test", {"y_test": None}),
         ("y_train must hold one integer label", {"y_train": np.arange(19)}),
         ("y_train must hold one integer label", {"y_train": np.arange(20) / 2}),
-        (r"labels must lie in \[0, 4\), got labels from -1", {"y_test": np.arange(8) % 4 - 1}),
+        (r"y_test has classes that y_train lacks: \[-1\]", {"y_test": np.arange(8) % 4 - 1}),
+        (r"labels must lie in \[0, 3\), .* got labels from 0 to 3", {"class_names": np.array(["a", "b", "c"])}),
         ("x_train must hold uint8 images", {"x_train": np.zeros((20, 6, 5))}),
         ("must be finite", {"x_train": np.full((20, 3), np.nan), "x_test": np.ones((8, 3))}),
         ("must be finite in float32", {"x_train": np.full((20, 3), 1e300), "x_test": np.ones((8, 3))}),
         ("x_train must hold uint8 images", {"x_train": np.ones((20, 0)), "x_test": np.ones((8, 0))}),
         ("y_train must hold one integer label", {"x_train": np.float64(3)}),
-        (r"got labels from 0 to 1000000000", {"y_train": np.arange(20) % 2 * 10**9}),
+        (r"y_test has classes that y_train lacks: \[1, 2, 3\]", {"y_train": np.arange(20) % 2 * 10**9}),
+        ("lacks x_test, y_test; data.validation holds a share", {"x_test": None, "y_test": None}),
         ("x_train and x_test must agree", {"x_test": np.zeros((8, 9, 9), np.uint8)}),
     ],
 )
 def test_wrong_npz(tmp_path, message, changed):
     with pytest.raises(InputError, match=message):
-        data.load(DataSettings(source=str(write_npz(tmp_path / "wrong.npz", **changed))))
+        sources.load(DataSettings(source=str(write_npz(tmp_path / "wrong.npz", **changed))))
 
 
 def test_damaged_files_are_named_whatever_is_wrong_with_them(tmp_path):
@@ -146,21 +149,21 @@ def test_damaged_files_are_named_whatever_is_wrong_with_them(tmp_path):
             damaged[place] = generator.integers(256)
         (tmp_path / "damaged.npz").write_bytes(damaged)
         try:
-            data.load(DataSettings(source=str(tmp_path / "damaged.npz")))
+            sources.load(DataSettings(source=str(tmp_path / "damaged.npz")))
         except InputError as error:
             refused += "damaged.npz" in str(error)
     assert refused > 30
     np.save(tmp_path / "array.npy", np.zeros(3))
     (tmp_path / "array.npy").rename(tmp_path / "array.npz")
     with pytest.raises(InputError, match="array.npz"):
-        data.load(DataSettings(source=str(tmp_path / "array.npz")))
+        sources.load(DataSettings(source=str(tmp_path / "array.npz")))
 
 
 def test_a_truncated_npz(tmp_path):
     path = write_npz(tmp_path / "cut.npz")
     path.write_bytes(path.read_bytes()[:300])
     with pytest.raises(InputError, match=r"cut\.npz is no readable \.npz file \(truncated"):
-        data.load(DataSettings(source=str(path)))
+        sources.load(DataSettings(source=str(path)))
 
 
 def test_truncated_archives(tmp_path, data_root, no_network):
@@ -169,88 +172,56 @@ def test_truncated_archives(tmp_path, data_root, no_network):
     for file in (data_root / "MNIST" / "raw").iterdir():
         (raw / file.name).write_bytes(file.read_bytes()[:1000])
     with pytest.raises(InputError, match="mnist under the data root .* is damaged"):
-        data.load(DataSettings(source="mnist"), tmp_path)
+        sources.load(DataSettings(source="mnist"), tmp_path)
     (tmp_path / "cifar-100-python").mkdir()
     for name in ("train", "test", "meta"):
         (tmp_path / "cifar-100-python" / name).write_bytes(b"cut")
     with pytest.raises(InputError, match=r"cifar100 is not under the data root .*\(or fails its checksum\)"):
-        data.load(DataSettings(source="cifar100"), tmp_path)
+        sources.load(DataSettings(source="cifar100"), tmp_path)
 
 
 @pytest.mark.parametrize("source", ["mnist", "fashion-mnist", "cifar10", "cifar100", "omniglot"])
 def test_a_data_root_without_the_data(tmp_path, no_network, source):
     with pytest.raises(InputError, match=f"{source} is not under the data root .*--data-root or VMCR2_DATA_ROOT"):
-        data.load(DataSettings(source=source), tmp_path)
+        sources.load(DataSettings(source=source), tmp_path)
 
 
 def test_unknown_sources(tmp_path):
     with pytest.raises(InputError, match="data.source must be one of digits, mnist"):
-        data.load(DataSettings(source="cifar-10"))
+        sources.load(DataSettings(source="cifar-10"))
     with pytest.raises(InputError, match=r"there is no file .*gone\.npz"):
-        data.load(DataSettings(source="gone.npz"), tmp_path)
+        sources.load(DataSettings(source="gone.npz"), tmp_path)
 
 
 def test_folder_of_images_by_class(tmp_path):
-    read = data.load(DataSettings(source=str(write_folder(tmp_path))))
+    read = sources.load(DataSettings(source=str(write_folder(tmp_path))))
     assert read.train_inputs.shape == (6, 3, 8, 8)
     assert read.class_names == ("ash", "oak")
     assert read.train_labels.tolist() == [0, 0, 0, 1, 1, 1]
     assert read.train_inputs[4, :, 0, 0].tolist() == [100, 10, 0]
-    assert data.load(DataSettings(source=str(tmp_path), image_size=4)).test_inputs.shape == (4, 3, 4, 4)
+    assert sources.load(DataSettings(source=str(tmp_path), image_size=4)).test_inputs.shape == (4, 3, 4, 4)
 
 
 def test_wrong_folders(tmp_path):
     root = write_folder(tmp_path / "a")
     Image.new("RGB", (9, 9)).save(root / "train" / "oak" / "large.png")
     with pytest.raises(InputError, match="images of one size, got sizes .* set data.image_size"):
-        data.load(DataSettings(source=str(root)))
+        sources.load(DataSettings(source=str(root)))
     cut = root / "train" / "oak" / "large.png"
     cut.write_bytes(cut.read_bytes()[:40])
     with pytest.raises(InputError, match=r"large\.png is no readable image"):
-        data.load(DataSettings(source=str(root)))
+        sources.load(DataSettings(source=str(root)))
     (root / "test" / "elm").mkdir()
     with pytest.raises(InputError, match=r"classes that train/ lacks: \['elm'\]"):
-        data.load(DataSettings(source=str(root)))
+        sources.load(DataSettings(source=str(root)))
     (root / "test" / "elm").rmdir()
     (root / "train" / "elm").mkdir()
     cut.unlink()
     with pytest.raises(InputError, match="an image of every class, it has none of elm"):
-        data.load(DataSettings(source=str(root)))
+        sources.load(DataSettings(source=str(root)))
     (tmp_path / "b").mkdir()
     with pytest.raises(InputError, match="train/<class> and test/<class>"):
-        data.load(DataSettings(source=str(tmp_path / "b")))
-
-
-def positions():
-    """Images whose pixels tell their own place."""
-    return torch.arange(1, 50, dtype=torch.uint8).view(1, 1, 7, 7).expand(400, 1, 7, 7)
-
-
-def test_each_image_gets_a_crop_and_a_mirroring_of_its_own():
-    images = positions()
-    given = Augmentation(crop=6, padding=1, flip=True)
-    got = (data.augmented(images, given, torch.Generator().manual_seed(0)) * 255).round().to(torch.uint8)
-    assert got.shape == (400, 1, 6, 6)
-    padded = torch.nn.functional.pad(images[0, 0], (1, 1, 1, 1))
-    possible = [padded[top : top + 6, left : left + 6] for top in range(4) for left in range(4)]
-    possible += [window.flip(1) for window in possible]
-    found = [next(i for i, window in enumerate(possible) if torch.equal(window, image[0])) for image in got]
-    assert len(set(found)) == 32  # every window and its mirror image occurs
-    again = data.augmented(images, given, torch.Generator().manual_seed(0))
-    assert torch.equal(again, data.augmented(images, given, torch.Generator().manual_seed(0)))
-
-
-def test_plain_takes_the_middle():
-    images = positions()[:1]
-    assert torch.equal(data.plain(images, Augmentation()), images.float() / 255)
-    larger = data.plain(images, Augmentation(crop=9, padding=3))
-    assert torch.equal(larger[:, :, 1:8, 1:8], images.float() / 255)
-    assert (larger > 0).sum() == 49
-    assert torch.equal(data.plain(images, Augmentation(crop=5)), images[:, :, 1:6, 1:6].float() / 255)
-    with pytest.raises(InputError, match=r"augmentation.crop must be at most 9 \(the padded image\), got 12"):
-        data.plain(images, Augmentation(crop=12, padding=1))
-    embeddings = torch.ones(3, 5)
-    assert data.plain(embeddings, Augmentation(crop=9)) is embeddings
+        sources.load(DataSettings(source=str(tmp_path / "b")))
 
 
 def write_tiny_imagenet(root, each=4):
@@ -278,7 +249,7 @@ def write_tiny_imagenet(root, each=4):
 
 def test_tiny_imagenet_is_decoded_once_at_half_size(tmp_path):
     folder = write_tiny_imagenet(tmp_path)
-    first = data.load(DataSettings(source="tiny-imagenet"), tmp_path)
+    first = sources.load(DataSettings(source="tiny-imagenet"), tmp_path)
     assert first.train_inputs.shape == (12, 3, 32, 32)
     assert first.train_inputs.dtype == torch.uint8
     assert first.class_names == ("ash", "oak", "n03")
@@ -289,7 +260,7 @@ def test_tiny_imagenet_is_decoded_once_at_half_size(tmp_path):
     gray = first.train_inputs[1]
     assert (gray[0] == gray[1]).all()
     (folder / "wnids.txt").unlink()  # from now on the cache is read
-    again = data.load(DataSettings(source="tiny-imagenet"), tmp_path)
+    again = sources.load(DataSettings(source="tiny-imagenet"), tmp_path)
     assert torch.equal(again.train_inputs, first.train_inputs)
 
 
@@ -311,22 +282,22 @@ def test_tiny_imagenet_is_decoded_once_at_half_size(tmp_path):
 def test_a_damaged_tiny_imagenet_is_named(tmp_path, damage, said):
     damage(write_tiny_imagenet(tmp_path))
     with pytest.raises(InputError, match=said):
-        data.load(DataSettings(source="tiny-imagenet"), tmp_path)
+        sources.load(DataSettings(source="tiny-imagenet"), tmp_path)
     assert not (tmp_path / "tiny-imagenet-32.npz").exists()
 
 
 def test_no_tiny_imagenet_says_where_it_belongs(tmp_path):
     with pytest.raises(InputError, match="no folder .*tiny-imagenet-200; unpack"):
-        data.load(DataSettings(source="tiny-imagenet"), tmp_path)
+        sources.load(DataSettings(source="tiny-imagenet"), tmp_path)
 
 
 def test_label_noise_moves_the_share_it_says_and_no_test_label():
-    clean = data.load(DataSettings())
-    noisy = data.load(DataSettings(label_noise=0.3))
+    clean = sources.load(DataSettings())
+    noisy = sources.load(DataSettings(label_noise=0.3))
     moved = clean.train_labels != noisy.train_labels
     assert int(moved.sum()) == round(0.3 * len(moved))  # every label that was drawn is another one now
     assert torch.equal(clean.test_labels, noisy.test_labels)
-    assert torch.equal(noisy.train_labels, data.load(DataSettings(label_noise=0.3)).train_labels)
+    assert torch.equal(noisy.train_labels, sources.load(DataSettings(label_noise=0.3)).train_labels)
     into = torch.bincount((noisy.train_labels - clean.train_labels)[moved] % 10, minlength=10)
     assert into[0] == 0
     assert into[1:].min() > 20
@@ -339,7 +310,7 @@ def test_label_noise_needs_another_class(tmp_path):
     one = {name: np.zeros(n, dtype=int) for name, n in (("y_train", 20), ("y_test", 8))}
     path = write_npz(tmp_path / "data.npz", **one)
     with pytest.raises(InputError, match="number of classes beside data.label_noise must be an integer >= 2, got 1"):
-        data.load(DataSettings(source=str(path), label_noise=0.5))
+        sources.load(DataSettings(source=str(path), label_noise=0.5))
 
 
 def test_a_subset_that_loses_a_class_is_refused(tmp_path):
@@ -347,4 +318,45 @@ def test_a_subset_that_loses_a_class_is_refused(tmp_path):
     with pytest.raises(
         InputError, match=r"train_size must keep a sample of every class; .* none of 2 classes \(label 2"
     ):
-        data.load(DataSettings(source=str(path), train_size=10))
+        sources.load(DataSettings(source=str(path), train_size=10))
+
+
+def test_labels_of_a_file_become_places_and_keep_their_names(tmp_path):
+    path = write_npz(tmp_path / "far.npz", y_train=np.arange(20) % 4 * 5 + 100, y_test=np.arange(8) % 3 * 5 + 100)
+    read = sources.load(DataSettings(source=str(path)))
+    assert read.class_names == ("100", "105", "110", "115")
+    assert read.train_labels.tolist() == [0, 1, 2, 3] * 5
+    assert read.test_labels.tolist() == [0, 1, 2, 0, 1, 2, 0, 1]
+
+
+def test_hidden_folders_and_files_are_no_classes_and_no_images(tmp_path):
+    root = write_folder(tmp_path)
+    (root / "train" / ".ipynb_checkpoints").mkdir()
+    (root / "test" / ".git").mkdir()
+    (root / "train" / "oak" / "._0.png").write_bytes(b"what a file manager leaves")
+    assert sources.load(DataSettings(source=str(root))).class_names == ("ash", "oak")
+
+
+def test_validation_holds_the_same_share_of_every_class_out():
+    whole = sources.load(DataSettings())
+    read = sources.load(DataSettings(validation=0.25))
+    assert len(read.train_labels) + len(read.test_labels) == len(whole.train_labels)
+    counts, held = torch.bincount(whole.train_labels), torch.bincount(read.test_labels)
+    assert ((held - counts / 4).abs() <= 0.5).all()
+    rows = {row.numpy().tobytes() for row in whole.test_inputs} - {row.numpy().tobytes() for row in whole.train_inputs}
+    assert not rows & {row.numpy().tobytes() for row in torch.cat([read.train_inputs, read.test_inputs])}
+    again = sources.load(DataSettings(validation=0.25, label_noise=0.5))
+    assert torch.equal(again.train_inputs, read.train_inputs)
+    assert torch.equal(again.test_labels, read.test_labels)  # wrong labels are for training alone
+    with pytest.raises(InputError, match="must hold out a sample of some class"):
+        sources.load(DataSettings(validation=1e-6))
+
+
+def test_without_a_test_part_validation_serves(tmp_path):
+    root = write_folder(tmp_path / "images")
+    shutil.rmtree(root / "test")
+    with pytest.raises(InputError, match="no test/<class> beside train/; set data.validation"):
+        sources.load(DataSettings(source=str(root)))
+    assert sources.load(DataSettings(source=str(root), validation=0.4)).test_labels.tolist() == [0, 1]
+    path = write_npz(tmp_path / "some.npz", x_test=None, y_test=None)
+    assert len(sources.load(DataSettings(source=str(path), validation=0.2)).test_labels) == 4

@@ -1,0 +1,219 @@
+"""The three objectives behind one small interface, which is all that `fit` knows of them.
+
+Any object with the attributes and methods of `Objective` can be trained: a new one is a criterion and, where it needs
+more than that, a subclass.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int, Shaped
+from torch import Tensor, nn
+from torch.nn import functional
+
+from vmcr2.errors import NumericalError
+from vmcr2.lab.recipes import Recipe, VMCR2Settings
+from vmcr2.losses import MCR2Loss, VMCR2Loss
+from vmcr2.rates import rate_reduction
+
+
+class CrossEntropyHead(nn.Module):
+    """The linear layer on top of the featurizer and its cross-entropy loss (Section 7.2)."""
+
+    def __init__(self, feature_dim: int, num_classes: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(feature_dim, num_classes)
+
+    def forward(self, features: Float[Tensor, "m d"], labels: Shaped[Tensor, "m ..."]) -> Float[Tensor, ""]:
+        """Returns the mean cross-entropy."""
+        return functional.cross_entropy(self.linear(features), labels)
+
+    def predict(self, features: Float[Tensor, "m d"]) -> Int[Tensor, " m"]:
+        """Returns the most likely labels."""
+        return self.linear(features).argmax(1)
+
+
+class Objective:
+    """What a network is trained on: a criterion, and what has to happen around it.
+
+    Args:
+        criterion: maps features (m, d) and labels (m,) to the scalar to minimise. Its parameters are trained with the
+            network's, its state is part of a checkpoint.
+        num_classes: k.
+        eps_sq: ε² of the rates that are logged.
+        gradient_clip: the largest norm that a step's gradient in the network's weights may have; None for any.
+        cure: what to change where training diverges, for the error's message.
+
+    Attributes:
+        criterion: as given.
+        gradient_clip: as given.
+        cure: as given.
+    """
+
+    def __init__(
+        self,
+        criterion: nn.Module,
+        num_classes: int,
+        *,
+        eps_sq: float = 0.5,
+        gradient_clip: float | None = None,
+        cure: str = "Lower the learning rate",
+    ) -> None:
+        self.criterion = criterion
+        self.num_classes = num_classes
+        self.eps_sq = eps_sq
+        self.gradient_clip = gradient_clip
+        self.cure = cure
+
+    def before_epoch(self, epoch: int, model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """Does what is due before an epoch, the first of which is 1.
+
+        Args:
+            epoch: its number.
+            model: the network.
+            batches: one pass over the un-augmented training set, read only where it is needed.
+        """
+
+    def log(self, features: Float[Tensor, "m d"], labels: Int[Tensor, " m"]) -> dict[str, float]:
+        """Returns figures of an epoch's last batch, for its line in the log."""
+        rates = rate_reduction(features, labels, num_classes=self.num_classes, eps_sq=self.eps_sq)
+        return {"batch_expansion": float(rates.expansion), "batch_compression": float(rates.compression)}
+
+    def check(self, history: Sequence[dict[str, Any]]) -> None:
+        """Raises NumericalError where the epochs so far show that it makes no sense to go on."""
+
+    @property
+    def predict(self) -> Callable[[Tensor], Tensor] | None:
+        """The classifier that is trained beside the network, from features (m, d) to labels (m,); None without one."""
+        return getattr(self.criterion, "predict", None)
+
+    def describe(self) -> dict[str, Any]:
+        """Returns what a summary says of the objective beyond its name."""
+        return {"mu": None, "atoms_per_class": None}
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Returns what the figures need of the objective."""
+        return {}
+
+
+class Variational(Objective):
+    """V-MCR²: latches when that is due, logs the variational rates, and notices a collapse.
+
+    Args:
+        criterion: the loss.
+        settings: when to latch, where to clip, whether to stop.
+    """
+
+    def __init__(self, criterion: VMCR2Loss, settings: VMCR2Settings) -> None:
+        rivals = "vmcr2.lr or vmcr2.mu" if settings.mu is not None else "vmcr2.lr or vmcr2.balance"
+        clip = "" if settings.gradient_clip else ", or set vmcr2.gradient_clip to 0.02"
+        super().__init__(
+            criterion,
+            criterion.num_classes,
+            eps_sq=criterion.eps_sq,
+            gradient_clip=settings.gradient_clip,
+            cure=f"Lower {rivals}{clip}",
+        )
+        self.loss = criterion
+        self.settings = settings
+        self._batch_size = 0
+
+    def before_epoch(self, epoch: int, model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """Latches in the first epoch and every `latch_every` after it."""
+        if (epoch - 1) % self.settings.latch_every == 0:
+            self.loss.latch_from(model, batches)
+
+    def log(self, features: Float[Tensor, "m d"], labels: Int[Tensor, " m"]) -> dict[str, float]:
+        """Returns the exact rates of the batch, and those of the dictionary beside its residual."""
+        self._batch_size = len(features)
+        rates = self.loss.rates(features, labels)
+        return super().log(features, labels) | {
+            "residual": float(rates.residual),
+            "variational_expansion": float(rates.expansion),
+            "variational_compression": float(rates.compression),
+        }
+
+    def check(self, history: Sequence[dict[str, Any]]) -> None:
+        """Raises NumericalError after a collapse: ΔR of the batches fell to a fifth, or of the set to a tenth.
+
+        It happens where the penalty outweighs the rates, ρ = µ m ε²/d well above 1: the dictionary then follows the
+        features instead of leading them. A healthy run may start with a dip, but not so deep nor so long.
+        """
+        if not self.settings.stop_on_collapse or len(history) < 4:
+            return
+        reductions = [line["batch_expansion"] - line["batch_compression"] for line in history]
+        # Dropout makes noise that passes for ΔR in a batch; the whole training set, where it was measured, has none.
+        measured = [line["train_reduction"] for line in history if "train_reduction" in line]
+        flat = len(measured) > 5 and max(measured[-5:]) < 0.1 * measured[0]
+        if max(reductions[-3:]) >= 0.2 * reductions[0] and not flat:
+            return
+        shown, of = (measured, "training set") if flat else (reductions, "batch")
+        mu, d = self.settings.mu, self.loss.feature_dim
+        balance = self.settings.balance if mu is None else mu * self._batch_size * self.eps_sq / d
+        raise NumericalError(
+            f"the features have collapsed: ΔR of the {of} fell from {shown[0]:.3g} to {shown[-1]:.3g} for good, the "
+            f"residual is {history[-1]['residual']:.3g}. ρ = mu * batch_size * eps_sq / feature_dim is {balance:.2g}; "
+            "above about 1 the dictionary cannot lead the features"
+        )
+
+    def describe(self) -> dict[str, Any]:
+        """Returns µ, where it was chosen rather than ρ, and the atoms of each class."""
+        return {"mu": self.settings.mu, "atoms_per_class": self.loss.atoms_per_class}
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Returns the codes Ã, (q, k) or (s, k)."""
+        return {"codes": self.loss.dictionary.codes.float().cpu().numpy()}
+
+
+def build(recipe: Recipe, num_classes: int) -> Objective:
+    """Returns a recipe's objective, not yet latched.
+
+    Args:
+        recipe: says which, and with what settings.
+        num_classes: k.
+    """
+    match recipe.objective:
+        case "ce":
+            return Objective(
+                CrossEntropyHead(recipe.feature_dim, num_classes), num_classes, eps_sq=recipe.eps_sq, cure="Lower ce.lr"
+            )
+        case "mcr2":
+            return Objective(
+                MCR2Loss(num_classes, eps_sq=recipe.eps_sq), num_classes, eps_sq=recipe.eps_sq, cure="Lower mcr2.lr"
+            )
+        case "vmcr2":
+            return Variational(_vmcr2_loss(recipe, num_classes), recipe.vmcr2)
+
+
+def _vmcr2_loss(recipe: Recipe, num_classes: int) -> VMCR2Loss:
+    settings = recipe.vmcr2
+    names = ("reduction", "mu", "balance", "atoms_per_class", "structure", "energy", "step", "step_atoms", "step_codes")
+    given = {name: getattr(settings, name) for name in names}
+    kind = VMCR2Loss if "reduction" in inspect.signature(VMCR2Loss).parameters else _Interim
+    return kind(num_classes, recipe.feature_dim, eps_sq=recipe.eps_sq, **given)
+
+
+class _Interim(VMCR2Loss):
+    """Gives the loss of before `reduction`, `balance` and `step` these arguments; goes once the core has them."""
+
+    def __init__(self, k: int, d: int, *, reduction: str, balance: float, step: str, **given: Any) -> None:
+        self._reduction, self._balance, self._free = reduction, balance, given["mu"] is None
+        s = given["atoms_per_class"] or max(1, d // k)
+        super().__init__(k, d, **(given | {"mu": given["mu"] or 1.0, "atoms_per_class": s}))
+
+    def _follow(self, features: Tensor) -> None:
+        if self._free:
+            self.mu = self._balance * self.feature_dim / (len(features) * self.eps_sq)
+
+    def forward(self, features: Tensor, membership: Tensor) -> Tensor:
+        self._follow(features)
+        value = super().forward(features, membership)
+        return value / (self.mu * len(features)) if self._reduction == "mean" else value
+
+    def rates(self, features: Tensor, membership: Tensor) -> Any:
+        self._follow(features)
+        return super().rates(features, membership)

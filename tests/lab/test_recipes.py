@@ -1,0 +1,79 @@
+"""Recipes: how they are written, read and refused."""
+
+import json
+from dataclasses import replace
+
+import pytest
+from small import SMALL
+
+from vmcr2.errors import InputError
+from vmcr2.lab import recipes
+from vmcr2.lab.recipes import Recipe
+
+
+@pytest.mark.parametrize(
+    ("message", "change"),
+    [
+        (r"extra fields found \(momentun\)", {"momentun": 0.9}),
+        (r"extra fields found \(nu\).*\$.vmcr2", {"vmcr2": {"nu": 5}}),
+        ("vmcr2.mu must be a finite number > 0, got -1", {"vmcr2": {"mu": -1}}),
+        ("epochs must be an integer >= 1, got 0", {"epochs": 0}),
+        (r"must be of type int, got 5.7 @ \$.epochs", {"epochs": 5.7}),
+        (r"must be of type bool, got 'false' @ \$.augmentation.flip", {"augmentation": {"flip": "false"}}),
+        ("momentum must be below 1, got 5", {"momentum": 5}),
+        ("seed must be at most", {"seed": 10**15}),
+        ("name must be letters, digits", {"name": "../escape"}),
+        ("batch_size must be an integer >= 2", {"batch_size": 1}),
+        ("network must be one of mlp", {"network": "transformer"}),
+        (r"step not in literal.*\$\.schedule", {"schedule": "step"}),
+        ("lr_drops must be empty beside schedule cosine", {"schedule": "cosine", "lr_drops": [0.5]}),
+        (r"warmup_epochs must be at most 100 \(epochs\), got 200", {"warmup_epochs": 200}),
+        ("data.test_size has no meaning beside data.validation", {"data": {"validation": 0.2, "test_size": 9}}),
+        (r"mse not in literal.*\$\.objective", {"objective": "mse"}),
+        (r"vmcr2.atoms_per_class must be at most 128 \(feature_dim\), got 500", {"vmcr2": {"atoms_per_class": 500}}),
+    ],
+)
+def test_wrong_recipes(tmp_path, message, change):
+    fields = json.loads(recipes.to_json(Recipe()))
+    for name, value in change.items():
+        if isinstance(value, dict):
+            fields[name] |= value
+        else:
+            fields[name] = value
+    file = tmp_path / "recipe.json"
+    file.write_text(json.dumps(fields))
+    with pytest.raises(InputError, match=message):
+        recipes.from_json(file)
+
+
+def test_recipes_survive_json(tmp_path):
+    for recipe in recipes.named().values():
+        file = tmp_path / f"{recipe.name}.json"
+        file.write_text(recipes.to_json(recipe))
+        assert recipes.find(str(file)) == recipe
+        assert recipes.differences(recipe, replace(recipe, seed=3)) == ["seed: 0, 3"]
+    (tmp_path / "cut.json").write_text("{")
+    with pytest.raises(InputError, match="no readable recipe"):
+        recipes.find(str(tmp_path / "cut.json"))
+    with pytest.raises(InputError, match="did you mean omniglot100"):
+        recipes.find("omniglot10")
+
+
+def test_choices_are_checked_without_json_too():
+    for change in ({"schedule": "step"}, {"precision": "16-mixed"}, {"objective": "mse"}):
+        (name,) = change
+        with pytest.raises(InputError, match=f"{name} must be one of"):
+            replace(SMALL, **change)
+    with pytest.raises(InputError, match="vmcr2.reduction must be one of mean, sum, got 'none'"):
+        replace(SMALL.vmcr2, reduction="none")
+
+
+def test_the_learning_rate_at_every_moment():
+    drops = replace(SMALL, objective="ce", epochs=4, lr_drops=(0.5, 0.75))
+    assert [drops.lr_at(epoch) for epoch in (0.5, 2, 2.5, 4)] == pytest.approx([0.1, 0.1, 0.01, 0.001])
+    cosine = replace(drops, lr_drops=(), schedule="cosine", warmup_epochs=2)
+    assert [cosine.lr_at(epoch) for epoch in (0.5, 1, 2, 3, 4)] == pytest.approx([0.025, 0.05, 0.1, 0.05, 0])
+    warm = replace(cosine, schedule="constant")
+    assert [warm.lr_at(epoch) for epoch in (1, 2, 4)] == pytest.approx([0.05, 0.1, 0.1])
+    with pytest.raises(InputError, match="lr_drops must be shares of the epochs, between 0 and 1, got 100"):
+        replace(drops, lr_drops=(100.0,))

@@ -1,0 +1,249 @@
+"""The run folder: what is left after a kill, and what is said of damage."""
+
+import io
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from small import SMALL, without_times
+
+from vmcr2.errors import InputError
+from vmcr2.lab import recipes, train
+from vmcr2.lab.run import RunFolder
+
+
+def launch(*arguments):
+    return subprocess.Popen(
+        [sys.executable, "-m", "vmcr2", *arguments],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_kill_and_resume_equal_an_unbroken_run(tmp_path):
+    recipe = replace(SMALL, lr_drops=(0.6,))
+    unbroken = train.start(recipe, tmp_path / "unbroken")
+    broken = RunFolder(tmp_path / "broken")
+    recipe_file = tmp_path / "recipe.json"
+    recipe_file.write_text(recipes.to_json(recipe))
+    command = ["train", str(recipe_file), "--out", str(broken.path)]
+    for lines in (2, 4):
+        process = launch(*command)
+        deadline = time.monotonic() + 120
+        while len(broken.metrics()) < lines and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.002)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        assert not broken.is_complete(), process.stderr.read()
+        assert len(broken.metrics()) >= lines
+        command = ["train", "--resume", str(broken.path)]
+    process = launch(*command)
+    assert process.wait() == 0, process.stderr.read()
+    assert without_times([broken.summary()]) == without_times([unbroken.summary()])
+    assert without_times(broken.metrics()) == without_times(unbroken.metrics())
+    first, second = (torch.load(run.checkpoint_file, weights_only=True) for run in (unbroken, broken))
+    for part in ("model", "criterion"):
+        for name, tensor in first[part].items():
+            assert torch.equal(tensor, second[part][name]), name
+
+
+def test_ctrl_c_saves_the_epoch_and_names_the_command_that_continues(tmp_path):
+    recipe = replace(SMALL, checkpoint_seconds=1e6, epochs=40)
+    unbroken = train.start(recipe, tmp_path / "unbroken")
+    broken = RunFolder(tmp_path / "a b")
+    recipe_file = tmp_path / "recipe.json"
+    recipe_file.write_text(recipes.to_json(recipe))
+    process = launch("train", str(recipe_file), "--out", str(broken.path), "--data-root", str(tmp_path))
+    deadline = time.monotonic() + 120
+    while len(broken.metrics()) < 2 and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGINT)
+    assert process.wait() == 130
+    said = process.stderr.read()
+    assert f"vmcr2 train --resume '{broken.path}' --data-root {tmp_path}\n" in said
+    done = broken.load_checkpoint()["epoch"]
+    assert 2 <= done < 40
+    assert len(broken.metrics()) == done
+    command = shlex.split(said.strip().rpartition("continue: ")[2])
+    process = launch(*command[1:])
+    assert process.wait() == 0, process.stderr.read()
+    assert without_times(broken.metrics()) == without_times(unbroken.metrics())
+    assert without_times([broken.summary()]) == without_times([unbroken.summary()])
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize(
+    "moment", ["before_recipe", "within_recipe", "torch_save", "link", "replace_previous", "replace_latest", "metrics"]
+)
+def test_a_kill_at_any_moment_of_writing(tmp_path, monkeypatch, moment):
+    """The process dies in the midst of writing in epoch 4; what is on the disk can be gone on with."""
+    unbroken = train.start(SMALL, tmp_path / "unbroken")
+    run = RunFolder(tmp_path / "run")
+    with monkeypatch.context() as patched:
+        if moment == "before_recipe":
+            patched.setattr(RunFolder, "write_recipe", raising)
+        elif moment == "within_recipe":
+            patched.setattr(Path, "replace", raising)
+        elif moment == "metrics":
+            patched.setattr(RunFolder, "add_metrics", half_a_line)
+        else:
+            patched.setattr(RunFolder, "save_checkpoint", dying(moment, RunFolder.save_checkpoint, patched))
+        with pytest.raises(Killed):
+            train.start(SMALL, run.path)
+    if moment.endswith("recipe"):
+        with pytest.raises(InputError, match=r"has no recipe\.json"):
+            RunFolder.open(run.path)
+        train.start(SMALL, run.path)
+    else:
+        assert len(run.metrics()) >= 3
+        train.resume(RunFolder.open(run.path))
+    assert without_times([run.summary()]) == without_times([unbroken.summary()])
+    assert without_times(run.metrics()) == without_times(unbroken.metrics())
+
+
+def raising(*_):
+    raise Killed
+
+
+def half_a_line(run, line):
+    text = json.dumps(line) + "\n"
+    with run.metrics_file.open("a") as file:
+        file.write(text if line["epoch"] < 4 else text[: len(text) // 2])
+    if line["epoch"] == 4:
+        raise Killed
+
+
+def dying(moment, save, patched):
+    def save_or_die(run, state):
+        if state["epoch"] == 4:
+            if moment == "torch_save":
+                patched.setattr(torch, "save", lambda _, file: (file.write(b"half a checkpoint"), raising()))
+            elif moment == "link":
+                patched.setattr(os, "link", raising)
+            else:
+                last = "checkpoint.previous.pt" if moment == "replace_previous" else "checkpoint.pt"
+                replace_file = Path.replace
+
+                def replaced(path, target):
+                    if Path(target).name == last:
+                        raise Killed
+                    return replace_file(path, target)
+
+                patched.setattr(Path, "replace", replaced)
+        save(run, state)
+
+    return save_or_die
+
+
+def test_a_damaged_checkpoint_is_refused(tmp_path):
+    run = train.start(replace(SMALL, epochs=3), tmp_path / "run")
+    longer = replace(SMALL, epochs=5)
+    good = run.checkpoint_file.read_bytes()
+    with zipfile.ZipFile(run.checkpoint_file) as archive:
+        largest = max(archive.infolist(), key=lambda entry: entry.file_size)
+    header = largest.header_offset
+    begin = header + 30 + sum(int.from_bytes(good[header + at : header + at + 2], "little") for at in (26, 28))
+    flipped = bytearray(good)
+    flipped[begin + largest.file_size // 2] ^= 1  # one bit within a tensor
+    for damaged in (good[: len(good) // 2], bytes(flipped), b""):
+        run.checkpoint_file.write_bytes(damaged)
+        before = {path.name: path.read_bytes() for path in run.path.iterdir() if path.is_file()}
+        with pytest.raises(
+            InputError, match=r"checkpoint\.pt is damaged .*move checkpoint\.previous\.pt over checkpoint\.pt"
+        ):
+            train.resume(run, longer)
+        assert before == {path.name: path.read_bytes() for path in run.path.iterdir() if path.is_file()}
+    run.previous_checkpoint_file.replace(run.checkpoint_file)
+    assert run.load_checkpoint()["epoch"] == 2
+    train.resume(run, longer)
+    unbroken = train.start(longer, tmp_path / "unbroken")
+    assert without_times([run.summary()]) == without_times([unbroken.summary()])
+
+
+def test_checkpoints_that_do_not_belong(tmp_path):
+    run = train.start(replace(SMALL, epochs=2), tmp_path / "run")
+    longer = replace(SMALL, epochs=4)
+    good = run.checkpoint_file.read_bytes()
+    torch.save({"hello": 1}, run.checkpoint_file)
+    with pytest.raises(InputError, match="is no checkpoint of this program"):
+        train.resume(run, longer)
+    torch.save(torch.load(io.BytesIO(good), weights_only=True) | {"recipe": "{}"}, run.checkpoint_file)
+    with pytest.raises(InputError, match="belongs to another recipe than"):
+        train.resume(run, longer)
+    torch.save(torch.load(io.BytesIO(good), weights_only=True) | {"data": "other"}, run.checkpoint_file)
+    with pytest.raises(InputError, match="was trained on data that differs"):
+        train.resume(run, longer)
+    run.checkpoint_file.unlink()
+    with pytest.raises(InputError, match=r"checkpoint\.pt is missing; to go on .*checkpoint\.previous\.pt"):
+        train.resume(run, longer)
+    assert run.is_complete()
+    run.checkpoint_file.write_bytes(good)
+    assert train.resume(run, longer).summary()["epochs"] == 4
+
+
+def test_one_process_at_a_time(tmp_path):
+    run = train.start(replace(SMALL, epochs=1), tmp_path / "run")
+    with run.held(), pytest.raises(InputError, match="is in use by another process"):
+        train.resume(run, replace(SMALL, epochs=2))
+    assert train.resume(run, replace(SMALL, epochs=2)).summary()["epochs"] == 2
+
+
+def test_damaged_run_folders_are_named(tmp_path):
+    run = train.start(replace(SMALL, epochs=2), tmp_path / "run")
+    files = (run.features_file, run.summary_file, run.metrics_file)
+    for file, read in zip(files, (run.features, run.summary, run.metrics), strict=True):
+        whole = file.read_bytes()
+        file.write_bytes(b"{damaged" + whole[: len(whole) // 2] + b"\n")
+        with pytest.raises(InputError, match=f"{file.name} is damaged"):
+            read()
+        file.write_bytes(whole)
+
+
+def test_folders_that_are_taken(tmp_path):
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "thesis.txt").write_text("years of work")
+    with pytest.raises(InputError, match=r"out must be a new or empty folder, got .*taken"):
+        train.start(SMALL, tmp_path / "taken")
+    assert [path.name for path in (tmp_path / "taken").iterdir()] == ["thesis.txt"]
+    with pytest.raises(InputError, match="there is no run folder"):
+        RunFolder.open(tmp_path / "nowhere")
+    with pytest.raises(InputError, match=r"no recipe\.json"):
+        RunFolder.open(tmp_path / "taken")
+    RunFolder.create(tmp_path / "run", SMALL)
+    with pytest.raises(InputError, match="a run is there already; continue it with --resume"):
+        train.start(SMALL, tmp_path / "run")
+    with pytest.raises(InputError, match=r"has no summary\.json: the run is not complete"):
+        RunFolder.open(tmp_path / "run").summary()
+
+
+def test_resuming_with_more_epochs_and_with_another_recipe(tmp_path):
+    run = train.start(replace(SMALL, epochs=2), tmp_path / "run")
+    before = run.summary_file.read_bytes()
+    assert train.resume(run).summary_file.read_bytes() == before  # a complete run is left alone
+    with pytest.raises(InputError, match=r"belongs to another recipe \(there, here\): vmcr2.mu: None, 0.5"):
+        train.resume(run, replace(SMALL, vmcr2=replace(SMALL.vmcr2, mu=0.5)))
+    assert run.summary_file.read_bytes() == before
+    train.resume(run, replace(SMALL, epochs=3))
+    assert run.recipe().epochs == run.summary()["epochs"] == 3
+
+
+def test_a_run_is_not_shortened_nor_its_schedule_stretched(tmp_path):
+    run = train.start(replace(SMALL, objective="ce", epochs=4, lr_drops=(0.5,)), tmp_path / "run")
+    with pytest.raises(InputError, match="epochs must stay 4 .* got 8: its learning rate follows"):
+        train.resume(run, replace(run.recipe(), epochs=8))
+    run.summary_file.unlink()
+    with pytest.raises(InputError, match="epochs must be at least the 4 .* got 2"):
+        train.resume(run, replace(run.recipe(), epochs=2))
