@@ -109,7 +109,11 @@ def trained(objective: str, data: str, norms: bool, optimiser: str, batch: int, 
             predicted = nearest_subspace(z_held, class_subspaces(z, y, k))
             rates = vmcr2.rate_reduction(z, y, num_classes=k)
             accuracy = float((predicted == y_held).double().mean())
-            return line | {"reduction": float(rates.reduction), "expansion": float(rates.expansion), "accuracy": accuracy}
+            return line | {
+                "reduction": float(rates.reduction),
+                "expansion": float(rates.expansion),
+                "accuracy": accuracy,
+            }
     return line | {"reduction": None, "expansion": None, "accuracy": None}
 
 

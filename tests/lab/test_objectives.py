@@ -61,18 +61,20 @@ def test_a_collapse_is_told_from_a_dip():
     assert patient.gradient_clip == 0.02
 
 
-def test_atoms_follow_from_dimension_and_the_paper_scale_from_mu(tmp_path):
-    recipe = replace(SMALL, epochs=1, vmcr2=VMCR2Settings(lr=0.1))
-    run = train.start(recipe, tmp_path / "run")
+def test_atoms_follow_from_dimension(tmp_path):
+    run = train.start(replace(SMALL, epochs=1, vmcr2=VMCR2Settings(lr=0.1)), tmp_path / "run")
     assert run.summary()["atoms_per_class"] == 3  # 32 // 10
     assert run.summary()["mu"] is None
-    # In batches of 100 ρ = 0.05 is µ = 0.05 · 32 / (100 · 0.5); steps of µ m times lr are then the same.
+
+
+def test_the_sum_and_the_mean_take_the_same_steps_at_rates_that_differ_by_mu_m(tmp_path):
     mu = 0.05 * 32 / (100 * 0.5)
+    mean = VMCR2Settings(lr=0.1, mu=mu)
     summed = VMCR2Settings(lr=0.1 / (mu * 100), mu=mu, reduction="sum")
-    other = train.start(replace(recipe, vmcr2=summed), tmp_path / "sum")
-    assert other.summary()["mu"] == mu
-    assert other.summary()["train_reduction"] == pytest.approx(run.summary()["train_reduction"], rel=1e-3)
-    assert other.metrics()[0]["residual"] == pytest.approx(run.metrics()[0]["residual"], rel=1e-3)
+    runs = [train.start(replace(SMALL, epochs=1, vmcr2=kind), tmp_path / kind.reduction) for kind in (mean, summed)]
+    one, other = (run.summary()["train_reduction"] for run in runs)
+    assert one == pytest.approx(other, rel=1e-3)
+    assert runs[0].metrics()[0]["residual"] == pytest.approx(runs[1].metrics()[0]["residual"], rel=1e-3)
 
 
 def test_latching_is_due_in_the_first_epoch_and_every_so_many(tmp_path, monkeypatch):

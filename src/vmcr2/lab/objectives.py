@@ -6,7 +6,6 @@ more than that, a subclass.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -193,27 +192,4 @@ def _vmcr2_loss(recipe: Recipe, num_classes: int) -> VMCR2Loss:
     settings = recipe.vmcr2
     names = ("reduction", "mu", "balance", "atoms_per_class", "structure", "energy", "step", "step_atoms", "step_codes")
     given = {name: getattr(settings, name) for name in names}
-    kind = VMCR2Loss if "reduction" in inspect.signature(VMCR2Loss).parameters else _Interim
-    return kind(num_classes, recipe.feature_dim, eps_sq=recipe.eps_sq, **given)
-
-
-class _Interim(VMCR2Loss):
-    """Gives the loss of before `reduction`, `balance` and `step` these arguments; goes once the core has them."""
-
-    def __init__(self, k: int, d: int, *, reduction: str, balance: float, step: str, **given: Any) -> None:
-        self._reduction, self._balance, self._free = reduction, balance, given["mu"] is None
-        s = given["atoms_per_class"] or max(1, d // k)
-        super().__init__(k, d, **(given | {"mu": given["mu"] or 1.0, "atoms_per_class": s}))
-
-    def _follow(self, features: Tensor) -> None:
-        if self._free:
-            self.mu = self._balance * self.feature_dim / (len(features) * self.eps_sq)
-
-    def forward(self, features: Tensor, membership: Tensor) -> Tensor:
-        self._follow(features)
-        value = super().forward(features, membership)
-        return value / (self.mu * len(features)) if self._reduction == "mean" else value
-
-    def rates(self, features: Tensor, membership: Tensor) -> Any:
-        self._follow(features)
-        return super().rates(features, membership)
+    return VMCR2Loss(num_classes, recipe.feature_dim, eps_sq=recipe.eps_sq, **given)
