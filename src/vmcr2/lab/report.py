@@ -25,16 +25,17 @@ class EpochProgress:
         self.epochs = epochs
         self.start_epoch = done
         self.started = self.said = time.monotonic()
-        self.figures: dict[str, str] = {}
+        self.figures: dict[str, tuple[int, str]] = {}
         self.bar: Progress | None = None
         if self.console.is_terminal:
             self.bar = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(),
+                # The figures below, so that nothing is cut at 80 columns.
+                TextColumn("{task.description}\n{task.fields[figures]}"),
+                BarColumn(bar_width=None),
                 MofNCompleteColumn(),
-                TextColumn("{task.fields[figures]}"),
                 TimeRemainingColumn(),
                 console=self.console,
+                expand=True,
             )
             self.task = self.bar.add_task(title, total=epochs, completed=done, figures="")
 
@@ -50,9 +51,14 @@ class EpochProgress:
             self.bar.stop()
 
     def update(self, epoch: int, figures: dict[str, str]) -> None:
-        """Reports that an epoch has passed; figures not named keep their last value."""
-        self.figures.update(figures)
-        text = "  ".join(f"{name} {value}" for name, value in self.figures.items())
+        """Reports that an epoch has passed; figures not named keep their last value, and say which epoch it is from."""
+        self.figures |= {name: (epoch, value) for name, value in figures.items()}
+        parts = [f"{name} {value}" for name, (_, value) in self.figures.items()]
+        for i, (measured, _) in enumerate(self.figures.values()):
+            last_of_its_epoch = i + 1 == len(parts) or list(self.figures.values())[i + 1][0] != measured
+            if measured != epoch and last_of_its_epoch:
+                parts[i] += f" (epoch {measured})"
+        text = "  ".join(parts)
         if self.bar is not None:
             self.bar.update(self.task, completed=epoch, figures=text)
             return
@@ -69,7 +75,7 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> 
     """Returns a table for the terminal, the first column to the left and the others to the right."""
     made = Table(title=title, title_justify="left")
     for place, column in enumerate(columns):
-        made.add_column(column, justify="left" if place == 0 else "right")
+        made.add_column(column, justify="left" if place == 0 else "right", overflow="fold")
     for row in rows:
         made.add_row(*row)
     return made
