@@ -15,6 +15,7 @@ from vmcr2.rates import RateReduction, coding_rate, rate_reduction
 from vmcr2.variational import VariationalRates, variational_logdet
 
 if TYPE_CHECKING:
+    from vmcr2.lab.trained import load
     from vmcr2.sklearn import NearestSubspaceClassifier
 
 __version__ = "0.1.0"
@@ -30,6 +31,7 @@ __all__ = [
     "VariationalRates",
     "balanced_mu",
     "coding_rate",
+    "load",
     "rate_reduction",
     "variational_logdet",
 ]
@@ -41,6 +43,15 @@ def __getattr__(name: str) -> Any:
         from vmcr2.sklearn import NearestSubspaceClassifier
 
         return NearestSubspaceClassifier
+    if name == "load":
+        try:
+            from vmcr2.lab.trained import load
+        except ModuleNotFoundError as error:
+            if (error.name or "vmcr2").split(".")[0] == "vmcr2":
+                raise
+            text = f"vmcr2.load needs {error.name}, which is missing: pip install 'vmcr2[lab]'"
+            raise ModuleNotFoundError(text, name=error.name) from error
+        return load
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

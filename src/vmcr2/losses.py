@@ -265,7 +265,9 @@ class VMCR2Loss(nn.Module):
         if not bool(self.dictionary.known().any()):
             raise NotLatchedError(
                 "the dictionary was never latched, and no step is taken here (eval mode, or gradients are off): call "
-                "loss.latch_from(model, batches) or loss.latch(features, membership) before evaluating, or train first"
+                "loss.latch_from(model, batches) or loss.latch(features, membership) before evaluating, or train "
+                "first. Where a trainer validates before it trains (Lightning's sanity check), skip that "
+                "(num_sanity_val_steps=0) or latch before it"
             )
         dictionary, among = self.dictionary.read(membership, dtype)
         # Copies, since the buffers may move on before the backward pass.
@@ -392,7 +394,14 @@ class VMCR2Loss(nn.Module):
         dtype = rate_dtype(self.feature_dim, self.eps_sq, atoms)
         stream = MomentStream(self.num_classes, self.feature_dim, dtype, atoms.device)
         with batch_statistics():
-            for inputs, membership in batches:
+            for batch in batches:
+                if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+                    got = f"a dict of {', '.join(map(repr, batch))}" if isinstance(batch, dict) else type(batch).__name__
+                    raise InputError(
+                        f"batches must give pairs (inputs, membership), got {got}; of dicts make pairs: "
+                        "((batch['pixel_values'], batch['labels']) for batch in loader)"
+                    )
+                inputs, membership = batch
                 features, held = model(inputs.to(atoms.device)), membership.to(atoms.device)
                 checked, _ = as_membership(features, held, self.num_classes, feature_dim=self.feature_dim, unit=True)
                 stream.add(features.to(dtype), checked.to(dtype))

@@ -17,9 +17,9 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from vmcr2.checks import check_count, check_number
 from vmcr2.errors import InputError
+from vmcr2.lab import sources
 from vmcr2.lab.augmentation import Augmentation
 from vmcr2.lab.networks import check_network
-from vmcr2.lab import sources
 from vmcr2.lab.sources import DataSettings
 
 ObjectiveName = Literal["vmcr2", "mcr2", "ce"]
@@ -282,7 +282,7 @@ def for_data(path: Path) -> Recipe:
     """
     found = sources.outline(path)
     k, image_size, shape = found.num_classes, None, found.shapes[0]
-    if len(found.shapes) > 1 or max(shape[1:], default=0) > _LARGEST_SIDE:
+    if path.is_dir() and (len(found.shapes) > 1 or max(shape[1:]) > _LARGEST_SIDE):
         image_size = min(_LARGEST_SIDE, *(min(one[1:]) for one in found.shapes))
         shape = (shape[0], image_size, image_size)
     # A crop of the images' own size; of those that are not square it would lose the borders.
@@ -290,11 +290,18 @@ def for_data(path: Path) -> Recipe:
     side = min(shape[1:], default=0)
     network = "mlp" if side < 16 else "conv4" if side <= 48 else "resnet18"
     name = re.sub(r"[^\w.-]", "-", path.resolve().stem, flags=re.ASCII).strip("-") or "data"
+    feature_dim = max(128, 2 * k if k <= 500 else k)
+    about = (
+        f"chosen for {path.name}: {k} classes, {found.samples} training samples {shape}; network {network}, "
+        f"feature_dim {feature_dim}"
+    )
+    about += "" if image_size is None else f", images scaled to {image_size} a side"
+    about += "" if found.has_test else ", a fifth of each class held out for want of a test part"
     return Recipe(
         name=name,
-        about=f"chosen for {path.name}: {k} classes, {found.samples} training samples of shape {shape}",
+        about=about,
         network=network,
-        feature_dim=max(128, 2 * k if k <= 500 else k),
+        feature_dim=feature_dim,
         batch_size=min(500, max(2, found.samples)),
         data=DataSettings(source=str(path), image_size=image_size, validation=0.0 if found.has_test else 0.2),
         augmentation=Augmentation(crop=side, padding=max(1, side // 14)) if crops else Augmentation(),

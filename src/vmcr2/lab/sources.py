@@ -129,7 +129,7 @@ def load(settings: DataSettings, data_root: str | Path | None = None) -> Dataset
         dataset = _NAMED[settings.source](root)
     elif path.suffix == ".npz":
         path = path if path.is_file() or path.is_absolute() else root / path
-        dataset = _npz(path, needs_test=not settings.validation)
+        dataset = read_npz(path, needs_test=not settings.validation)
     elif path.is_dir():
         dataset = _folder(path, settings.image_size, needs_test=not settings.validation)
     else:
@@ -271,14 +271,14 @@ def _present_or_downloaded(name: str, kind: Callable[..., Any], root: Path, **wh
 def _omniglot(root: Path) -> Dataset:
     packed = root / "omniglot.npz"
     if packed.is_file():
-        return _npz(packed)
+        return read_npz(packed)
     datasets = import_torchvision().datasets
     source = _present_or_downloaded("omniglot", datasets.Omniglot, root, background=True)
     arrays = _pack_omniglot(Path(source.target_folder))
     part = packed.with_suffix(f".{os.getpid()}.part.npz")
     np.savez_compressed(part, allow_pickle=False, **arrays)
     part.replace(packed)
-    return _npz(packed)
+    return read_npz(packed)
 
 
 def _pack_omniglot(folder: Path) -> dict[str, np.ndarray]:
@@ -308,7 +308,7 @@ def _tiny_imagenet(root: Path) -> Dataset:
     """Reads the folder of the original archive, where a label is a WordNet id: once, then from the cache beside it."""
     folder, cached = root / "tiny-imagenet-200", root / f"tiny-imagenet-{_TINY_SIDE}.npz"
     if cached.is_file():
-        return _npz(cached)
+        return read_npz(cached)
     if not folder.is_dir():
         raise InputError(
             f"tiny-imagenet: there is no folder {folder}; unpack tiny-imagenet-200.zip of the Stanford course CS231n "
@@ -346,7 +346,7 @@ def _tiny_imagenet(root: Path) -> Dataset:
     part = cached.with_suffix(f".{os.getpid()}.part.npz")
     np.savez(part, allow_pickle=False, **arrays)
     part.replace(cached)
-    return _npz(cached)
+    return read_npz(cached)
 
 
 def _tiny_lines(file: Path) -> list[str]:
@@ -373,7 +373,16 @@ def _decode_all(files: list[Path], side: int, title: str) -> np.ndarray:
     return images
 
 
-def _npz(path: Path, *, needs_test: bool = True) -> Dataset:
+def read_npz(path: Path, *, needs_test: bool = True) -> Dataset:
+    """Returns the data set in a .npz file (docs/data.md); without a test part its test samples are none.
+
+    Args:
+        path: of the file.
+        needs_test: whether it must have a test part.
+
+    Raises:
+        InputError: it is missing, damaged or not of the right form (a ValueError).
+    """
     if not path.is_file():
         raise InputError(f"data.source: there is no file {path}")
     try:
@@ -383,6 +392,9 @@ def _npz(path: Path, *, needs_test: bool = True) -> Dataset:
             raise ValueError("it holds no arrays")
     except Exception as error:  # NumPy passes on whatever the zip, the header or the decompression stumbled over
         raise InputError(f"{path} is no readable .npz file (truncated or damaged?): {error}") from error
+    for name, same in (("x_train", "features"), ("y_train", "labels")):
+        if same in held and name not in held:
+            held[name] = held.pop(same)
     missing = [name for name in ("x_train", "y_train", "x_test", "y_test") if name not in held]
     if missing == ["x_test", "y_test"] and not needs_test:
         held |= {"x_test": held["x_train"][:0], "y_test": held["y_train"][:0]}
@@ -465,7 +477,7 @@ def outline(path: Path) -> Outline:
         InputError: it is not of the right form (a ValueError).
     """
     if path.suffix == ".npz":
-        dataset = _npz(path, needs_test=False)
+        dataset = read_npz(path, needs_test=False)
         shape = tuple(dataset.train_inputs.shape[1:])
         return Outline((shape,), dataset.num_classes, len(dataset.train_labels), len(dataset.test_labels) > 0)
     from PIL import Image
