@@ -118,7 +118,8 @@ def _compare(arguments: list[str]) -> None:
     seeds = options.seeds if deciding.seed is None else (deciding.seed,)
     out = options.out or Path("runs") / recipe.name
     runs = compare(recipe, objectives, seeds, out, options.data_root, _console())
-    _show(f"{recipe.name}, {recipe.epochs} epochs, seeds {seeds}", [run.summary() for run in runs])
+    named_seeds = ", ".join(map(str, seeds))
+    _show(f"{recipe.name}, {recipe.epochs} epochs, seeds {named_seeds}", [run.summary() for run in runs])
     _say(f"table, figures and runs: {out}")
 
 

@@ -21,8 +21,8 @@ from vmcr2.lab.sources import Dataset
 _NAMED_CLASSES = 20  # named on an axis at most
 _SHEET_ROWS, _SHEET_COLUMNS = 10, 8  # of a contact sheet
 _SIMILARITY_NOTE = (
-    "Good: light everywhere but in the blocks on the diagonal, which are single classes. Dark elsewhere: classes share "
-    "directions. Blocks that are dark all over: the class has lost its variety."
+    "Good: light but for the blocks on the diagonal, the classes; dark elsewhere: classes share directions. A block "
+    "that is dark all over: the class has lost its variety."
 )
 _COLOURS = {"vmcr2": "#0b6e99", "mcr2": "#d1495b", "ce": "#7a7a7a"}
 _STYLE: dict[str, Any] = {
@@ -47,7 +47,8 @@ def draw_rates(axes: Axes, metrics: Sequence[dict[str, Any]]) -> Axes:
     )
     _draw_over_epochs(axes, metrics, styles)
     axes.set(ylabel="rate of the training set (nats)")
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(bottom=0, top=1.3 * axes.get_ylim()[1])  # room for the legend
+    axes.legend(loc="upper left", ncols=3, fontsize=7, columnspacing=1, handlelength=1.5)
     return axes
 
 
@@ -59,7 +60,9 @@ def draw_accuracy(axes: Axes, metrics: Sequence[dict[str, Any]], part: str = "te
     )
     _draw_over_epochs(axes, metrics, styles)
     axes.set(ylabel=f"{part} accuracy")
-    axes.set_ylim(top=1.005)
+    axes.set_ylim(top=1)
+    if len(axes.lines) > 1:
+        axes.legend(loc="best")
     return axes
 
 
@@ -69,9 +72,9 @@ def _draw_over_epochs(
     for key, label, style in styles:
         points = [(line["epoch"], line[key]) for line in metrics if line.get(key) is not None]
         if points:
-            axes.plot(*zip(*points, strict=True), label=label, marker="o" if len(points) < 2 else None, **style)
+            marker = "o" if len(points) < 2 else None
+            axes.plot(*zip(*points, strict=True), label=label, marker=marker, clip_on=False, **style)
     _count_epochs(axes)
-    axes.legend(loc="best")
 
 
 def _count_epochs(axes: Axes) -> None:
@@ -99,10 +102,10 @@ def draw_similarity(axes: Axes, features: np.ndarray, labels: np.ndarray, names:
     return axes
 
 
-def _readable(name: str) -> str:
-    """Returns a class name for an axis: words apart, on as many lines as it needs."""
+def _readable(name: str, width: int = 32) -> str:
+    """Returns a class name for a figure: words apart, on as many lines as it needs."""
     words = str(name).replace("/character", " ").replace("_", " ")
-    return textwrap.fill(words, 22) if len(words) > 22 else words
+    return textwrap.fill(words, width)
 
 
 def draw_spectra(axes: Axes, spectra: np.ndarray, components: int) -> Axes:
@@ -117,7 +120,7 @@ def draw_spectra(axes: Axes, spectra: np.ndarray, components: int) -> Axes:
     axes.axvline(components + 0.5, color="#d1495b", linestyle="--", linewidth=1, label=f"⌊d/k⌋ = {components}")
     axes.set(yscale="log", xlabel="component, the strongest first", ylabel="share of the class's energy")
     axes.set_ylim(floor, 1.3)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlim(left=1)
     axes.legend(loc="upper right")
     return axes
 
@@ -173,7 +176,7 @@ def draw_confusion(axes: Axes, counts: np.ndarray, names: np.ndarray) -> Axes:
 def _name(axis: Axis, names: Sequence[str] | np.ndarray) -> None:
     """Writes class names along an axis, upright where they are long."""
     shown = [_readable(name) for name in names]
-    axis.set_ticks(range(len(shown)), shown, fontsize=7)
+    axis.set_ticks(range(len(shown)), shown, fontsize=7 if len(shown) <= 12 else 6)
     if axis.axis_name == "x" and max(map(len, shown)) > 2:
         axis.set_tick_params(labelrotation=90)
 
@@ -193,21 +196,21 @@ def draw_run(run: RunFolder) -> list[Path]:
         figure = Figure(figsize=(8, 3.6))
         left, right = figure.subplots(1, 2)
         draw_rates(left, metrics).set_title(f"Coding rates\n{name}", loc="left")
-        draw_accuracy(right, metrics, part)
+        draw_accuracy(right, metrics, part).set_title("Accuracy of nearest subspaces (eq. 8)", loc="left")
         note = "Good: ΔR rises and levels off, and $R_c$ stays far below R. ΔR near 0 means that the features collapsed."
         drawn.append(_save(figure, run.figures / "rates.png", note))
         figure, axes = _figure(5.4, 4.9)
         draw_similarity(axes, arrays["features"], arrays["labels"], names)
         of = f"{shown} of {k} classes" if shown < k else f"all {k} classes"
-        axes.set_title(f"|cosine| between training samples, {of}\n{name}", loc="left")
+        _title(figure, f"|cosine| between training samples, {of}\n{name}")
         figure.colorbar(axes.images[0], ax=axes, shrink=0.7)
         drawn.append(_save(figure, run.figures / "similarity.png", _SIMILARITY_NOTE))
         figure, axes = _figure(5.4, 3.8)
         draw_spectra(axes, arrays["spectra"], max(1, recipe.feature_dim // k))
-        axes.set_title(f"Spectrum of each class's features, all {k} classes\n{name}", loc="left")
+        _title(figure, f"Spectrum of each class's features, all {k} classes\n{name}")
         note = (
-            "Good: several strong components, then a fall: a class keeps its variety. A fall right after the first: each "
-            "class is pressed to one direction."
+            "Good: several strong components, then a fall: classes keep their variety. A fall after the first: each class "
+            "is pressed to one direction."
         )
         drawn.append(_save(figure, run.figures / "spectra.png", note))
         if "confusion" in arrays:
@@ -216,15 +219,15 @@ def draw_run(run: RunFolder) -> list[Path]:
             draw_confusion(axes, counts, names)
             of = f"the {_NAMED_CLASSES} of {k} classes with the most errors" if k > _NAMED_CLASSES else of
             right = f"{np.trace(counts)} of {counts.sum()} {part} samples right"
-            axes.set_title(f"Confusion, {of}; {right}\n{name}", loc="left")
-            note = "Good: all on the diagonal. A number is of samples; the shade is its share of the true class."
+            _title(figure, f"Confusion, {of}\n{name}: {right}")
+            note = "Good: all on the diagonal. Numbers are samples, shades the share of the true class."
             drawn.append(_save(figure, run.figures / "confusion.png", note))
         if "codes" in arrays:
             figure, axes = _figure(5.4, 4.6)
-            draw_codes(axes, arrays["codes"], names).set_title(f"Codes of the dictionary\n{name}", loc="left")
+            draw_codes(axes, arrays["codes"], names)
+            _title(figure, f"Codes of the dictionary\n{name}")
             note = (
-                "Good: each class has atoms of its own, which are light elsewhere. An atom dark in many classes is a "
-                "direction that they share."
+                "Good: each class has atoms of its own. An atom dark in many classes is a direction that they share."
             )
             drawn.append(_save(figure, run.figures / "codes.png", note))
     return drawn
@@ -255,7 +258,8 @@ def draw_suspects(
             own = np.flatnonzero(labels == j)
             for axes, sample in zip(cells, [own[scores[own].argmax()], *members], strict=False):
                 axes.imshow(images[sample].squeeze(), cmap="gray" if images.shape[3] == 1 else None)
-                said = "" if axes is cells[0] else f"{_readable(names[suggested[sample]])}?\n{scores[sample]:.2f}"
+                wrapped = _readable(names[suggested[sample]], 16)
+                said = "fits best" if axes is cells[0] else f"{wrapped}?\n{scores[sample]:.2f}"
                 axes.set_title(said, fontsize=6.5)
             for axes in cells:
                 axes.set(xticks=[], yticks=[])
@@ -263,7 +267,7 @@ def draw_suspects(
             label = f"labelled\n{_readable(names[j])}\n({counts[j]} suspects)"
             cells[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=7)
         of = f", the {len(classes)} labels with the most" if len(classes) < (counts > 0).sum() else ""
-        figure.suptitle(f"{title}: {len(order)} labels that look wrong{of}", x=0.01, ha="left")
+        _title(figure, f"{title}: {len(order)} labels that look wrong{of}")
         note = (
             "First in each row: the sample that fits its label best, for comparison. Then the suspects, most suspect "
             "first: the label suggested instead, and the score from 0 (surely wrong) to 1."
@@ -298,10 +302,10 @@ def draw_comparison(runs: Sequence[RunFolder], folder: Path) -> list[Path]:
             axes.set(ylabel=label)
             _count_epochs(axes)
             if key == "test_accuracy":
-                axes.set_ylim(top=1.005)
+                axes.set_ylim(top=1)
             else:
                 axes.set_ylim(bottom=0)
-        panels[0].set_title(f"{title}: three objectives, same network and data", loc="left")
+        panels[0].set_title(f"{title}: same network and data", loc="left")
         panels[1].legend(loc="best")
         note = "Good: both rise and level off. A high ΔR beside a low accuracy: the features expand and never compress."
         drawn.append(_save(figure, folder / "curves.png", note))
@@ -355,7 +359,7 @@ def draw_convergence(runs: Mapping[tuple[str, ObjectiveName], RunFolder], path: 
         panels[0].plot([], [], "--", color="black", linewidth=0.8, label="R")
         panels[0].plot([], [], ":", color="black", linewidth=0.8, label="$R_c$")
         panels[0].legend(loc="best", fontsize=7)
-        figure.suptitle(title, x=0.01, ha="left")
+        _title(figure, title)
         return _save(figure, path, "Good: ΔR rises and levels off, and $R_c$ stays far below R.")
 
 
@@ -389,7 +393,7 @@ def draw_similarities(runs: Mapping[tuple[str, ObjectiveName], RunFolder], path:
                     axes.set_ylabel(OBJECTIVES[objective])
         shown = next(axes for line in panels for axes in line if axes.images)
         figure.colorbar(shown.images[0], ax=list(panels.flatten()), shrink=0.7)
-        figure.suptitle(title, x=0.01, ha="left")
+        _title(figure, title)
         return _save(figure, path, _SIMILARITY_NOTE)
 
 
@@ -421,7 +425,7 @@ def draw_noise(records: Sequence[dict[str, Any]], path: Path, title: str) -> Pat
             axes.set_title(name, loc="left")
             axes.set(xlabel="wrong training labels (%)", ylabel="test accuracy")
         panels[0].legend(loc="best")
-        figure.suptitle(title, x=0.01, ha="left")
+        _title(figure, title)
         return _save(figure, path, "Good: a line that stays high as labels get worse.")
 
 
@@ -431,12 +435,16 @@ def _draw_seeds(axes: Axes, seeds: list[list[dict[str, Any]]], key: str, objecti
         axes.plot(*zip(*curve, strict=True), color=_COLOURS[objective], alpha=0.25, linewidth=0.8)
     epochs = [epoch for epoch, _ in curves[0]]
     mean = np.mean([[value for _, value in curve] for curve in curves], axis=0)
-    axes.plot(epochs, mean, color=_COLOURS[objective], label=OBJECTIVES[objective])
+    axes.plot(epochs, mean, color=_COLOURS[objective], label=OBJECTIVES[objective], clip_on=False)
 
 
 def _figure(width: float, height: float) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(width, height))
     return figure, figure.subplots()
+
+
+def _title(figure: Figure, title: str) -> None:
+    figure.suptitle(title, x=0.01, ha="left", fontsize=10)
 
 
 def _save(figure: Figure, path: Path, note: str = "") -> Path:

@@ -302,7 +302,7 @@ def for_data(path: Path) -> Recipe:
         about=about,
         network=network,
         feature_dim=feature_dim,
-        batch_size=min(500, max(2, found.samples)),
+        batch_size=min(500, max(2, found.samples // 3)),
         data=DataSettings(source=str(path), image_size=image_size, validation=0.0 if found.has_test else 0.2),
         augmentation=Augmentation(crop=side, padding=max(1, side // 14)) if crops else Augmentation(),
     )
