@@ -32,7 +32,7 @@ class WithLoss(torch.nn.Module):
 class Latcher(transformers.TrainerCallback):
     """Latches before the first epoch, and again every so many."""
 
-    def on_epoch_begin(self, args, state, control, **given) -> None:  # noqa: ANN001, ANN003, D102
+    def on_epoch_begin(self, args, state, control, **given) -> None:  # noqa: ANN001, ANN003
         if round(state.epoch or 0) % LATCH_EVERY == 0:
             model: WithLoss = given["model"]
             pairs = ((batch["pixel_values"], batch["labels"]) for batch in given["train_dataloader"])
@@ -43,7 +43,8 @@ def main(epochs: int = 20) -> dict[str, float]:
     """Trains, and returns the figures of the evaluation after it."""
     x, y = load_digits(return_X_y=True)
     samples = [
-        {"pixel_values": torch.tensor(image).float(), "labels": int(label)} for image, label in zip(x / 16, y, strict=True)
+        {"pixel_values": torch.tensor(image).float(), "labels": int(label)}
+        for image, label in zip(x / 16, y, strict=True)
     ]
 
     def rates(prediction: transformers.EvalPrediction) -> dict[str, float]:

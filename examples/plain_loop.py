@@ -1,7 +1,7 @@
 """V-MCR² in a plain PyTorch loop: latch, train, log ΔR, classify. Seconds on one CPU core.
 
-    pip install 'vmcr2[sklearn]'
-    python examples/plain_loop.py
+pip install 'vmcr2[sklearn]'
+python examples/plain_loop.py
 """
 
 import torch
@@ -54,7 +54,9 @@ def main(epochs: int = 40) -> float:
         if (epoch + 1) % 10 == 0 or epoch + 1 == epochs:
             with torch.no_grad():
                 rates = vmcr2.rate_reduction(model.eval()(x_train), y_train)
-            print(f"epoch {epoch + 1}: R {rates.expansion:.1f} − R_c {rates.compression:.1f} = ΔR {rates.reduction:.1f}")
+            print(
+                f"epoch {epoch + 1}: R {rates.expansion:.1f} − R_c {rates.compression:.1f} = ΔR {rates.reduction:.1f}"
+            )
 
     with torch.no_grad():
         train, test = model.eval()(x_train).numpy(), model(x_test).numpy()

@@ -396,7 +396,9 @@ class VMCR2Loss(nn.Module):
         with batch_statistics():
             for batch in batches:
                 if not isinstance(batch, (tuple, list)) or len(batch) != 2:
-                    got = f"a dict of {', '.join(map(repr, batch))}" if isinstance(batch, dict) else type(batch).__name__
+                    got = (
+                        f"a dict of {', '.join(map(repr, batch))}" if isinstance(batch, dict) else type(batch).__name__
+                    )
                     raise InputError(
                         f"batches must give pairs (inputs, membership), got {got}; of dicts make pairs: "
                         "((batch['pixel_values'], batch['labels']) for batch in loader)"

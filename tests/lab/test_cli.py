@@ -30,6 +30,7 @@ def test_train_evaluate_plot(tmp_path, capsys):
         figure.unlink()
     assert main(["plot", out]) == 0
     assert {path.name for path in (tmp_path / "run" / "figures").iterdir()} == {
+        "confusion.png",
         "rates.png",
         "similarity.png",
         "spectra.png",
@@ -65,8 +66,8 @@ def test_compare_goes_on_where_it_was(tmp_path, capsys):
     [
         (
             ["trian"],
-            "command must be one of train, compare, evaluate, plot, reproduce, bench, recipes, got 'trian'; did "
-            "you mean train?",
+            "command must be one of train, compare, evaluate, plot, predict, audit, export, report, reproduce, bench, "
+            "recipes, got 'trian'; did you mean train?",
         ),
         (["train"], "takes a recipe first"),
         (["train", "digit"], "did you mean digits?"),

@@ -15,7 +15,7 @@ import tyro
 from rich.console import Console
 
 from vmcr2.errors import InputError, NumericalError
-from vmcr2.lab.recipes import OBJECTIVES, RECIPES, ObjectiveName, Recipe, find, named, nearest, to_json
+from vmcr2.lab.recipes import CHOSEN_FOR, OBJECTIVES, RECIPES, ObjectiveName, Recipe, find, named, nearest, to_json
 
 USAGE = """\
 vmcr2: maximal coding rate reduction by variational forms
@@ -175,7 +175,9 @@ def plot(run: tyro.conf.Positional[Path]) -> None:
         _say(str(path))
 
 
-def predict(run: tyro.conf.Positional[Path], files: tyro.conf.Positional[tuple[Path, ...]], out: Path | None = None) -> None:
+def predict(
+    run: tyro.conf.Positional[Path], files: tyro.conf.Positional[tuple[Path, ...]], out: Path | None = None
+) -> None:
     """Names the classes of images: a line a file, with its class and the margin to the next one.
 
     The margin, from 0 to 1, is how much more of the sample's energy lies in the subspace of its class than in the next.
@@ -357,10 +359,7 @@ def _split(arguments: list[str]) -> tuple[str | None, list[str], _Deciding]:
 
 def _recipe(name: str | None, command: str, flags: list[str]) -> Recipe:
     if name is not None:
-        recipe = find(name)
-        if recipe.about.startswith("chosen for"):
-            _say(recipe.about)
-        return recipe
+        return find(name)
     if {"-h", "--help"} & set(flags):
         return RECIPES["digits"]
     raise InputError(f"vmcr2 {command} takes a recipe first: one of {', '.join(named())}, a .json file, or your data")
@@ -375,6 +374,10 @@ def _parse(command: str, default: Recipe, kind: type[_Given], flags: list[str]) 
     ]
     both = dataclasses.make_dataclass("both", fields)
     parsed = tyro.cli(both, args=flags, prog=f"vmcr2 {command} {default.name}")
+    chosen: Recipe = parsed.recipe
+    if chosen.about.startswith(CHOSEN_FOR):
+        size = "" if chosen.data.image_size is None else f", images scaled to {chosen.data.image_size} a side"
+        _say(f"{chosen.about}; network {chosen.network}, feature_dim {chosen.feature_dim}{size}")
     return parsed.recipe, parsed.options
 
 

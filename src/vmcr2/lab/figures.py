@@ -10,7 +10,7 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.axis import Axis
+from matplotlib.axis import Axis, XAxis
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -177,7 +177,7 @@ def _name(axis: Axis, names: Sequence[str] | np.ndarray) -> None:
     """Writes class names along an axis, upright where they are long."""
     shown = [_readable(name) for name in names]
     axis.set_ticks(range(len(shown)), shown, fontsize=7 if len(shown) <= 12 else 6)
-    if axis.axis_name == "x" and max(map(len, shown)) > 2:
+    if isinstance(axis, XAxis) and max(map(len, shown)) > 2:
         axis.set_tick_params(labelrotation=90)
 
 
@@ -190,18 +190,20 @@ def draw_run(run: RunFolder) -> list[Path]:
     recipe, arrays, metrics = run.recipe(), run.features(), run.metrics()
     name = f"{recipe.name}, {OBJECTIVES[recipe.objective]}, seed {recipe.seed}"
     names, part = arrays["class_names"], "validation" if recipe.data.validation else "test"
-    k, shown = len(names), len(np.unique(arrays["labels"]))
+    k = len(names)
     drawn = []
     with mpl.rc_context(_STYLE):
         figure = Figure(figsize=(8, 3.6))
         left, right = figure.subplots(1, 2)
         draw_rates(left, metrics).set_title(f"Coding rates\n{name}", loc="left")
         draw_accuracy(right, metrics, part).set_title("Accuracy of nearest subspaces (eq. 8)", loc="left")
-        note = "Good: ΔR rises and levels off, and $R_c$ stays far below R. ΔR near 0 means that the features collapsed."
+        note = (
+            "Good: ΔR rises and levels off, and $R_c$ stays far below R. ΔR near 0 means that the features collapsed."
+        )
         drawn.append(_save(figure, run.figures / "rates.png", note))
         figure, axes = _figure(5.4, 4.9)
         draw_similarity(axes, arrays["features"], arrays["labels"], names)
-        of = f"{shown} of {k} classes" if shown < k else f"all {k} classes"
+        of = _shown_classes(arrays)
         _title(figure, f"|cosine| between training samples, {of}\n{name}")
         figure.colorbar(axes.images[0], ax=axes, shrink=0.7)
         drawn.append(_save(figure, run.figures / "similarity.png", _SIMILARITY_NOTE))
@@ -209,8 +211,8 @@ def draw_run(run: RunFolder) -> list[Path]:
         draw_spectra(axes, arrays["spectra"], max(1, recipe.feature_dim // k))
         _title(figure, f"Spectrum of each class's features, all {k} classes\n{name}")
         note = (
-            "Good: several strong components, then a fall: classes keep their variety. A fall after the first: each class "
-            "is pressed to one direction."
+            "Good: several strong components, then a fall: classes keep their variety. A fall after the first: each "
+            "class is pressed to one direction."
         )
         drawn.append(_save(figure, run.figures / "spectra.png", note))
         if "confusion" in arrays:
@@ -226,11 +228,15 @@ def draw_run(run: RunFolder) -> list[Path]:
             figure, axes = _figure(5.4, 4.6)
             draw_codes(axes, arrays["codes"], names)
             _title(figure, f"Codes of the dictionary\n{name}")
-            note = (
-                "Good: each class has atoms of its own. An atom dark in many classes is a direction that they share."
-            )
+            note = "Good: each class has atoms of its own. An atom dark in many classes is a direction that they share."
             drawn.append(_save(figure, run.figures / "codes.png", note))
     return drawn
+
+
+def _shown_classes(arrays: dict[str, np.ndarray]) -> str:
+    """Returns how many classes of how many the similarity figure shows."""
+    k, shown = len(arrays["class_names"]), len(np.unique(arrays["labels"]))
+    return f"{shown} of {k} classes" if shown < k else f"all {k} classes"
 
 
 def draw_suspects(
@@ -317,9 +323,7 @@ def draw_comparison(runs: Sequence[RunFolder], folder: Path) -> list[Path]:
             axes.set_title(OBJECTIVES[objective], loc="left")
             if axes is not panels[0]:
                 axes.set_yticklabels([])
-        k, shown = len(arrays["class_names"]), len(np.unique(arrays["labels"]))
-        of = f"{shown} of {k} classes" if shown < k else f"all {k} classes"
-        figure.suptitle(f"{title}: |cosine| between training samples by class, {of}")
+        _title(figure, f"{title}: |cosine| between training samples by class, {_shown_classes(runs[0].features())}")
         figure.colorbar(panels[0].images[0], ax=list(panels), shrink=0.6)
         drawn.append(_save(figure, folder / "similarity.png", _SIMILARITY_NOTE))
     return drawn

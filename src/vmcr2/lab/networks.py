@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable
 from itertools import pairwise
 
@@ -146,8 +147,8 @@ def _timm(name: str, input_shape: tuple[int, ...], feature_dim: int) -> nn.Modul
     except ModuleNotFoundError as error:
         raise InputError(f"network {TIMM}{name} needs the package timm: pip install timm") from error
     if not timm.is_model(name):
-        near = timm.list_models(f"*{name.partition('.')[0][:6]}*")[:3]
-        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        near = difflib.get_close_matches(name, timm.list_models(), n=1)
+        hint = f"; did you mean {TIMM}{near[0]}?" if near else ""
         raise InputError(f"network must be a name that timm.list_models() has, got {TIMM}{name}{hint}")
     given = {"pretrained": False, "in_chans": channels, "num_classes": 0}
     try:

@@ -234,6 +234,7 @@ _OURS = (
         ce=CESettings(lr=1.0),
     ),
 )
+CHOSEN_FOR = "chosen for"  # how `about` begins where `for_data` made the recipe
 _LARGEST_SIDE = 64  # to which `for_data` scales a folder's images down
 RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in _OURS}
 
@@ -290,18 +291,13 @@ def for_data(path: Path) -> Recipe:
     side = min(shape[1:], default=0)
     network = "mlp" if side < 16 else "conv4" if side <= 48 else "resnet18"
     name = re.sub(r"[^\w.-]", "-", path.resolve().stem, flags=re.ASCII).strip("-") or "data"
-    feature_dim = max(128, 2 * k if k <= 500 else k)
-    about = (
-        f"chosen for {path.name}: {k} classes, {found.samples} training samples {shape}; network {network}, "
-        f"feature_dim {feature_dim}"
-    )
-    about += "" if image_size is None else f", images scaled to {image_size} a side"
-    about += "" if found.has_test else ", a fifth of each class held out for want of a test part"
+    about = f"{CHOSEN_FOR} {path.name}: {k} classes, {found.samples} training samples"
+    about += "" if found.has_test else ", a fifth held out for want of a test part"
     return Recipe(
         name=name,
         about=about,
         network=network,
-        feature_dim=feature_dim,
+        feature_dim=max(128, 2 * k if k <= 500 else k),
         batch_size=min(500, max(2, found.samples // 3)),
         data=DataSettings(source=str(path), image_size=image_size, validation=0.0 if found.has_test else 0.2),
         augmentation=Augmentation(crop=side, padding=max(1, side // 14)) if crops else Augmentation(),

@@ -511,7 +511,7 @@ def decode(source: Any, size: tuple[int, int] | None = None, mode: str = "RGB") 
             read = image.convert(mode)
     except Exception as error:  # Pillow's decoders raise what they like
         raise InputError(f"{source} is no readable image (truncated or damaged?): {error}") from error
-    return read if size in (None, read.size) else read.resize(size, Image.Resampling.BILINEAR)
+    return read if size is None or size == read.size else read.resize(size, Image.Resampling.BILINEAR)
 
 
 def _from_arrays(
