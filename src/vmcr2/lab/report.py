@@ -4,16 +4,28 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
 
 import torch
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 _PLAIN_SECONDS = 10.0
+
+
+class _Bar(Progress):
+    """A progress bar with the figures on a line below, so that nothing is cut at 80 columns."""
+
+    figures = ""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        """Returns the bar and the figures."""
+        yield from super().get_renderables()
+        yield Text(self.figures)
 
 
 class EpochProgress:
@@ -26,18 +38,17 @@ class EpochProgress:
         self.start_epoch = done
         self.started = self.said = time.monotonic()
         self.figures: dict[str, tuple[int, str]] = {}
-        self.bar: Progress | None = None
+        self.bar: _Bar | None = None
         if self.console.is_terminal:
-            self.bar = Progress(
-                # The figures below, so that nothing is cut at 80 columns.
-                TextColumn("{task.description}\n{task.fields[figures]}"),
+            self.bar = _Bar(
+                TextColumn("{task.description}"),
                 BarColumn(bar_width=None),
                 MofNCompleteColumn(),
                 TimeRemainingColumn(),
                 console=self.console,
                 expand=True,
             )
-            self.task = self.bar.add_task(title, total=epochs, completed=done, figures="")
+            self.task = self.bar.add_task(title, total=epochs, completed=done)
 
     def __enter__(self) -> EpochProgress:
         if self.bar is not None:
@@ -60,7 +71,8 @@ class EpochProgress:
                 parts[i] += f" (epoch {measured})"
         text = "  ".join(parts)
         if self.bar is not None:
-            self.bar.update(self.task, completed=epoch, figures=text)
+            self.bar.figures = text
+            self.bar.update(self.task, completed=epoch)
             return
         now = time.monotonic()
         if epoch in (self.start_epoch + 1, self.epochs) or now - self.said >= _PLAIN_SECONDS:

@@ -182,7 +182,9 @@ def _subset(dataset: Dataset, settings: DataSettings) -> Dataset:
                     f"have none of {len(lost)} classes (label {lost[0]} is the first): take more, or fewer data.classes"
                 )
             kept = {f"{part}_inputs": inputs[:size].clone(), f"{part}_labels": labels[:size].clone()}
-            dataset = replace(dataset, **kept)  # the rows of the first so many stay what they are
+            if part == "train" and dataset.train_rows is not None:
+                kept["train_rows"] = dataset.train_rows[:size]
+            dataset = replace(dataset, **kept)
     if settings.validation:
         dataset = _held_out(dataset, settings.validation)
     if settings.label_noise:
