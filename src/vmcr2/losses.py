@@ -385,7 +385,7 @@ class VMCR2Loss(nn.Module):
             batches: pairs (inputs, membership), one pass over the training set. Tensors are moved to the loss's device.
 
         Raises:
-            InputError: no batch on any rank, or a batch that is wrong (a ValueError).
+            InputError: no batch on any rank, or a batch that is wrong or no pair (a ValueError).
             NumericalError: a decomposition did not converge.
         """
         if isinstance(model, nn.parallel.DistributedDataParallel):

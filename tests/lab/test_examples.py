@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import vmcr2
 from vmcr2.lab._torchvision import import_torchvision
@@ -35,19 +36,29 @@ def test_lightning_passes_its_sanity_check_before_any_latch_and_learns():
     assert "residual" in figures
 
 
-def test_a_validation_before_any_latch_says_what_to_do():
-    lightning = pytest.importorskip("lightning")
+def test_a_validation_before_any_latch_says_what_to_do(monkeypatch):
+    pytest.importorskip("lightning")
     import lightning_module
 
     class Careless(lightning_module.Digits):
         def validation_step(self, batch, _):
             self.loss(self.model(batch[0]), batch[1])
 
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(lightning_module, "Digits", Careless)
-        with pytest.raises(vmcr2.NotLatchedError, match=r"Lightning's sanity check.*num_sanity_val_steps=0"):
-            lightning_module.main(epochs=1, logger=False, enable_checkpointing=False, accelerator="cpu")
-    assert lightning is not None
+    monkeypatch.setattr(lightning_module, "Digits", Careless)
+    with pytest.raises(vmcr2.NotLatchedError, match=r"Lightning's sanity check.*num_sanity_val_steps=0"):
+        lightning_module.main(epochs=1, logger=False, enable_checkpointing=False, accelerator="cpu")
+
+
+def test_batches_that_are_dicts_are_refused_with_what_to_make_of_them():
+    loss = vmcr2.VMCR2Loss(2, 4)
+    batch = {"pixel_values": torch.eye(4), "labels": torch.tensor([0, 1, 0, 1])}
+    with pytest.raises(
+        vmcr2.InputError, match=r"pairs \(inputs, membership\), got a dict of 'pixel_values', 'labels'; of"
+    ):
+        loss.latch_from(torch.nn.Identity(), [batch])
+    with pytest.raises(vmcr2.InputError, match=r"pairs \(inputs, membership\), got Tensor"):
+        loss.latch_from(torch.nn.Identity(), [torch.eye(4)])
+    loss.latch_from(torch.nn.Identity(), ((one["pixel_values"], one["labels"]) for one in [batch]))
 
 
 def test_hugging_faces_trainer_latches_and_learns():

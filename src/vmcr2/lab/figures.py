@@ -392,7 +392,8 @@ def draw_similarities(runs: Mapping[tuple[str, ObjectiveName], RunFolder], path:
                 axes.set_xticklabels([])
                 axes.set_yticklabels([])
                 if i == 0:
-                    axes.set_title(f"{name}, {runs[name, objective].recipe().epochs} epochs")
+                    epochs = runs[name, objective].recipe().epochs
+                    axes.set_title(f"{name}, {epochs} epochs,\n{_shown_classes(arrays)}")
                 if j == 0:
                     axes.set_ylabel(OBJECTIVES[objective])
         shown = next(axes for line in panels for axes in line if axes.images)
@@ -426,6 +427,7 @@ def draw_noise(records: Sequence[dict[str, Any]], path: Path, title: str) -> Pat
                         means = [float(np.mean(by_share[share])) for share in shares]
                         own = ", own head" if key == "head_accuracy" else ""
                         axes.plot(shares, means, style, color=_COLOURS[objective], marker="o", label=label + own)
+                        axes.set_xticks(shares)
             axes.set_title(name, loc="left")
             axes.set(xlabel="wrong training labels (%)", ylabel="test accuracy")
         panels[0].legend(loc="best")
