@@ -28,6 +28,7 @@ Structure = Literal["shared", "block"]
 # What a step takes of the way to the best codes of its bound. Less than all of it leaves the atoms time to turn away
 # from each other before codes that compete are pressed to zero, and ends higher (benchmarks/ascent.py).
 _CODE_SHARE = 0.5
+_NEGLIGIBLE = 1e-6  # of the shift: codes that add so little to R^v and R_c^v are 0
 _NEWTON_STEPS = 12  # of the multiplier that keeps a class's energy; it converges quadratically, from one side
 
 
@@ -114,7 +115,8 @@ def _ascended_atoms(
     codes, energies = dictionary.codes, dictionary.by_atom(dictionary.codes * weights[:, None])
     spent = codes * membership.counts[:, None] * codes.sum(1, keepdim=True)
     curvature = beta / 8 * energies + 6 * mu * dictionary.by_atom(spent)
-    length = torch.where(curvature > 0, 1 / _nonzero(curvature), 0)[:, None]
+    # A curvature so small that its inverse overflows is that of an atom without energy.
+    length = torch.where(curvature > torch.finfo(curvature.dtype).tiny, 1 / _nonzero(curvature), 0)[:, None]
     projections = dictionary.project(features, membership)
     attraction = dictionary.atom_gradient(features, projections, dictionary.overlap(), membership)
     gradient = expansion_atom_gradient(dictionary, solved_atoms(dictionary, weights, eps_sq), weights, eps_sq)
@@ -182,7 +184,10 @@ def _ascended_codes(
         found = best(multiplier)[0]
         found = found * (energy / _nonzero(found.sum(1, keepdim=True)))
         moves = moves & (sums > 0)
-    return torch.where(moves, codes + _CODE_SHARE * (found - codes), codes), exposed.max()
+    found = codes + _CODE_SHARE * (found - codes)
+    # A code that goes to 0 gets there, rather than halving down to where its square underflows.
+    found = torch.where(found > _NEGLIGIBLE * shift, found, 0)
+    return torch.where(moves, found, codes), exposed.max()
 
 
 def paper_step(
