@@ -142,8 +142,8 @@ class Variational(Objective):
         """Raises NumericalError after a collapse: ΔR of the batches fell to a fifth, or of the set to a tenth.
 
         It happens where the penalty outweighs the rates, ρ = µ m ε²/d well above 1: the dictionary then follows the
-        features instead of leading them. A healthy run may start with a dip, deep where epochs are of few steps, but not
-        so long.
+        features instead of leading them. A healthy run may start with a dip, deep where epochs are short, but not so
+        long.
         """
         if not self.settings.stop_on_collapse or len(history) <= _PATIENCE:
             return

@@ -219,6 +219,7 @@ _OURS = (
         name="digits",
         about="8×8 handwritten digits from scikit-learn, seconds on a laptop",
         augmentation=Augmentation(padding=1, crop=8),
+        ce=CESettings(lr=0.3),
     ),
     Recipe(
         name="omniglot100",
