@@ -105,8 +105,8 @@ def _ascended_atoms(
     curvature = dictionary.by_atom(
         dictionary.codes * weights[:, None] * (beta / 8) + 6 * mu * spent * dictionary.codes.sum(1, keepdim=True)
     )[:, None]
-    moved = dictionary.atoms + torch.where(curvature > 0, gradient / _nonzero(curvature), 0)
-    return nn.functional.normalize(moved, dim=1)
+    moved = nn.functional.normalize(dictionary.atoms + gradient / _nonzero(curvature), dim=1)
+    return torch.where(curvature > 0, moved, dictionary.atoms)
 
 
 def _ascended_codes(
@@ -219,7 +219,8 @@ def paper_step(
     rise = rise + mu * (fit.data - fit.model)
     codes = (dictionary.codes + step_codes * _over(rise, bound_codes)).clamp_min(0)  # lines 8 and 9
     codes = torch.where(counts[:, None] > 0, codes, dictionary.codes)
-    atoms = nn.functional.normalize(moved.atoms, dim=1)  # line 10
+    used = dictionary.by_atom(dictionary.codes * counts[:, None])[:, None] > 0
+    atoms = torch.where(used, nn.functional.normalize(moved.atoms, dim=1), dictionary.atoms)  # line 10
     return scaled_to(dictionary.moved(atoms, codes), energy)
 
 
@@ -290,12 +291,16 @@ class Dictionary(nn.Module):
         self.latched |= chosen
         self._known, self.changed = None, True
 
-    def weakest_codes(self) -> Float[Tensor, " k"] | None:
-        """Returns each class's least code among its own atoms, 0 where it uses others; None in block structure."""
+    def weakest_codes(self, energy: float | None) -> Float[Tensor, " k"] | None:
+        """Returns each class's least code among its own atoms, 0 where it uses others; None in block structure.
+
+        With `energy` it is that of the codes scaled to sum to it, which is where a step starts from.
+        """
         if self.structure == "block":
             return None
-        own = self._own_codes()
-        return torch.where(own.sum(1) == self.codes.sum(0), own.amin(1), 0)
+        own, sums = self._own_codes(), self.codes.sum(0)
+        weakest = torch.where(own.sum(1) == sums, own.amin(1), 0)
+        return weakest if energy is None else weakest * (energy / _nonzero(sums))
 
     def is_confined(
         self, membership: Membership, weakest: Float[Tensor, " k"] | None, *, mu: float, eps_sq: float

@@ -207,7 +207,7 @@ class VMCR2Loss(nn.Module):
 
     def _checked(self, features: Tensor, membership: Tensor) -> tuple[Tensor, Membership, Tensor | None]:
         """Checks the batch of this rank, gathers it over ranks, and returns it in the dtype to compute in."""
-        beside = self.dictionary.weakest_codes() if self.step == "ascent" else None
+        beside = self.dictionary.weakest_codes(self.energy) if self.step == "ascent" else None
         if isinstance(features, Tensor) and features.device != self.dictionary.atoms.device:
             raise InputError(
                 f"features must be on the loss's device {self.dictionary.atoms.device}, got {features.device}; "
@@ -222,7 +222,7 @@ class VMCR2Loss(nn.Module):
         if gathered is not features:
             if stale:
                 broadcast(self.dictionary)
-                beside = None if beside is None else self.dictionary.weakest_codes()
+                beside = None if beside is None else self.dictionary.weakest_codes(self.energy)
             checked, weakest = check(gathered, held)
         self.dictionary.changed = False
         dtype = rate_dtype(self.feature_dim, self.eps_sq, gathered, self.dictionary.atoms)
@@ -247,7 +247,7 @@ class VMCR2Loss(nn.Module):
         if self.training and torch.is_grad_enabled():
             if not bool(self.dictionary.known().all()):
                 self._latch(widened.detach(), checked.detach(), only_new=True)
-                weakest = self.dictionary.weakest_codes()
+                weakest = self.dictionary.weakest_codes(self.energy)
                 weakest = None if weakest is None else weakest.cpu()
             self._watch.look(self, widened.detach(), checked.detach())
             value = self._step(widened, checked, weakest)
