@@ -431,6 +431,9 @@ class _CollapseWatch:
         self.steps += 1
         if self.warned or self.steps % _WATCH_EVERY != 1:
             return
+        if membership.soft is not None:
+            # By the largest entry: with a share of every class in every sample there were k determinants of d×d.
+            membership, _ = as_membership(features, membership.soft.argmax(1), membership.num_classes)
         reduction = float(checked_rates(features, membership, loss.eps_sq).reduction)
         self.best = max(self.best, reduction)
         self.low = self.low + 1 if reduction < _COLLAPSED * self.best else 0
