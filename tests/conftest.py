@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import settings
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import vmcr2
 from vmcr2.membership import as_membership
@@ -100,7 +101,7 @@ def assert_unchanged(loss, before):
 
 
 class LargestTensor(TorchDispatchMode):
-    """Notes how many entries the largest tensor has that is written while it is active; views do not count."""
+    """Notes how many entries the largest tensor has that is made while it is active; views do not count."""
 
     def __init__(self):
         super().__init__()
@@ -109,8 +110,9 @@ class LargestTensor(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, tuple | list) else (result,):
-            if isinstance(tensor, torch.Tensor) and tensor._base is None:
+        held = {tensor.untyped_storage().data_ptr() for tensor in tree_leaves(args) if isinstance(tensor, torch.Tensor)}
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in held:
                 written = tensor.untyped_storage().nbytes() // tensor.element_size()
                 if written > self.numel:
                     self.numel, self.shape = written, tuple(tensor.shape)
