@@ -386,16 +386,15 @@ class VMCR2Loss(nn.Module):
             InputError: no batch on any rank, or a batch that is wrong (a ValueError).
             NumericalError: a decomposition did not converge.
         """
-        if isinstance(model, nn.parallel.DistributedDataParallel):
-            model = model.module  # whose forward would synchronise ranks that may have unequal numbers of batches
         atoms = self.dictionary.atoms
         dtype = rate_dtype(self.feature_dim, self.eps_sq, atoms)
         stream = MomentStream(self.num_classes, self.feature_dim, dtype, atoms.device)
-        with batch_statistics():
+        with batch_statistics(model) as run:
             for inputs, membership in batches:
-                features, held = model(inputs.to(atoms.device)), membership.to(atoms.device)
+                features, held = run(inputs.to(atoms.device)), membership.to(atoms.device)
                 checked, _ = as_membership(features, held, self.num_classes, feature_dim=self.feature_dim, unit=True)
-                stream.add(features.to(dtype), checked.to(dtype))
+                with torch.autocast(atoms.device.type, enabled=False):
+                    stream.add(features.to(dtype), checked.to(dtype))
         with torch.autocast(atoms.device.type, enabled=False):
             blocks, energies, counts = stream.blocks(self.atoms_per_class)
         if not bool((counts > 0).any()):
