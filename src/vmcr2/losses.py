@@ -402,16 +402,15 @@ class VMCR2Loss(nn.Module):
             InputError: no batch on any rank, or a batch that is wrong (a ValueError).
             NumericalError: a decomposition did not converge.
         """
-        if isinstance(model, nn.parallel.DistributedDataParallel):
-            model = model.module  # whose forward would synchronise ranks that may have unequal numbers of batches
         atoms = self.dictionary.atoms
         dtype = rate_dtype(self.feature_dim, self.eps_sq, atoms)
         stream = MomentStream(self.num_classes, self.feature_dim, dtype, atoms.device)
-        with batch_statistics():
+        with batch_statistics(model) as run:
             for inputs, membership in batches:
-                features, held = model(inputs.to(atoms.device)), membership.to(atoms.device)
+                features, held = run(inputs.to(atoms.device)), membership.to(atoms.device)
                 checked, _ = as_membership(features, held, self.num_classes, feature_dim=self.feature_dim, unit=True)
-                stream.add(features.to(dtype), checked.to(dtype))
+                with torch.autocast(atoms.device.type, enabled=False):
+                    stream.add(features.to(dtype), checked.to(dtype))
         with torch.autocast(atoms.device.type, enabled=False):
             blocks, energies, counts = stream.blocks(self.atoms_per_class)
         if not bool((counts > 0).any()):
@@ -447,6 +446,9 @@ class _CollapseWatch:
         self.steps += 1
         if self.warned or self.steps % _WATCH_EVERY != 1:
             return
+        if membership.soft is not None:
+            # By the largest entry: with a share of every class in every sample there were k determinants of d×d.
+            membership, _ = as_membership(features, membership.soft.argmax(1), membership.num_classes)
         reduction = float(checked_rates(features, membership, loss.eps_sq).reduction)
         self.best = max(self.best, reduction)
         self.low = self.low + 1 if reduction < _COLLAPSED * self.best else 0

@@ -47,8 +47,8 @@ class ClassGroup:
 
     @property
     def shares(self) -> Float[Tensor, "b n c"]:
-        """Π_ij / n_j."""
-        return self.weights / self.counts[:, None]
+        """Π_ij / n_j, and 0 for a class without a sample, which only `torch.vmap` lets in."""
+        return self.weights / torch.where(self.counts > 0, self.counts, 1)[:, None]
 
     def take(self, values: Float[Tensor, "m d"]) -> Float[Tensor, "b n d"]:
         """Returns each set's rows. Differentiable."""
@@ -257,6 +257,8 @@ def _from_labels(
             f"membership as labels must be of an integer dtype, got {labels.dtype}; "
             "soft membership has shape (m, k), one row a sample"
         )
+    if is_batched(labels):
+        raise InputError("membership must be the same for all that torch.vmap runs over, got labels that differ")
     labels = labels.long()
     lowest, highest = labels.min(), labels.max()
     limit = _LARGEST_LABEL if num_classes is None else num_classes
@@ -275,8 +277,6 @@ def _from_labels(
         conditions, num_classes = [], int(highest) + 1
     sizes = torch.zeros(num_classes, dtype=torch.long, device=labels.device)
     sizes.index_add_(0, labels.clamp(0, num_classes - 1), torch.ones_like(labels))
-    if is_batched(sizes):
-        raise InputError("membership must be the same for all that torch.vmap runs over, got labels that differ")
     held, beside = _read_sizes(conditions, sizes, beside)
     assert held is not None
     return Membership(labels, None, sizes.to(dtype), held), beside
