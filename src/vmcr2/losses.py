@@ -451,7 +451,8 @@ class _CollapseWatch:
             membership, _ = as_membership(features, membership.soft.argmax(1), membership.num_classes)
         reduction = float(checked_rates(features, membership, loss.eps_sq).reduction)
         self.best = max(self.best, reduction)
-        self.low = self.low + 1 if reduction < _COLLAPSED * self.best else 0
+        # Of a single class ΔR is 0, but for rounding.
+        self.low = self.low + 1 if self.best > 1e-3 and reduction < _COLLAPSED * self.best else 0
         if self.low < 3:
             return
         self.warned = True
