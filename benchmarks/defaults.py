@@ -99,7 +99,8 @@ def trained(objective: str, data: str, norms: bool, optimiser: str, batch: int, 
             why = str(error)
     line = {
         "objective": objective, "data": data, "norms": norms, "optimiser": optimiser, "batch": batch, "seed": seed,
-        "seconds": time.perf_counter() - began, "failed": why, "warned": any("collapsed" in str(w.message) for w in said),
+        "seconds": time.perf_counter() - began, "failed": why,
+        "warned": any("collapsed" in str(warning.message) for warning in said),
     }  # fmt: skip
     if why is None:
         model.eval()
@@ -109,7 +110,11 @@ def trained(objective: str, data: str, norms: bool, optimiser: str, batch: int, 
             predicted = nearest_subspace(z_held, class_subspaces(z, y, k))
             rates = vmcr2.rate_reduction(z, y, num_classes=k)
             accuracy = float((predicted == y_held).double().mean())
-            return line | {"reduction": float(rates.reduction), "expansion": float(rates.expansion), "accuracy": accuracy}
+            return line | {
+                "reduction": float(rates.reduction),
+                "expansion": float(rates.expansion),
+                "accuracy": accuracy,
+            }
     return line | {"reduction": None, "expansion": None, "accuracy": None}
 
 
@@ -141,8 +146,8 @@ def table() -> None:
     text = (
         "# Do the defaults train?\n\nMade by `python benchmarks/defaults.py`; seed 0, "
         f"{describe_device(torch.device('cpu'))}. "
-        "ΔR of the training part and accuracy on the validation split; V-MCR² is `VMCR2Loss(num_classes, feature_dim)`, "
-        "latched by the first batches.\n"
+        "ΔR of the training part and accuracy on the validation split; V-MCR² is `VMCR2Loss(num_classes, "
+        "feature_dim)`, latched by the first batches.\n"
     )
     for data, (_, network, d, epochs) in DATA.items():
         rows = []

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from vmcr2.checks import Condition, check_number, read
 from vmcr2.errors import InputError
-from vmcr2.linalg import half_logdet, solve_shifted, wide_dtype
+from vmcr2.linalg import half_logdet, inverse_shifted, wide_dtype
 from vmcr2.membership import Membership
 from vmcr2.mismatch import Codes, precise_mismatch
 
@@ -74,7 +74,7 @@ def variational_compression(dictionary: Codes, class_weights: Float[Tensor, " k"
 
 def solved_atoms(dictionary: Codes, class_weights: Float[Tensor, " k"], eps_sq: float) -> Float[Tensor, "q d"]:
     """Returns S⁻¹ Γ as rows, S = I + β Γ Diag(Ã γ) Γᵀ: what both gradients of R^v are made of."""
-    return solve_shifted(model_moment(dictionary, class_weights, eps_sq), dictionary.atoms.mT).mT
+    return dictionary.atoms @ inverse_shifted(model_moment(dictionary, class_weights, eps_sq))
 
 
 def expansion_atom_gradient(

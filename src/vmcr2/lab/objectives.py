@@ -6,7 +6,6 @@ more than that, a subclass.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -19,6 +18,8 @@ from vmcr2.errors import NumericalError
 from vmcr2.lab.recipes import Recipe, VMCR2Settings
 from vmcr2.losses import MCR2Loss, VMCR2Loss
 from vmcr2.rates import rate_reduction
+
+_PATIENCE = 10  # epochs that ΔR may stay low
 
 
 class CrossEntropyHead(nn.Module):
@@ -141,15 +142,16 @@ class Variational(Objective):
         """Raises NumericalError after a collapse: ΔR of the batches fell to a fifth, or of the set to a tenth.
 
         It happens where the penalty outweighs the rates, ρ = µ m ε²/d well above 1: the dictionary then follows the
-        features instead of leading them. A healthy run may start with a dip, but not so deep nor so long.
+        features instead of leading them. A healthy run may start with a dip, deep where epochs are short, but not so
+        long.
         """
-        if not self.settings.stop_on_collapse or len(history) < 4:
+        if not self.settings.stop_on_collapse or len(history) <= _PATIENCE:
             return
         reductions = [line["batch_expansion"] - line["batch_compression"] for line in history]
         # Dropout makes noise that passes for ΔR in a batch; the whole training set, where it was measured, has none.
         measured = [line["train_reduction"] for line in history if "train_reduction" in line]
         flat = len(measured) > 5 and max(measured[-5:]) < 0.1 * measured[0]
-        if max(reductions[-3:]) >= 0.2 * reductions[0] and not flat:
+        if max(reductions[-_PATIENCE:]) >= 0.2 * reductions[0] and not flat:
             return
         shown, of = (measured, "training set") if flat else (reductions, "batch")
         mu, d = self.settings.mu, self.loss.feature_dim
@@ -193,27 +195,4 @@ def _vmcr2_loss(recipe: Recipe, num_classes: int) -> VMCR2Loss:
     settings = recipe.vmcr2
     names = ("reduction", "mu", "balance", "atoms_per_class", "structure", "energy", "step", "step_atoms", "step_codes")
     given = {name: getattr(settings, name) for name in names}
-    kind = VMCR2Loss if "reduction" in inspect.signature(VMCR2Loss).parameters else _Interim
-    return kind(num_classes, recipe.feature_dim, eps_sq=recipe.eps_sq, **given)
-
-
-class _Interim(VMCR2Loss):
-    """Gives the loss of before `reduction`, `balance` and `step` these arguments; goes once the core has them."""
-
-    def __init__(self, k: int, d: int, *, reduction: str, balance: float, step: str, **given: Any) -> None:
-        self._reduction, self._balance, self._free = reduction, balance, given["mu"] is None
-        s = given["atoms_per_class"] or max(1, d // k)
-        super().__init__(k, d, **(given | {"mu": given["mu"] or 1.0, "atoms_per_class": s}))
-
-    def _follow(self, features: Tensor) -> None:
-        if self._free:
-            self.mu = self._balance * self.feature_dim / (len(features) * self.eps_sq)
-
-    def forward(self, features: Tensor, membership: Tensor) -> Tensor:
-        self._follow(features)
-        value = super().forward(features, membership)
-        return value / (self.mu * len(features)) if self._reduction == "mean" else value
-
-    def rates(self, features: Tensor, membership: Tensor) -> Any:
-        self._follow(features)
-        return super().rates(features, membership)
+    return VMCR2Loss(num_classes, recipe.feature_dim, eps_sq=recipe.eps_sq, **given)

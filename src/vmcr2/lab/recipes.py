@@ -53,7 +53,7 @@ class VMCR2Settings:
         latch_every: epochs between latchings; the first is before the first epoch.
         gradient_clip: the largest norm a step's gradient may have, None for any. 0.02 keeps networks without BatchNorm,
             whose first gradients are long, from collapsing.
-        stop_on_collapse: stop, with a reason, once ΔR of the batches has fallen to nothing for three epochs. A later
+        stop_on_collapse: stop, with a reason, once ΔR of the batches has been down for ten epochs. A later
             latching may bring it back, slowly.
     """
 
@@ -219,7 +219,7 @@ _OURS = (
         name="digits",
         about="8×8 handwritten digits from scikit-learn, seconds on a laptop",
         augmentation=Augmentation(padding=1, crop=8),
-        vmcr2=VMCR2Settings(energy=1.6),
+        ce=CESettings(lr=0.3),
     ),
     Recipe(
         name="omniglot100",
