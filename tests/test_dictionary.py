@@ -2,6 +2,7 @@
 
 import copy
 import io
+import itertools
 
 import pytest
 import torch
@@ -39,7 +40,7 @@ def worst_fall(loss, z, membership, steps):
         loss(z, membership)
     if loss.energy is not None:
         values = values[1:]  # the first step scales what latching gave to the constraint
-    return max((before - after) / size for (before, size), (after, _) in zip(values, values[1:], strict=False))
+    return max((before - after) / size for (before, size), (after, _) in itertools.pairwise(values))
 
 
 def unbalanced(m, k, *, seed=0):
@@ -160,7 +161,7 @@ def test_objective_7_never_falls_from_any_dictionary(m, d, k, data, kind, log_rh
 
 
 def test_the_papers_own_steps_may_lower_objective_7():
-    """What the step above is for: with the paper's bounds and ν = 5 the same batch swings (also says the test works)."""
+    """What the step above is for: with the paper's bounds and ν = 5 the same batch swings (so the test works)."""
     m, d, k, s = 100, 64, 2, 32
     z, labels = unit_rows(m, d), torch.arange(m) % k
     for step, falls in (("paper", True), ("simultaneous", True), ("ascent", False)):
@@ -217,7 +218,7 @@ def test_a_small_batch_of_many_classes_touches_no_others():
 
 @pytest.mark.parametrize(("energy", "confined"), [(None, True), (0.001, False), (0.2, True), (1.0, True)])
 def test_a_shared_dictionary_confined_to_own_atoms_takes_the_very_step_of_block_structure(energy, confined):
-    """From step 60 on µ is that of ρ = 0.05, so small that no class would gain by others' atoms unless codes are tiny."""
+    """From step 60 on µ is that of ρ = 0.05: no class would gain by others' atoms, unless codes are tiny."""
     m, d, k, s = 60, 12, 3, 2
     labels = torch.arange(m) % k
     shared, block, dense = (
@@ -243,9 +244,7 @@ def test_a_shared_dictionary_confined_to_own_atoms_takes_the_very_step_of_block_
         torch.testing.assert_close(shared.dictionary.codes, dense.dictionary.codes)
         torch.testing.assert_close(shared.dictionary.atoms, dense.dictionary.atoms)
         if confined:
-            torch.testing.assert_close(
-                shared.dictionary.codes, torch.block_diag(*block.dictionary.codes.T[:, :, None])
-            )
+            torch.testing.assert_close(shared.dictionary.codes, torch.block_diag(*block.dictionary.codes.T[:, :, None]))
             torch.testing.assert_close(shared.dictionary.atoms, block.dictionary.atoms)
         same.append(values[0] == pytest.approx(values[1], rel=1e-12))
     assert all(same) == confined
@@ -298,9 +297,7 @@ def test_codes_that_are_all_zero_have_a_finite_step(structure, step):
     if step == "ascent":
         after = ascending_step(z, pi, dictionary, mu=0.7, eps_sq=EPS_SQ).dictionary
     else:
-        after = paper_step(
-            z, pi, dictionary, mu=0.7, eps_sq=EPS_SQ, step_atoms=5, step_codes=5, at_moved_atoms=True
-        )
+        after = paper_step(z, pi, dictionary, mu=0.7, eps_sq=EPS_SQ, step_atoms=5, step_codes=5, at_moved_atoms=True)
     torch.testing.assert_close(after.atoms, dictionary.atoms)  # atoms without energy have no gradient
     assert after.codes.isfinite().all()
     assert (after.codes > 0).any()

@@ -95,7 +95,7 @@ def latched_from(batches):
 
 
 def wrapped_model_with_batch_statistics(rank):
-    """A function that wraps a DistributedDataParallel with buffers, and one batch more on one rank than on the other."""
+    """A function around a DistributedDataParallel with buffers, and a batch more on one rank than on the other."""
     torch.manual_seed(0)
     module = torch.nn.Sequential(torch.nn.Linear(D, D), torch.nn.BatchNorm1d(D)).double()
     model = DistributedDataParallel(module)
@@ -184,8 +184,8 @@ def worker(rank, folder):
             torch.save(results, f"{folder}/{rank}")
 
     for structure, step, kind in TRAINED:
-        model = DistributedDataParallel(network())
-        note(f"{structure}-{step}-{kind}", lambda m=model, s=structure, t=step, k=kind: train(m, losses_of(s, t), k, SHARES[rank]))
+        model, loss = DistributedDataParallel(network()), losses_of(structure, step)
+        note(f"{structure}-{step}-{kind}", lambda m=model, f=loss, k=kind: train(m, f, k, SHARES[rank]))
     for case in LATCHED:
         note(case, lambda case=case: latched_from(latch_batches(case)[rank]))
     note("wrapped", lambda: wrapped_model_with_batch_statistics(rank))

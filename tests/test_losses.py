@@ -1,7 +1,6 @@
 """The two criteria: modes, gradients, state, defaults, and what training loops do to them."""
 
 import copy
-import io
 import pickle
 import warnings
 
@@ -315,7 +314,9 @@ def test_tiny_and_huge_eps_sq_train_as_in_float64_or_are_an_error(structure, eps
     labels = torch.arange(40) % 3
     # Nearly collapsed features, where I + βC is worst conditioned.
     z = torch.nn.functional.normalize(unit_rows(1, 16, seed=7) + 0.05 * normal(40, 16), dim=1)
-    losses = [vmcr2.VMCR2Loss(3, 16, structure=structure, eps_sq=eps_sq, mu=0.1).to(t) for t in (torch.float32, z.dtype)]
+    losses = [
+        vmcr2.VMCR2Loss(3, 16, structure=structure, eps_sq=eps_sq, mu=0.1).to(t) for t in (torch.float32, z.dtype)
+    ]
     if not 1e-8 <= 16 / eps_sq <= 1e10:
         for loss in losses:
             with pytest.raises(vmcr2.InputError, match="eps_sq must be from"):

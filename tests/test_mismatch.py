@@ -97,8 +97,7 @@ def test_moment_norms_are_those_of_the_moments_on_either_side(kind, m, d, monkey
     z, membership = unit_rows(m, d), random_membership(m, 4, kind)
     rows = rows_of(membership, 4)
     expected = [
-        float(((z.T * rows[:, j]) @ z / rows[:, j].sum()).square().sum()) if rows[:, j].any() else 0.0
-        for j in range(4)
+        float(((z.T * rows[:, j]) @ z / rows[:, j].sum()).square().sum()) if rows[:, j].any() else 0.0 for j in range(4)
     ]
     assert moment_norms(z, checked(z, membership, 4)).tolist() == pytest.approx(expected)
     monkeypatch.setattr("vmcr2.mismatch._PAIRS", 60)  # and the inner products come in several parts

@@ -148,7 +148,9 @@ def test_eq_10(m, d, k, s, structure):
     z, labels, dictionary, columns, pi, gamma, a = balanced(m, d, k, s, structure)
     pi_checked = checked(z, labels, k)
     got = MU * dictionary.atom_gradient(z, dictionary.project(z, pi_checked), dictionary.overlap(), pi_checked)
-    np.testing.assert_allclose(got.T, reference.penalty_atom_gradient(columns, pi, gamma, a, MU), rtol=1e-10, atol=1e-12)
+    np.testing.assert_allclose(
+        got.T, reference.penalty_atom_gradient(columns, pi, gamma, a, MU), rtol=1e-10, atol=1e-12
+    )
 
 
 @each_case

@@ -37,7 +37,6 @@ _BALANCE_DECAY = 0.97
 _WATCH_EVERY = 20  # training steps between looks at ΔR: seldom enough to cost little
 _LARGEST_MOMENT = 1.05  # ‖C_j‖ of unit rows, with the tolerance of their norms
 _COLLAPSED = 0.2  # of the best ΔR so far
-_SPREAD = 0.01  # nats: with less than this at best there was nothing that could collapse
 
 
 class MCR2Loss(nn.Module):
@@ -452,7 +451,8 @@ class _CollapseWatch:
             membership, _ = as_membership(features, membership.soft.argmax(1), membership.num_classes)
         reduction = float(checked_rates(features, membership, loss.eps_sq).reduction)
         self.best = max(self.best, reduction)
-        self.low = self.low + 1 if reduction < _COLLAPSED * self.best and self.best > _SPREAD else 0
+        # Of a single class, and of features that are all alike from the start, ΔR is 0 but for rounding.
+        self.low = self.low + 1 if self.best > 1e-3 and reduction < _COLLAPSED * self.best else 0
         if self.low < 3:
             return
         self.warned = True

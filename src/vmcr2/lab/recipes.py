@@ -230,7 +230,7 @@ _OURS = (
         evaluate_every=5,
         data=DataSettings(source="omniglot", classes=100),
         augmentation=Augmentation(padding=2, crop=28),
-        ce=CESettings(lr=1.0),
+        ce=CESettings(lr=2.0),
     ),
 )
 RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in _OURS}
