@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import (
     STRUCTURES,
+    LargestTensor,
     checked,
     loss_at,
     normal,
@@ -215,31 +216,49 @@ def test_a_small_batch_of_many_classes_touches_no_others():
     assert moved.nonzero()[:, 0].tolist() == [1, 4]
 
 
-@pytest.mark.parametrize("energy", [None, 0.001, 0.2, 1.0])
-def test_a_shared_dictionary_that_is_confined_takes_the_step_of_block_structure(energy, monkeypatch):
-    z, labels = unit_rows(60, 12), torch.arange(60) % 3
-    losses = [loss_at(z, labels, 3, 2, structure=structure, energy=energy) for structure in STRUCTURES]
-    unconfined = loss_at(z, labels, 3, 2, energy=energy)
-    monkeypatch.setattr(unconfined.dictionary, "confined", lambda: torch.tensor(False))
-    steps, stepped = [], losses[0]._stepped
-    monkeypatch.setattr(losses[0], "_stepped", lambda *given: steps.append(given[3]) or stepped(*given))
-    # From step 60 on µ is that of ρ = 0.05, so small that no class can reach for another's atoms.
-    for loss in (*losses, unconfined):
+@pytest.mark.parametrize(("energy", "confined"), [(None, True), (0.001, False), (0.2, True), (1.0, True)])
+def test_a_shared_dictionary_confined_to_own_atoms_takes_the_very_step_of_block_structure(energy, confined):
+    """From step 60 on µ is that of ρ = 0.05: no class would gain by others' atoms, unless codes are tiny."""
+    m, d, k, s = 60, 12, 3, 2
+    labels = torch.arange(m) % k
+    shared, block, dense = (
+        loss_at(unit_rows(m, d), labels, k, s, structure=structure, energy=energy)
+        for structure in ("shared", "block", "shared")
+    )
+    for loss in (shared, block, dense):
         loss.dictionary.steps = 60
+    same = []
     for seed in range(4):
-        batch = unit_rows(60, 12, seed=seed)
-        values = [float(loss(batch, labels)) for loss in (*losses, unconfined)]
-        assert values[0] == pytest.approx(values[2], rel=1e-12)
-        if energy != 0.001:
-            assert values[0] == pytest.approx(values[1], rel=1e-12)
-    # Where codes are that small another's atoms may pay at once, and the step is taken again among all of them.
-    assert steps[:2] == [True, energy != 0.001]
-    shared, block = losses[0].dictionary, losses[1].dictionary
-    if energy != 0.001:
-        torch.testing.assert_close(shared.atoms, block.atoms)
-        torch.testing.assert_close(shared.codes, torch.block_diag(*block.codes.T[:, :, None]))
-    torch.testing.assert_close(shared.codes, unconfined.dictionary.codes)
-    torch.testing.assert_close(shared.atoms, unconfined.dictionary.atoms)
+        z = unit_rows(m, d, seed=seed)
+        values = [float(loss(z, labels)) for loss in (shared, block)]
+        mu = shared.mu_at(m)
+        expected = ascending_step(
+            z,
+            checked(z, labels, k),
+            dense.dictionary.read(checked(z, labels, k), torch.float64)[0],  # all atoms for all classes
+            mu=mu,
+            eps_sq=EPS_SQ,
+            energy=energy,
+        ).dictionary
+        dense.dictionary.replace(expected, checked(z, labels, k))
+        torch.testing.assert_close(shared.dictionary.codes, dense.dictionary.codes)
+        torch.testing.assert_close(shared.dictionary.atoms, dense.dictionary.atoms)
+        if confined:
+            torch.testing.assert_close(shared.dictionary.codes, torch.block_diag(*block.dictionary.codes.T[:, :, None]))
+            torch.testing.assert_close(shared.dictionary.atoms, block.dictionary.atoms)
+        same.append(values[0] == pytest.approx(values[1], rel=1e-12))
+    assert all(same) == confined
+
+
+def test_a_confined_step_makes_no_products_of_all_samples_with_all_atoms():
+    m, d, k, s = 120, 40, 20, 4
+    z, labels = unit_rows(m, d), torch.arange(m) % k
+    loss = loss_at(z, labels, k, s)
+    loss.dictionary.steps = 60
+    loss(z, labels)  # past the watch's look at ΔR
+    with LargestTensor() as largest:
+        loss(z, labels)
+    assert largest.numel <= m * d < m * k * s, largest.shape
 
 
 def test_shared_codes_that_are_not_confined_switch_on_atoms_of_others():

@@ -62,7 +62,7 @@ def test_products_keep_their_precision_under_autocast_forward_and_backward():
             assert torch.equal(ours, theirs)
 
 
-def test_inverse_shifted_inverts():
+def test_inverse_shifted_is_the_inverse():
     matrix = positive(5, 3, scale=100.0)
     torch.testing.assert_close((torch.eye(5).double() + matrix) @ inverse_shifted(matrix), torch.eye(5).double())
 

@@ -129,12 +129,12 @@ def test_eq_9(m, d, k, s, structure):
     assert float((n * n * moment_norms(z, pi_checked)).sum()) == pytest.approx(
         np.sum((pi @ pi.T) * (columns.T @ columns) ** 2), rel=1e-12
     )
-    data = dictionary.energies(dictionary.project(z, pi_checked), pi_checked)
-    model = dictionary.respond(dictionary.overlap(), dictionary.codes * n)
-    assert float((n * dictionary.codes * data).sum()) == pytest.approx(
+    energies = dictionary.energies(dictionary.project(z, pi_checked), pi_checked)
+    assert float((n * dictionary.codes * energies).sum()) == pytest.approx(
         np.sum((a @ pi.T) * (gamma.T @ columns) ** 2), rel=1e-12
     )
-    assert float((n * dictionary.codes * model).sum()) == pytest.approx(
+    response = dictionary.respond(dictionary.overlap(), n * dictionary.codes)
+    assert float((n * dictionary.codes * response).sum()) == pytest.approx(
         np.sum((a @ a.T) * (gamma.T @ gamma) ** 2), rel=1e-12
     )
     whole = MU * float(mismatch(z, pi_checked, dictionary)[0])
@@ -159,9 +159,8 @@ def test_eq_11(m, d, k, s, structure):
     """∇_Ã is n_j ∇_A, since A = Ã Diag(n)."""
     z, labels, dictionary, columns, pi, gamma, a = balanced(m, d, k, s, structure)
     pi_checked = checked(z, labels, k)
-    data = dictionary.energies(dictionary.project(z, pi_checked), pi_checked)
-    model = dictionary.respond(dictionary.overlap(), dictionary.codes * (m / k))
-    got = MU * (model - data) * (k / m)
+    energies = dictionary.energies(dictionary.project(z, pi_checked), pi_checked)
+    got = MU * k / m * (dictionary.respond(dictionary.overlap(), m / k * dictionary.codes) - energies)
     expected = reference.penalty_code_gradient(columns, pi, gamma, a, MU)
     if structure == "block":
         expected = np.stack([expected[j * s : (j + 1) * s, j] for j in range(k)], axis=1)

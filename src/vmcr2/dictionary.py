@@ -186,7 +186,7 @@ def _ascended_codes(
         moves = moves & (sums > 0)
     found = codes + _CODE_SHARE * (found - codes)
     # A code that goes to 0 gets there, rather than halving down to where its square underflows.
-    found = torch.where(found > _NEGLIGIBLE * shift, found, 0)
+    found = torch.where(found <= _NEGLIGIBLE * shift, 0, found)  # NaN stays, to be found
     return torch.where(moves, found, codes), exposed.max()
 
 

@@ -135,9 +135,8 @@ class MomentStream:
         The ranks may have had any number of batches, none included: they meet here alone.
         """
         if world_size(self.group) > 1:
-            folded = sum_over_ranks(
-                torch.tensor([float(self.sums is not None), float(self.kept)], dtype=torch.float64), self.group
-            ).tolist()
+            held = torch.tensor([int(self.sums is not None), self.kept], device=self.empty.device)
+            folded = sum_over_ranks(held, self.group).tolist()
             if folded[0] or folded[1] > self.num_classes * self.feature_dim:
                 self._fold()
                 assert self.sums is not None

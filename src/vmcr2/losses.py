@@ -451,7 +451,7 @@ class _CollapseWatch:
             membership, _ = as_membership(features, membership.soft.argmax(1), membership.num_classes)
         reduction = float(checked_rates(features, membership, loss.eps_sq).reduction)
         self.best = max(self.best, reduction)
-        # Of a single class ΔR is 0, but for rounding.
+        # Of a single class, and of features that are all alike from the start, ΔR is 0 but for rounding.
         self.low = self.low + 1 if self.best > 1e-3 and reduction < _COLLAPSED * self.best else 0
         if self.low < 3:
             return
@@ -466,5 +466,5 @@ class _CollapseWatch:
                 if balance > 0.5
                 else ""
             ),
-            stacklevel=3,
+            stacklevel=5,  # the call of the loss, past Module's own two
         )

@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from vmcr2.checks import Condition, check_count, feature_conditions, read
 from vmcr2.errors import InputError
-from vmcr2.linalg import is_batched, wide_dtype
+from vmcr2.linalg import is_batched, product, wide_dtype
 
 _ABSENT = 1e-15  # a class with a smaller share of the samples counts as absent: its part in any rate is below rounding
 _LARGEST_LABEL = 10_000_000  # beyond this a forgotten num_classes is likelier than so many classes
@@ -106,14 +106,14 @@ class Membership:
         if self.labels is not None:
             return values.index_select(0, self.labels)
         assert self.soft is not None
-        return self.soft @ values
+        return product(self.soft, values)
 
     def collect(self, values: Float[Tensor, "m q"]) -> Float[Tensor, "k q"]:
         """Returns Πᵀ V: the sum over each class's samples."""
         if self.labels is not None:
             return values.new_zeros(self.num_classes, values.shape[1]).index_add(0, self.labels, values)
         assert self.soft is not None
-        return self.soft.mT @ values
+        return product(self.soft.mT, values)
 
     def to(self, dtype: torch.dtype) -> Membership:
         """Returns the membership with its weights in a dtype."""
