@@ -99,7 +99,8 @@ def trained(objective: str, data: str, norms: bool, optimiser: str, batch: int, 
             why = str(error)
     line = {
         "objective": objective, "data": data, "norms": norms, "optimiser": optimiser, "batch": batch, "seed": seed,
-        "seconds": time.perf_counter() - began, "failed": why, "warned": any("collapsed" in str(w.message) for w in said),
+        "seconds": time.perf_counter() - began, "failed": why,
+        "warned": any("collapsed" in str(warning.message) for warning in said),
     }  # fmt: skip
     if why is None:
         model.eval()
@@ -128,8 +129,8 @@ def run(data_root: Path | None, only: list[str], seeds: list[int]) -> None:
     done = {tuple(line[key] for key in KEYS) for line in lines()}
     for data in only:
         parts = split(data, data_root)
-        for seed, norms, optimiser, batch, objective in itertools.product(
-            seeds, (True, False), OPTIMISERS, BATCHES, OBJECTIVES
+        for seed, objective, norms, optimiser, batch in itertools.product(
+            seeds, OBJECTIVES, (True, False), OPTIMISERS, BATCHES
         ):
             if (objective, data, norms, optimiser, batch, seed) in done:
                 continue
@@ -145,8 +146,8 @@ def table() -> None:
     text = (
         "# Do the defaults train?\n\nMade by `python benchmarks/defaults.py`; seed 0, "
         f"{describe_device(torch.device('cpu'))}. "
-        "ΔR of the training part and accuracy on the validation split; V-MCR² is `VMCR2Loss(num_classes, feature_dim)`, "
-        "latched by the first batches.\n"
+        "ΔR of the training part and accuracy on the validation split; V-MCR² is `VMCR2Loss(num_classes, "
+        "feature_dim)`, latched by the first batches.\n"
     )
     for data, (_, network, d, epochs) in DATA.items():
         rows = []

@@ -95,15 +95,18 @@ def feature_conditions(features: Tensor, *, feature_dim: int | None = None, unit
     if feature_dim is not None and features.shape[1] != feature_dim:
         raise InputError(f"features must have feature_dim = {feature_dim} columns, got shape {tuple(features.shape)}")
     detached = features.detach()
+    norms = torch.linalg.vector_norm(detached, dim=1, dtype=wide_dtype(detached))
     conditions = [
         Condition(
-            ~detached.isfinite().all(),
+            ~(norms if unit else detached).isfinite().all(),
             "features must be finite",
-            lambda: f"{int((~detached.isfinite()).sum())} NaN or infinite entries",
+            lambda: (
+                f"{int((~detached.isfinite()).sum())} NaN or infinite entries"
+                + (f" and norms up to {float(norms.max()):.3g}" if unit else "")
+            ),
         )
     ]
     if unit:
-        norms = torch.linalg.vector_norm(detached, dim=1, dtype=wide_dtype(detached))
         conditions.append(
             Condition(
                 (norms - 1).abs().max() > UNIT_NORM_TOLERANCE,

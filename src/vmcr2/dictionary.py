@@ -6,7 +6,7 @@ bounds, times ν. Both are pure; `Dictionary` only holds.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -28,8 +28,24 @@ Structure = Literal["shared", "block"]
 # What a step takes of the way to the best codes of its bound. Less than all of it leaves the atoms time to turn away
 # from each other before codes that compete are pressed to zero, and ends higher (benchmarks/ascent.py).
 _CODE_SHARE = 0.5
-_LARGEST_MOMENT = 1.05  # ‖C_j‖ of unit rows, with the tolerance of their norms
+_NEGLIGIBLE = 1e-6  # of the shift: codes that add so little to R^v and R_c^v are 0
 _NEWTON_STEPS = 12  # of the multiplier that keeps a class's energy; it converges quadratically, from one side
+
+
+class Ascent(NamedTuple):
+    """What a step ends at, with what has been worked out there.
+
+    Attributes:
+        dictionary: Γ and Ã after the step.
+        energies: `Codes.energies` of the features, which carries their gradient.
+        overlap: ΓᵀΓ as `Codes.overlap` gives it.
+        exposure: the largest Γ_lᵀ S⁻¹ Γ_l ≤ 1, near 1 for an atom along which R^v has hardly any energy.
+    """
+
+    dictionary: Codes
+    energies: Float[Tensor, "k c"]
+    overlap: Tensor
+    exposure: Float[Tensor, ""]
 
 
 def ascending_step(
@@ -40,7 +56,7 @@ def ascending_step(
     mu: float,
     eps_sq: float,
     energy: float | None = None,
-) -> Codes:
+) -> Ascent:
     """Returns Γ and Ã after a step on eq. (7), which does not fall, whatever µ, the features and the dictionary.
 
     First the atoms move, then, at the moved atoms, the codes: each towards the maximum of a lower bound of eq. (7) that
@@ -48,7 +64,7 @@ def ascending_step(
     stay.
 
     Args:
-        features: Z, (m, d), rows of norm 1, without gradient.
+        features: Z, (m, d), rows of norm 1. The step itself has no gradient.
         membership: Π, among the dictionary's classes.
         dictionary: Γ and Ã.
         mu: µ > 0.
@@ -56,15 +72,15 @@ def ascending_step(
         energy: what each class's codes sum to; None lets the sum run free. With it eq. (7) does not fall among the
             codes that keep to it; a class that does not is scaled first.
     """
-    dictionary = scaled_to(dictionary, energy)
-    overlap = dictionary.overlap()
-    projections = dictionary.project(features, membership)
-    dictionary = dictionary.moved(
-        atoms=_ascended_atoms(features, membership, dictionary, projections, overlap, mu, eps_sq)
-    )
-    overlap = dictionary.overlap()
-    projections = dictionary.project(features, membership)
-    return dictionary.moved(codes=_ascended_codes(membership, dictionary, projections, overlap, mu, eps_sq, energy))
+    held = membership.detach()
+    with torch.no_grad():
+        dictionary = scaled_to(dictionary, energy)
+        dictionary = dictionary.moved(atoms=_ascended_atoms(features.detach(), held, dictionary, mu, eps_sq))
+        overlap = dictionary.overlap()
+    energies = dictionary.energies(dictionary.project(features, membership), membership)
+    with torch.no_grad():
+        codes, exposure = _ascended_codes(held, dictionary, energies.detach(), overlap, mu, eps_sq, energy)
+    return Ascent(dictionary.moved(codes=codes), energies, overlap, exposure)
 
 
 def scaled_to(dictionary: Codes, energy: float | None) -> Codes:
@@ -83,8 +99,6 @@ def _ascended_atoms(
     features: Float[Tensor, "m d"],
     membership: Membership,
     dictionary: Codes,
-    projections: list[Tensor],
-    overlap: Tensor,
     mu: float,
     eps_sq: float,
 ) -> Float[Tensor, "q d"]:
@@ -98,29 +112,30 @@ def _ascended_atoms(
     """
     weights = membership.class_weights
     beta = features.shape[1] / eps_sq
-    solved = solved_atoms(dictionary, weights, eps_sq)
-    gradient = expansion_atom_gradient(dictionary, solved, weights, eps_sq)
-    gradient = gradient - mu * dictionary.atom_gradient(features, projections, overlap, membership)
-    spent = dictionary.codes * membership.counts[:, None]
-    curvature = dictionary.by_atom(
-        dictionary.codes * weights[:, None] * (beta / 8) + 6 * mu * spent * dictionary.codes.sum(1, keepdim=True)
-    )[:, None]
-    moved = dictionary.atoms + torch.where(curvature > 0, gradient / _nonzero(curvature), 0)
-    return nn.functional.normalize(moved, dim=1)
+    codes, energies = dictionary.codes, dictionary.by_atom(dictionary.codes * weights[:, None])
+    spent = codes * membership.counts[:, None] * codes.sum(1, keepdim=True)
+    curvature = beta / 8 * energies + 6 * mu * dictionary.by_atom(spent)
+    # A curvature so small that its inverse overflows is that of an atom without energy.
+    length = torch.where(curvature > torch.finfo(curvature.dtype).tiny, 1 / _nonzero(curvature), 0)[:, None]
+    projections = dictionary.project(features, membership)
+    attraction = dictionary.atom_gradient(features, projections, dictionary.overlap(), membership)
+    gradient = expansion_atom_gradient(dictionary, solved_atoms(dictionary, weights, eps_sq), weights, eps_sq)
+    moved = torch.addcmul(dictionary.atoms, gradient.sub_(attraction, alpha=mu), length)
+    return torch.where(length > 0, nn.functional.normalize(moved, dim=1), dictionary.atoms)
 
 
 def _ascended_codes(
     membership: Membership,
     dictionary: Codes,
-    projections: list[Tensor],
+    energies: Float[Tensor, "k c"],
     overlap: Tensor,
     mu: float,
     eps_sq: float,
     energy: float | None,
-) -> Float[Tensor, "k c"]:
-    """Returns Ã after a step towards the maximum of a lower bound that is a sum over single codes.
+) -> tuple[Float[Tensor, "k c"], Float[Tensor, ""]]:
+    """Returns Ã, and the exposure of `Ascent`, after a step towards the maximum of a lower bound of eq. (7).
 
-    For a code a, now a₀, and u = a + δ it is
+    The bound is a sum over single codes. For a code a, now a₀, and u = a + δ it is
 
         w log(u/u₀) + b (a − a₀) − h/2 (a − a₀)²   with   w = u₀ ∂R^v/∂a,   b = −∂R_c^v/∂a − ∂(µM/2m)/∂a
 
@@ -133,9 +148,11 @@ def _ascended_codes(
     codes, counts = dictionary.codes, membership.counts[:, None]
     beta = dictionary.atoms.shape[1] / eps_sq
     weights = membership.class_weights
-    fit = dictionary.fit(projections, overlap, membership)
-    grows = expansion_code_gradient(dictionary, solved_atoms(dictionary, weights, eps_sq), weights, eps_sq)
-    linear = mu * (fit.data - fit.model) - compression_code_gradient(dictionary, weights, eps_sq)
+    exposed = (solved_atoms(dictionary, weights, eps_sq) * dictionary.atoms).sum(1)
+    grows = 0.5 * beta * weights[:, None] * dictionary.by_class(exposed)
+    linear = mu * (energies - dictionary.respond(overlap, codes * counts)) - compression_code_gradient(
+        dictionary, weights, eps_sq
+    )
     moves = (codes > 0) | (grows + linear > 0)
     number = moves.sum(1, keepdim=True).clamp_min(1)
     sums = codes.sum(1, keepdim=True)
@@ -167,7 +184,10 @@ def _ascended_codes(
         found = best(multiplier)[0]
         found = found * (energy / _nonzero(found.sum(1, keepdim=True)))
         moves = moves & (sums > 0)
-    return torch.where(moves, codes + _CODE_SHARE * (found - codes), codes)
+    found = codes + _CODE_SHARE * (found - codes)
+    # A code that goes to 0 gets there, rather than halving down to where its square underflows.
+    found = torch.where(found <= _NEGLIGIBLE * shift, 0, found)  # NaN stays, to be found
+    return torch.where(moves, found, codes), exposed.max()
 
 
 def paper_step(
@@ -214,12 +234,13 @@ def paper_step(
         overlap, projections = moved.overlap(), moved.project(features, membership)
         solved = solved_atoms(moved, weights, eps_sq)
     here = moved if at_moved_atoms else dictionary
-    fit = here.fit(projections, overlap, membership)
+    energies = here.energies(projections, membership)
     rise = expansion_code_gradient(here, solved, weights, eps_sq) - compression_code_gradient(here, weights, eps_sq)
-    rise = rise + mu * (fit.data - fit.model)
+    rise = rise + mu * (energies - here.respond(overlap, here.codes * counts[:, None]))
     codes = (dictionary.codes + step_codes * _over(rise, bound_codes)).clamp_min(0)  # lines 8 and 9
     codes = torch.where(counts[:, None] > 0, codes, dictionary.codes)
-    atoms = nn.functional.normalize(moved.atoms, dim=1)  # line 10
+    used = dictionary.by_atom(dictionary.codes * counts[:, None])[:, None] > 0
+    atoms = torch.where(used, nn.functional.normalize(moved.atoms, dim=1), dictionary.atoms)  # line 10
     return scaled_to(dictionary.moved(atoms, codes), energy)
 
 
@@ -290,33 +311,9 @@ class Dictionary(nn.Module):
         self.latched |= chosen
         self._known, self.changed = None, True
 
-    def weakest_codes(self) -> Float[Tensor, " k"] | None:
-        """Returns each class's least code among its own atoms, 0 where it uses others; None in block structure."""
-        if self.structure == "block":
-            return None
-        own = self._own_codes()
-        return torch.where(own.sum(1) == self.codes.sum(0), own.amin(1), 0)
-
-    def is_confined(
-        self, membership: Membership, weakest: Float[Tensor, " k"] | None, *, mu: float, eps_sq: float
-    ) -> bool:
-        """Whether an ascending step of a shared dictionary is sure to leave every class at its own atoms.
-
-        A code that is 0 stays so unless its gradient γ_j ½β (Γ_lᵀS⁻¹Γ_l − 1) + µ n_j Γ_lᵀ(C_j − B_j)Γ_l is positive. S
-        is at least I + β (Ã γ)_l Γ_l Γ_lᵀ and C_j at most I, so no gradient is where µ m ≤ ½β x/(1 + x) for the least
-        x = β (Ã γ)_l. The step in block structure is then the same, without the products of all atoms with all.
-
-        Args:
-            membership: Π.
-            weakest: `weakest_codes`, on the CPU.
-            mu: µ > 0.
-            eps_sq: ε² > 0.
-        """
-        if weakest is None or len(membership.present) < membership.num_classes or membership.soft is not None:
-            return False
-        beta = self.atoms.shape[0] / eps_sq
-        least = beta * float((weakest * membership.sizes).min()) / membership.num_samples
-        return mu * membership.num_samples * _LARGEST_MOMENT <= 0.5 * beta * least / (1 + least)
+    def confined(self) -> Bool[Tensor, ""]:
+        """Returns whether every class of a shared dictionary uses its own atoms alone, as after latching."""
+        return (self.codes > 0).sum() == (self._own_codes() > 0).sum()
 
     def read(self, membership: Membership, dtype: torch.dtype, *, confined: bool = False) -> tuple[Codes, Membership]:
         """Returns what a batch meets of the dictionary, in a dtype, and the batch's membership among that.
@@ -326,9 +323,10 @@ class Dictionary(nn.Module):
         """
         if self.structure == "shared" and not confined:
             return SharedCodes(self.atoms.T.to(dtype), self.codes.T.to(dtype)), membership
-        codes = self.codes.T if self.structure == "block" else self._own_codes()
-        atoms = self.atoms.T[self._places(membership)]
-        return BlockCodes(atoms.to(dtype), codes[membership.present].to(dtype)), membership.among_present()
+        codes, atoms = self.codes.T if self.structure == "block" else self._own_codes(), self.atoms.T
+        if len(membership.present) < membership.num_classes:
+            atoms, codes = atoms.index_select(0, self._places(membership)), codes.index_select(0, membership.present)
+        return BlockCodes(atoms.to(dtype), codes.to(dtype)), membership.among_present()
 
     @torch.no_grad()
     def replace(self, dictionary: Codes, membership: Membership) -> None:
@@ -337,11 +335,9 @@ class Dictionary(nn.Module):
             self.atoms.copy_(dictionary.atoms.T)
             self.codes.copy_(dictionary.codes.T)
             return
-        self.atoms.T[self._places(membership)] = dictionary.atoms.to(self.atoms.dtype)
-        if self.structure == "block":
-            self.codes.T[membership.present] = dictionary.codes.to(self.codes.dtype)
-        else:
-            self._own_codes()[membership.present] = dictionary.codes.to(self.codes.dtype)
+        codes = self.codes.T if self.structure == "block" else self._own_codes()
+        self.atoms.T.index_copy_(0, self._places(membership), dictionary.atoms.to(self.atoms.dtype))
+        codes.index_copy_(0, membership.present, dictionary.codes.to(self.codes.dtype))
 
     def _places(self, membership: Membership) -> Int[Tensor, " p_s"]:
         """Returns the atoms of the classes that have a sample."""

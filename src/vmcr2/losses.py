@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int, Shaped
@@ -35,6 +35,7 @@ _CANCELLED = 0.05  # below this share of its terms a float32 mismatch is worked 
 _FIRST_BALANCE = 6.0
 _BALANCE_DECAY = 0.97
 _WATCH_EVERY = 20  # training steps between looks at ΔR: seldom enough to cost little
+_LARGEST_MOMENT = 1.05  # ‖C_j‖ of unit rows, with the tolerance of their norms
 _COLLAPSED = 0.2  # of the best ΔR so far
 
 
@@ -205,9 +206,12 @@ class VMCR2Loss(nn.Module):
             return self.mu
         return balanced_mu(self.feature_dim, batch_size, eps_sq=self.eps_sq, balance=self.balance)
 
-    def _checked(self, features: Tensor, membership: Tensor) -> tuple[Tensor, Membership, Tensor | None]:
-        """Checks the batch of this rank, gathers it over ranks, and returns it in the dtype to compute in."""
-        beside = self.dictionary.weakest_codes() if self.step == "ascent" else None
+    def _checked(self, features: Tensor, membership: Tensor) -> tuple[Tensor, Membership, bool]:
+        """Checks the batch of this rank, gathers it over ranks, and returns it in the dtype to compute in.
+
+        The last says whether the dictionary is shared and every class keeps to its own atoms.
+        """
+        beside = self.dictionary.confined()[None] if self.structure == "shared" and self.step == "ascent" else None
         if isinstance(features, Tensor) and features.device != self.dictionary.atoms.device:
             raise InputError(
                 f"features must be on the loss's device {self.dictionary.atoms.device}, got {features.device}; "
@@ -217,16 +221,16 @@ class VMCR2Loss(nn.Module):
         def check(z: Tensor, pi: Tensor) -> tuple[Membership, Tensor | None]:
             return as_membership(z, pi, self.num_classes, feature_dim=self.feature_dim, unit=True, beside=beside)
 
-        checked, weakest = check(features, membership)
+        checked, confined = check(features, membership)
         (gathered, held), stale = gather_rows(features, membership, flag=self.dictionary.changed)
         if gathered is not features:
             if stale:
                 broadcast(self.dictionary)
-                beside = None if beside is None else self.dictionary.weakest_codes()
-            checked, weakest = check(gathered, held)
+                beside = None if beside is None else self.dictionary.confined()[None]
+            checked, confined = check(gathered, held)
         self.dictionary.changed = False
         dtype = rate_dtype(self.feature_dim, self.eps_sq, gathered, self.dictionary.atoms)
-        return gathered.to(dtype), checked.to(dtype), weakest
+        return gathered.to(dtype), checked.to(dtype), confined is not None and bool(confined)
 
     def forward(
         self, features: Float[Tensor, "m d"], membership: Int[Tensor, " m"] | Shaped[Tensor, "m k"]
@@ -242,15 +246,13 @@ class VMCR2Loss(nn.Module):
             NotLatchedError: nothing was ever latched, and this call is not to (a ValueError too).
             NumericalError: the step failed; the dictionary is as it was.
         """
-        widened, checked, weakest = self._checked(features, membership)
+        widened, checked, confined = self._checked(features, membership)
         m = checked.num_samples
         if self.training and torch.is_grad_enabled():
             if not bool(self.dictionary.known().all()):
                 self._latch(widened.detach(), checked.detach(), only_new=True)
-                weakest = self.dictionary.weakest_codes()
-                weakest = None if weakest is None else weakest.cpu()
             self._watch.look(self, widened.detach(), checked.detach())
-            value = self._step(widened, checked, weakest)
+            value = self._step(widened, checked, confined=confined)
         else:
             value = precise_mismatch(widened, *self._read(checked, widened.dtype))
         value = value * self.mu_at(m) if self.reduction == "sum" else value / m
@@ -273,48 +275,62 @@ class VMCR2Loss(nn.Module):
         # Copies, since the buffers may move on before the backward pass.
         return among, dictionary.moved(dictionary.atoms.clone(), dictionary.codes.clone())
 
-    def _step(self, features: Tensor, membership: Membership, weakest: Tensor | None) -> Tensor:
-        """Moves the dictionary and returns the mismatch with it (Alg. 1, lines 6 to 12)."""
+    def _step(self, features: Tensor, membership: Membership, *, confined: bool) -> Tensor:
+        """Moves the dictionary and returns the mismatch with it (Alg. 1, lines 6 to 12).
+
+        A shared dictionary of which every class keeps to its own atoms takes the step in block structure, without the
+        products of all atoms with all samples. That is the same step if no other code would rise from 0, and none would
+        where its gradient γ_j ½β (Γ_lᵀ S⁻¹ Γ_l − 1) + µ n_j Γ_lᵀ (C_j − B_j) Γ_l is at most 0, with C_j at most I.
+        """
         mu = self.mu_at(membership.num_samples)
         if self.mu is None:
             mu *= max(1.0, _FIRST_BALANCE * _BALANCE_DECAY**self.dictionary.steps)
-        held, fixed = features.detach(), membership.detach()
-        confined = self.step == "ascent" and self.dictionary.is_confined(fixed, weakest, mu=mu, eps_sq=self.eps_sq)
-        before, among = self.dictionary.read(fixed, features.dtype, confined=confined)
-        with torch.no_grad(), torch.autocast(features.device.type, enabled=False):
-            if self.step == "ascent":
-                after = ascending_step(held, among, before, mu=mu, eps_sq=self.eps_sq, energy=self.energy)
-            else:
-                after = paper_step(
-                    held,
-                    among,
-                    before,
-                    mu=mu,
-                    eps_sq=self.eps_sq,
-                    step_atoms=self.step_atoms,
-                    step_codes=self.step_codes,
-                    at_moved_atoms=self.step == "paper",
-                    energy=self.energy,
-                    num_classes=self.num_classes,
-                )
-        if membership is not fixed:  # a membership that is being learned
-            among = membership if among is fixed else membership.among_present()
-        value, terms = mismatch(features, among, after)
-        # The step's one look back: whether all of it is finite, and whether the mismatch kept its digits.
-        finite, small = torch.stack(
-            [
-                after.atoms.isfinite().all() & after.codes.isfinite().all() & value.detach().isfinite(),
-                value.detach() < _CANCELLED * terms,
-            ]
-        ).tolist()
+        confined = confined and len(membership.present) == self.num_classes
+        among, after, value, flags = self._stepped(features, membership, mu, confined)
+        # The step's one look back: whether all of it is finite, whether the mismatch kept its digits, and the above.
+        finite, small, alone = flags.tolist()
+        if confined and finite and not alone:
+            among, after, value, flags = self._stepped(features, membership, mu, False)
+            finite, small, _ = flags.tolist()
         if not finite:
             raise NumericalError(
                 "the dictionary's step failed: I + β Γ Diag(Ã γ) Γᵀ could not be factorised, or a gradient overflowed; "
                 "lower the learning rate or mu, or raise eps_sq. The dictionary is as it was"
             )
-        self.dictionary.replace(after, fixed)
+        self.dictionary.replace(after, membership)
         self.dictionary.steps += 1
         return precise_mismatch(features, among, after) if small and features.dtype != torch.float64 else value
+
+    def _stepped(
+        self, features: Tensor, membership: Membership, mu: float, confined: bool
+    ) -> tuple[Membership, Codes, Tensor, Tensor]:
+        """Returns the membership among the dictionary's classes, the dictionary after a step, the mismatch, flags."""
+        before, among = self.dictionary.read(membership, features.dtype, confined=confined)
+        with torch.autocast(features.device.type, enabled=False):
+            if self.step == "ascent":
+                after, energies, overlap, exposure = ascending_step(
+                    features, among, before, mu=mu, eps_sq=self.eps_sq, energy=self.energy
+                )
+            else:
+                with torch.no_grad():
+                    after = paper_step(
+                        features.detach(),
+                        among.detach(),
+                        before,
+                        mu=mu,
+                        eps_sq=self.eps_sq,
+                        step_atoms=self.step_atoms,
+                        step_codes=self.step_codes,
+                        at_moved_atoms=self.step == "paper",
+                        energy=self.energy,
+                        num_classes=self.num_classes,
+                    )
+                energies, overlap, exposure = None, None, features.new_ones(())
+            value, terms = mismatch(features, among, after, energies, overlap)
+        balance = mu * membership.num_samples * self.eps_sq / self.feature_dim
+        finite = (after.atoms.sum() + after.codes.sum() + value.detach()).isfinite()
+        alone = balance * _LARGEST_MOMENT <= 0.5 * (1 - exposure)
+        return among, after, value, torch.stack([finite, value.detach() < _CANCELLED * terms, alone])
 
     @torch.no_grad()
     def rates(
@@ -388,25 +404,15 @@ class VMCR2Loss(nn.Module):
             InputError: no batch on any rank, or a batch that is wrong or no pair (a ValueError).
             NumericalError: a decomposition did not converge.
         """
-        if isinstance(model, nn.parallel.DistributedDataParallel):
-            model = model.module  # whose forward would synchronise ranks that may have unequal numbers of batches
         atoms = self.dictionary.atoms
         dtype = rate_dtype(self.feature_dim, self.eps_sq, atoms)
         stream = MomentStream(self.num_classes, self.feature_dim, dtype, atoms.device)
-        with batch_statistics():
-            for batch in batches:
-                if not isinstance(batch, (tuple, list)) or len(batch) != 2:
-                    got = (
-                        f"a dict of {', '.join(map(repr, batch))}" if isinstance(batch, dict) else type(batch).__name__
-                    )
-                    raise InputError(
-                        f"batches must give pairs (inputs, membership), got {got}; of dicts make pairs: "
-                        "((batch['pixel_values'], batch['labels']) for batch in loader)"
-                    )
-                inputs, membership = batch
-                features, held = model(inputs.to(atoms.device)), membership.to(atoms.device)
+        with batch_statistics(model) as run:
+            for inputs, membership in map(_pair, batches):
+                features, held = run(inputs.to(atoms.device)), membership.to(atoms.device)
                 checked, _ = as_membership(features, held, self.num_classes, feature_dim=self.feature_dim, unit=True)
-                stream.add(features.to(dtype), checked.to(dtype))
+                with torch.autocast(atoms.device.type, enabled=False):
+                    stream.add(features.to(dtype), checked.to(dtype))
         with torch.autocast(atoms.device.type, enabled=False):
             blocks, energies, counts = stream.blocks(self.atoms_per_class)
         if not bool((counts > 0).any()):
@@ -423,6 +429,17 @@ class VMCR2Loss(nn.Module):
             f"reduction={self.reduction!r}, structure={self.structure!r}, balance={self.balance}, "
             f"energy={self.energy}, step={self.step!r}{steps}"
         )
+
+
+def _pair(batch: Any) -> tuple[Tensor, Tensor]:
+    """Returns a batch of `latch_from`, which must be a pair; a dict of two would unpack into its keys."""
+    if isinstance(batch, tuple | list) and len(batch) == 2:
+        return batch[0], batch[1]
+    got = f"a dict of {', '.join(map(repr, batch))}" if isinstance(batch, dict) else f"a {type(batch).__name__}"
+    raise InputError(
+        f"batches must give pairs (inputs, membership), got {got}; of dicts make pairs: "
+        "((batch['pixel_values'], batch['labels']) for batch in loader)"
+    )
 
 
 class _CollapseWatch:
@@ -442,9 +459,13 @@ class _CollapseWatch:
         self.steps += 1
         if self.warned or self.steps % _WATCH_EVERY != 1:
             return
+        if membership.soft is not None:
+            # By the largest entry: with a share of every class in every sample there were k determinants of d×d.
+            membership, _ = as_membership(features, membership.soft.argmax(1), membership.num_classes)
         reduction = float(checked_rates(features, membership, loss.eps_sq).reduction)
         self.best = max(self.best, reduction)
-        self.low = self.low + 1 if reduction < _COLLAPSED * self.best else 0
+        # Of a single class, and of features that are all alike from the start, ΔR is 0 but for rounding.
+        self.low = self.low + 1 if self.best > 1e-3 and reduction < _COLLAPSED * self.best else 0
         if self.low < 3:
             return
         self.warned = True
@@ -458,5 +479,5 @@ class _CollapseWatch:
                 if balance > 0.5
                 else ""
             ),
-            stacklevel=3,
+            stacklevel=5,  # the call of the loss, past Module's own two
         )

@@ -13,7 +13,6 @@ by class, (k, c), so that whatever acts on single codes is written once for both
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -23,18 +22,6 @@ from vmcr2.linalg import gram, product
 from vmcr2.membership import Membership
 
 _PAIRS = 2**25  # inner products of samples held at once
-
-
-class Fit(NamedTuple):
-    """The dictionary's parts of eqs. (9) and (11), by class.
-
-    Attributes:
-        data: (ΓᵀZ)^⊙2 Π, how much of each class's energy lies along each atom, (k, c).
-        model: (ΓᵀΓ)^⊙2 Ã Diag(n), the same of what the dictionary makes of the class, (k, c).
-    """
-
-    data: Float[Tensor, "k c"]
-    model: Float[Tensor, "k c"]
 
 
 @dataclass(frozen=True)
@@ -79,10 +66,9 @@ class SharedCodes:
         """Returns ΓᵀZ, samples as rows: [(m, q)]. Differentiable in the features."""
         return [product(features, self.atoms.mT)]
 
-    def fit(self, projections: list[Tensor], overlap: Float[Tensor, "q q"], membership: Membership) -> Fit:
-        """Returns both parts of eqs. (9) and (11). Differentiable in projections and Π."""
-        data = membership.collect(projections[0].square())
-        return Fit(data, self.respond(overlap, self.codes * membership.counts[:, None]))
+    def energies(self, projections: list[Tensor], membership: Membership) -> Float[Tensor, "k q"]:
+        """Returns (ΓᵀZ)^⊙2 Π, each class's energy along each atom. Differentiable in projections and Π."""
+        return membership.collect(projections[0].square())
 
     def atom_gradient(
         self, features: Float[Tensor, "m d"], projections: list[Tensor], overlap: Tensor, membership: Membership
@@ -141,17 +127,19 @@ class BlockCodes:
         """Returns ΓᵀZ as far as samples meet atoms of their classes: [(b, n, c, s)], one of each class group."""
         found = []
         for group in membership.groups(features.shape[1]):
-            chosen = self.blocks[group.classes].flatten(1, 2)
+            chosen = self.blocks.index_select(0, group.classes.flatten()).view(
+                len(group.classes), -1, features.shape[1]
+            )
             found.append(product(group.take(features), chosen.mT).unflatten(2, (-1, self.codes.shape[1])))
         return found
 
-    def fit(self, projections: list[Tensor], overlap: Float[Tensor, "k s s"], membership: Membership) -> Fit:
-        """Returns both parts of eqs. (9) and (11). Differentiable in projections and Π."""
-        data = torch.zeros_like(self.codes)
+    def energies(self, projections: list[Tensor], membership: Membership) -> Float[Tensor, "k s"]:
+        """Returns (ΓᵀZ)^⊙2 Π, each class's energy along each atom of its own. Differentiable in projections and Π."""
+        total = torch.zeros_like(self.codes)
         for projected, group in zip(projections, membership.groups(self.atoms.shape[1]), strict=True):
-            energies = (projected.square() * group.weights[..., None]).sum(1)
-            data = data.index_add(0, group.classes.flatten(), energies.flatten(0, 1))
-        return Fit(data, self.respond(overlap, self.codes * membership.counts[:, None]))
+            found = (projected.square() * group.weights[..., None]).sum(1)
+            total = total.index_add(0, group.classes.flatten(), found.flatten(0, 1))
+        return total
 
     def atom_gradient(
         self, features: Float[Tensor, "m d"], projections: list[Tensor], overlap: Tensor, membership: Membership
@@ -185,9 +173,10 @@ def moment_norms(features: Float[Tensor, "m d"], membership: Membership) -> Floa
             found = product(rows.mT, rows * shares).square().sum((1, 2))
         else:
             found = torch.zeros_like(group.counts)
-            for part in torch.arange(n, device=rows.device).split(max(1, _PAIRS // (b * n))):
-                squares = product(rows[:, part], rows.mT).square()
-                found = found + (product(squares, shares) * shares[:, part]).sum(1)
+            at_once = max(1, _PAIRS // (b * n))
+            for part, part_shares in zip(rows.split(at_once, 1), shares.split(at_once, 1), strict=True):
+                squares = product(part, rows.mT).square()
+                found = found + (product(squares, shares) * part_shares).sum(1)
         norms = norms.index_add(0, group.classes.flatten(), found.flatten())
     return norms
 
@@ -196,7 +185,7 @@ def mismatch(
     features: Float[Tensor, "m d"],
     membership: Membership,
     dictionary: Codes,
-    projections: list[Tensor] | None = None,
+    energies: Float[Tensor, "k c"] | None = None,
     overlap: Tensor | None = None,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
     """Returns ½ Σ_j n_j ‖C_j − B_j‖²_F by eq. (9), and the size of the terms that it is the difference of.
@@ -207,19 +196,20 @@ def mismatch(
         features: Z, (m, d).
         membership: Π, among the dictionary's classes.
         dictionary: Γ and Ã.
-        projections: `dictionary.project(features, membership)`, where it is known already.
+        energies: `dictionary.energies` of the features' projections, where it is known already.
         overlap: `dictionary.overlap()`, likewise.
 
     Returns:
         Two float64 scalars ≥ 0. The first is wrong by about the dtype's precision times the second. Differentiable.
     """
-    if projections is None:
-        projections = dictionary.project(features, membership)
-    fit = dictionary.fit(projections, dictionary.overlap() if overlap is None else overlap, membership)
-    codes = dictionary.codes.double()
-    whole = (membership.counts.double() * moment_norms(features, membership).double()).sum()
-    cross = (codes * fit.data.double()).sum()
-    own = (codes * fit.model.double()).sum()
+    if energies is None:
+        energies = dictionary.energies(dictionary.project(features, membership), membership)
+    if overlap is None:
+        overlap = dictionary.overlap()
+    codes, counts = dictionary.codes, membership.counts
+    whole = (counts.double() * moment_norms(features, membership).double()).sum()
+    cross = (codes.double() * energies.double()).sum()
+    own = (codes.double() * dictionary.respond(overlap, codes * counts[:, None]).double()).sum()
     return (0.5 * (whole + own) - cross).clamp_min(0), (0.5 * (whole + own)).detach()
 
 

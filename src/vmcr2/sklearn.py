@@ -6,9 +6,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from sklearn.base import BaseEstimator, ClassifierMixin
-from sklearn.utils.multiclass import check_classification_targets
-from sklearn.utils.validation import check_is_fitted, validate_data  # pyrefly: ignore[missing-module-attribute]
+
+try:
+    from sklearn.base import BaseEstimator, ClassifierMixin
+    from sklearn.utils.multiclass import check_classification_targets
+    from sklearn.utils.validation import check_is_fitted, validate_data  # pyrefly: ignore[missing-module-attribute]
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        f"vmcr2's estimators need scikit-learn: pip install 'vmcr2[sklearn]' ({error})", name="sklearn"
+    ) from error
 
 from vmcr2.errors import InputError
 from vmcr2.subspaces import class_subspaces, default_components, subspace_energies

@@ -17,9 +17,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from vmcr2.checks import check_number
+from vmcr2.checks import Condition, check_number, read
 from vmcr2.errors import InputError
-from vmcr2.linalg import half_logdet, solve_shifted, wide_dtype
+from vmcr2.linalg import half_logdet, inverse_shifted, wide_dtype
 from vmcr2.membership import Membership
 from vmcr2.mismatch import Codes, precise_mismatch
 
@@ -74,7 +74,7 @@ def variational_compression(dictionary: Codes, class_weights: Float[Tensor, " k"
 
 def solved_atoms(dictionary: Codes, class_weights: Float[Tensor, " k"], eps_sq: float) -> Float[Tensor, "q d"]:
     """Returns S⁻¹ Γ as rows, S = I + β Γ Diag(Ã γ) Γᵀ: what both gradients of R^v are made of."""
-    return solve_shifted(model_moment(dictionary, class_weights, eps_sq), dictionary.atoms.mT).mT
+    return dictionary.atoms @ inverse_shifted(model_moment(dictionary, class_weights, eps_sq))
 
 
 def expansion_atom_gradient(
@@ -143,6 +143,5 @@ def variational_logdet(factor: Float[Tensor, "*b d r"], *, scale: float = 1.0) -
             f"factor must be floating point of shape (..., d, r), got {factor.dtype} {tuple(factor.shape)}"
         )
     check_number("scale", scale)
-    if not bool(factor.detach().isfinite().all()):
-        raise InputError("factor must be finite, got NaN or infinite entries")
+    read([Condition(~factor.detach().isfinite().all(), "factor must be finite", lambda: "NaN or infinite entries")])
     return torch.log1p(scale * factor.to(wide_dtype(factor)).square().sum(-2)).sum(-1)

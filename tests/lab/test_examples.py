@@ -56,7 +56,7 @@ def test_batches_that_are_dicts_are_refused_with_what_to_make_of_them():
         vmcr2.InputError, match=r"pairs \(inputs, membership\), got a dict of 'pixel_values', 'labels'; of"
     ):
         loss.latch_from(torch.nn.Identity(), [batch])
-    with pytest.raises(vmcr2.InputError, match=r"pairs \(inputs, membership\), got Tensor"):
+    with pytest.raises(vmcr2.InputError, match=r"pairs \(inputs, membership\), got a Tensor"):
         loss.latch_from(torch.nn.Identity(), [torch.eye(4)])
     loss.latch_from(torch.nn.Identity(), ((one["pixel_values"], one["labels"]) for one in [batch]))
 

@@ -19,6 +19,8 @@ from vmcr2.lab.recipes import Recipe, VMCR2Settings
 from vmcr2.losses import MCR2Loss, VMCR2Loss
 from vmcr2.rates import rate_reduction
 
+_PATIENCE = 10  # epochs that ΔR may stay low
+
 
 class CrossEntropyHead(nn.Module):
     """The linear layer on top of the featurizer and its cross-entropy loss (Section 7.2)."""
@@ -140,15 +142,16 @@ class Variational(Objective):
         """Raises NumericalError after a collapse: ΔR of the batches fell to a fifth, or of the set to a tenth.
 
         It happens where the penalty outweighs the rates, ρ = µ m ε²/d well above 1: the dictionary then follows the
-        features instead of leading them. A healthy run may start with a dip, but not so deep nor so long.
+        features instead of leading them. A healthy run may start with a dip, deep where epochs are short, but not so
+        long.
         """
-        if not self.settings.stop_on_collapse or len(history) < 4:
+        if not self.settings.stop_on_collapse or len(history) <= _PATIENCE:
             return
         reductions = [line["batch_expansion"] - line["batch_compression"] for line in history]
         # Dropout makes noise that passes for ΔR in a batch; the whole training set, where it was measured, has none.
         measured = [line["train_reduction"] for line in history if "train_reduction" in line]
         flat = len(measured) > 5 and max(measured[-5:]) < 0.1 * measured[0]
-        if max(reductions[-3:]) >= 0.2 * reductions[0] and not flat:
+        if max(reductions[-_PATIENCE:]) >= 0.2 * reductions[0] and not flat:
             return
         shown, of = (measured, "training set") if flat else (reductions, "batch")
         mu, d = self.settings.mu, self.loss.feature_dim

@@ -55,7 +55,7 @@ class VMCR2Settings:
         latch_every: epochs between latchings; the first is before the first epoch.
         gradient_clip: the largest norm a step's gradient may have, None for any. 0.02 keeps networks without BatchNorm,
             whose first gradients are long, from collapsing.
-        stop_on_collapse: stop, with a reason, once ΔR of the batches has fallen to nothing for three epochs. A later
+        stop_on_collapse: stop, with a reason, once ΔR of the batches has been down for ten epochs. A later
             latching may bring it back, slowly.
     """
 
@@ -220,7 +220,7 @@ _OURS = (
         name="digits",
         about="8×8 handwritten digits from scikit-learn, seconds on a laptop",
         augmentation=Augmentation(padding=1, crop=8),
-        vmcr2=VMCR2Settings(energy=1.6),
+        ce=CESettings(lr=0.3),
     ),
     Recipe(
         name="omniglot100",
@@ -231,7 +231,7 @@ _OURS = (
         evaluate_every=5,
         data=DataSettings(source="omniglot", classes=100),
         augmentation=Augmentation(padding=2, crop=28),
-        ce=CESettings(lr=1.0),
+        ce=CESettings(lr=2.0),
     ),
 )
 CHOSEN_FOR = "chosen for"  # how `about` begins where `for_data` made the recipe
