@@ -13,7 +13,7 @@ from small import SMALL
 from vmcr2.errors import InputError
 from vmcr2.lab import recipes, sources
 from vmcr2.lab.augmentation import Augmentation, augmented, warn_of_lost_borders
-from vmcr2.lab.recipes import Recipe
+from vmcr2.lab.recipes import CESettings, Recipe
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def test_choices_are_checked_without_json_too():
 
 
 def test_the_learning_rate_at_every_moment():
-    drops = replace(SMALL, objective="ce", epochs=4, lr_drops=(0.5, 0.75))
+    drops = replace(SMALL, objective="ce", epochs=4, lr_drops=(0.5, 0.75), ce=CESettings(lr=0.1))
     assert [drops.lr_at(epoch) for epoch in (0.5, 2, 2.5, 4)] == pytest.approx([0.1, 0.1, 0.01, 0.001])
     cosine = replace(drops, lr_drops=(), schedule="cosine", warmup_epochs=2)
     assert [cosine.lr_at(epoch) for epoch in (0.5, 1, 2, 3, 4)] == pytest.approx([0.025, 0.05, 0.1, 0.05, 0])
