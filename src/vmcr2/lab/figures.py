@@ -129,7 +129,7 @@ def draw_codes(axes: Axes, codes: np.ndarray, names: np.ndarray | None = None) -
     """Draws the codes Ã, atoms down and classes across; names are shown where there are few."""
     shown = np.sqrt(codes)
     image = axes.imshow(shown, aspect="auto", cmap="magma_r", interpolation="nearest", vmin=0)
-    axes.set(xlabel="class", ylabel="atom")
+    axes.set(xlabel=f"class (all {codes.shape[1]}, in the order of their labels)", ylabel="atom")
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(MaxNLocator(integer=True))
     if names is not None and len(names) <= _NAMED_CLASSES:
@@ -201,7 +201,7 @@ def draw_run(run: RunFolder) -> list[Path]:
             "Good: ΔR rises and levels off, and $R_c$ stays far below R. ΔR near 0 means that the features collapsed."
         )
         drawn.append(_save(figure, run.figures / "rates.png", note))
-        figure, axes = _figure(5.4, 4.9)
+        figure, axes = _figure(5.4, 4.5)
         draw_similarity(axes, arrays["features"], arrays["labels"], names)
         of = _shown_classes(arrays)
         _title(figure, f"|cosine| between training samples, {of}\n{name}")
@@ -272,11 +272,11 @@ def draw_suspects(
                 axes.set_frame_on(False)
             label = f"labelled\n{_readable(names[j])}\n({counts[j]} suspects)"
             cells[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=7)
-        of = f", the {len(classes)} labels with the most" if len(classes) < (counts > 0).sum() else ""
+        of = f"; shown: the {len(classes)} labels with the most" if len(classes) < (counts > 0).sum() else ""
         _title(figure, f"{title}: {len(order)} labels that look wrong{of}")
         note = (
             "First in each row: the sample that fits its label best, for comparison. Then the suspects, most suspect "
-            "first: the label suggested instead, and the score from 0 (surely wrong) to 1."
+            "first: the label suggested instead, and the score (0: surely wrong)."
         )
         return _save(figure, path, note)
 
