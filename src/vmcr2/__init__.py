@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from vmcr2.errors import InputError, NotLatchedError, NumericalError
 from vmcr2.losses import MCR2Loss, VMCR2Loss, balanced_mu
 from vmcr2.rates import RateReduction, coding_rate, rate_reduction
+from vmcr2.sampling import ClassBalancedBatchSampler
 from vmcr2.variational import VariationalRates, variational_logdet
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "ClassBalancedBatchSampler",
     "InputError",
     "MCR2Loss",
     "NearestSubspaceClassifier",

@@ -16,6 +16,11 @@ def world_size(group: Any = None) -> int:
     return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
 
 
+def process_rank(group: Any = None) -> int:
+    """Returns this process's rank in a group (None: among all), 0 where torch.distributed is not in use."""
+    return dist.get_rank(group) if dist.is_available() and dist.is_initialized() else 0
+
+
 def sum_over_ranks(tensor: Tensor, group: Any = None) -> Tensor:
     """Returns the sum of a tensor over ranks."""
     total = tensor.clone()
