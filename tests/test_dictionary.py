@@ -160,6 +160,22 @@ def test_objective_7_never_falls_from_any_dictionary(m, d, k, data, kind, log_rh
         torch.testing.assert_close(dictionary.atoms.norm(dim=1), torch.ones(len(dictionary.atoms)).double())
 
 
+@pytest.mark.parametrize("rho", [1e-4, 1e-2, 1.0])
+def test_objective_7_never_falls_where_codes_are_far_from_what_energy_leaves_room_for(rho):
+    """Codes over many orders of magnitude, of as many atoms as dimensions: the multiplier has a long way to go."""
+    m, d, k = 6, 12, 2
+    labels, settings_ = torch.arange(m) % k, at_balance(rho, m, d)
+    for seed in range(40):
+        z, dictionary = unit_rows(m, d, seed=seed), random_dictionary(d, k, d, "block", seed=seed)
+        pi, dictionary = checked(z, labels, k), scaled_to(dictionary.moved(codes=dictionary.codes**4), 1.0)
+        for _ in range(4):
+            before = objective(z, pi, dictionary, **settings_)
+            dictionary = ascending_step(z, pi, dictionary, energy=1.0, **settings_).dictionary
+            after = objective(z, pi, dictionary, **settings_)
+            value, risen = (float(rates.expansion - rates.compression - rates.residual) for rates in (before, after))
+            assert risen >= value - 1e-6 * sum(map(float, before)), seed
+
+
 def test_the_papers_own_steps_may_lower_objective_7():
     """What the step above is for: with the paper's bounds and ν = 5 the same batch swings (so the test works)."""
     m, d, k, s = 100, 64, 2, 32

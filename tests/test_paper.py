@@ -3,11 +3,14 @@
 docs/paper.md maps equations to functions and to these tests.
 """
 
+import re
+
 import numpy as np
 import pytest
 import reference
 import torch
 from conftest import (
+    REPOSITORY,
     STRUCTURES,
     at_batch_scale,
     checked,
@@ -359,3 +362,17 @@ def test_algorithm_2_of_soft_membership():
     gamma, a = reference.latch(z.numpy().T, rows.numpy(), 2)
     np.testing.assert_allclose(loss.dictionary.codes * rows.sum(0), a, atol=1e-9)
     np.testing.assert_allclose(np.abs((loss.dictionary.atoms.numpy() * gamma).sum(0)), 1, atol=1e-9)
+
+
+def test_the_map_of_the_paper_names_functions_and_tests_that_exist():
+    text = (REPOSITORY / "docs" / "paper.md").read_text()
+    for name in set(re.findall(r"`(test_\w+)`", text)):
+        assert name in globals(), name
+    source = "".join(path.read_text() for path in (REPOSITORY / "src" / "vmcr2").glob("*.py"))
+    table = text[: text.index("## Where we differ")]
+    for name in set(re.findall(r"`([A-Za-z_0-9]+)`", table)) - set(re.findall(r"`(test_\w+)`", table)):
+        assert re.search(rf"(def|class) {name}\b|\b{name}: ", source), name
+    for path in set(re.findall(r"`(\w+\.py)`", table)):
+        assert (REPOSITORY / "src" / "vmcr2" / path).is_file(), path
+    for path in set(re.findall(r"`(tests/\w+\.py)`", text)):
+        assert (REPOSITORY / path).is_file(), path

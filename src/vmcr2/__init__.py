@@ -7,16 +7,17 @@ loss(model(inputs), labels).backward()       # as any criterion
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from vmcr2.errors import InputError, NotLatchedError, NumericalError
 from vmcr2.losses import MCR2Loss, VMCR2Loss, balanced_mu
 from vmcr2.rates import RateReduction, coding_rate, rate_reduction
-from vmcr2.sampling import ClassBalancedBatchSampler
 from vmcr2.variational import VariationalRates, variational_logdet
 
 if TYPE_CHECKING:
     from vmcr2.lab.trained import load
+    from vmcr2.sampling import ClassBalancedBatchSampler
     from vmcr2.sklearn import NearestSubspaceClassifier
 
 __version__ = "0.1.0"
@@ -39,21 +40,24 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    # scikit-learn takes seconds to import; only those who ask for the estimator pay for it.
-    if name == "NearestSubspaceClassifier":
-        from vmcr2.sklearn import NearestSubspaceClassifier
+# Imported when they are asked for: scikit-learn takes seconds, torch.utils.data tenths of one.
+_LATE = {
+    "ClassBalancedBatchSampler": "vmcr2.sampling",
+    "NearestSubspaceClassifier": "vmcr2.sklearn",
+    "load": "vmcr2.lab.trained",
+}
 
-        return NearestSubspaceClassifier
-    if name == "load":
+
+def __getattr__(name: str) -> Any:
+    if name in _LATE:
         try:
-            from vmcr2.lab.trained import load
+            return getattr(importlib.import_module(_LATE[name]), name)
         except ModuleNotFoundError as error:
-            if (error.name or "vmcr2").split(".")[0] == "vmcr2":
+            if error.name is None or error.name.split(".")[0] == "vmcr2":
                 raise
-            text = f"vmcr2.load needs {error.name}, which is missing: pip install 'vmcr2[lab]'"
+            extra = _LATE[name].split(".")[1]
+            text = f"vmcr2.{name} needs {error.name}, which is missing: pip install 'vmcr2[{extra}]'"
             raise ModuleNotFoundError(text, name=error.name) from error
-        return load
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -339,7 +339,7 @@ class VMCR2Loss(nn.Module):
         """Returns R^v, R_c^v and the residual (µ/2m) M of eq. (7), for logging; changes nothing, in either mode.
 
         R^v and R_c^v are those of the dictionary at the batch's class weights. Their difference is not ΔR of the
-        features: for that, see `vmcr2.rate_reduction`.
+        features: for that, see `vmcr2.rate_reduction`. Under torch.distributed every rank must call it.
 
         Args:
             features: Z, (m, d), finite, rows of norm 1.
@@ -363,7 +363,7 @@ class VMCR2Loss(nn.Module):
         """Sets the dictionary to each class's top singular vectors and values (Alg. 2).
 
         A class that is absent keeps what it had. A class of rank below s is completed by orthonormal directions with
-        code 0.
+        code 0. Under torch.distributed every rank must call it, each with its share.
 
         Args:
             features: Z, (m, d), finite, rows of norm 1; of as many samples as there are, as training sees them.
