@@ -9,38 +9,53 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from vmcr2.embeddings import LabelQuality, Report, label_quality, report
 from vmcr2.errors import InputError, NotLatchedError, NumericalError
-from vmcr2.losses import MCR2Loss, VMCR2Loss, balanced_mu
-from vmcr2.rates import RateReduction, coding_rate, rate_reduction
+from vmcr2.losses import MCR2Loss, TotalCodingRateLoss, VMCR2Loss, balanced_mu
+from vmcr2.rates import RateReduction, coding_rate, rate_reduction, transrate
 from vmcr2.variational import VariationalRates, variational_logdet
 
 if TYPE_CHECKING:
-    from vmcr2.sklearn import NearestSubspaceClassifier
+    from vmcr2.sklearn import CodingRateClassifier, CodingRateTransformer, NearestSubspaceClassifier
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "CodingRateClassifier",
+    "CodingRateTransformer",
     "InputError",
+    "LabelQuality",
     "MCR2Loss",
     "NearestSubspaceClassifier",
     "NotLatchedError",
     "NumericalError",
     "RateReduction",
+    "Report",
+    "TotalCodingRateLoss",
     "VMCR2Loss",
     "VariationalRates",
     "balanced_mu",
     "coding_rate",
+    "label_quality",
     "rate_reduction",
+    "report",
+    "transrate",
     "variational_logdet",
 ]
 
+_ESTIMATORS = ("CodingRateClassifier", "CodingRateTransformer", "NearestSubspaceClassifier")
+
 
 def __getattr__(name: str) -> Any:
-    # scikit-learn takes seconds to import; only those who ask for the estimator pay for it.
-    if name == "NearestSubspaceClassifier":
-        from vmcr2.sklearn import NearestSubspaceClassifier
-
-        return NearestSubspaceClassifier
+    # scikit-learn takes seconds to import; only those who ask for an estimator pay for it.
+    if name in _ESTIMATORS:
+        try:
+            from vmcr2 import sklearn as estimators
+        except ModuleNotFoundError as error:
+            if error.name is None or error.name.split(".")[0] == "vmcr2":
+                raise
+            raise ImportError(f"vmcr2.{name} needs {error.name}: pip install 'vmcr2[sklearn]'") from error
+        return getattr(estimators, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -49,7 +49,9 @@ def coding_rate(features: Float[Tensor, "*b m d"], *, eps_sq: float = 0.5) -> Fl
     check_number("eps_sq", eps_sq)
     batched = isinstance(features, Tensor) and features.ndim > 2
     if batched and 0 in features.shape:
-        raise InputError(f"features must have shape (..., m, d) without an empty dimension, got {tuple(features.shape)}")
+        raise InputError(
+            f"features must have shape (..., m, d) without an empty dimension, got {tuple(features.shape)}"
+        )
     read(feature_conditions(features.flatten(0, -2) if batched else features))
     rate = expansion_rate(features.to(rate_dtype(features.shape[-1], eps_sq, features)), eps_sq)
     require_finite(rate)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
@@ -17,7 +18,7 @@ from sklearn.utils import check_random_state
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import (  # pyrefly: ignore[missing-module-attribute]
     check_is_fitted,
-        validate_data,
+    validate_data,
 )
 from torch import Tensor, nn
 from torch.nn import functional
@@ -35,6 +36,7 @@ _FOLDS = 5
 _LIKELIHOODS = 2**22  # entries of the table of samples by classes that the temperature is found on, about
 _BLOCK_CLASSES = 200  # from so many classes on, codes off a class's own atoms are not held
 _EMBEDDED = 4096  # samples embedded at once
+_EPOCHS, _STEPS = 20, 120  # enough for digits, by cross-validation; at 50 epochs wrong labels are learnt by heart
 _KEPT = 4096  # samples that partial_fit remembers, about
 _KEPT_A_CLASS = 16  # and of every class, at least
 _SAY_SECONDS = 10.0
@@ -87,7 +89,8 @@ class NearestSubspaceClassifier(ClassifierMixin, BaseEstimator):
     def partial_fit(self, X: Any, y: Any, classes: Any = None) -> Self:
         """Adds a batch of samples, and finds the subspaces of all there have been since the first `partial_fit`.
 
-        What is kept of them takes k d² numbers at most. The temperature is that of the latest batch, before it is
+        What is kept of them takes k d² numbers at most. After `fit`, which keeps none, it starts afresh among the same
+        classes, and warns of it. The temperature is that of the latest batch, before it is
         learned from.
 
         Args:
@@ -96,14 +99,15 @@ class NearestSubspaceClassifier(ClassifierMixin, BaseEstimator):
             classes: (k,), all labels there will be; needed in the first call.
 
         Raises:
-            InputError: n_components is out of range, classes are missing or differ, y holds another class, or the
-                estimator was fitted by `fit`, which keeps no samples (a ValueError); ValueError for wrong X or y.
+            InputError: n_components is out of range, classes are missing or differ, or y holds another class (a
+                ValueError); ValueError for wrong X or y.
         """
         first = not hasattr(self, "classes_")
-        if not first and self._stream is None:
-            raise InputError("partial_fit must be called from the start: this estimator comes from fit, which keeps no samples")
         X, y = validate_data(self, X, y, dtype=_FLOATS, reset=first)
         labels = _enter_classes(self, y, classes, first)
+        if not first and self._stream is None:
+            warnings.warn("partial_fit starts afresh: fit keeps no samples", stacklevel=2)
+            first = True
         k, d = len(_at_least_two(self.classes_)), X.shape[1]
         if first:
             self._set_components(d)
@@ -122,7 +126,9 @@ class NearestSubspaceClassifier(ClassifierMixin, BaseEstimator):
         return self
 
     def _set_components(self, d: int) -> None:
-        self.n_components_ = default_components(d, len(self.classes_)) if self.n_components is None else self.n_components
+        self.n_components_ = (
+            default_components(d, len(self.classes_)) if self.n_components is None else self.n_components
+        )
         check_count("n_components", self.n_components_, at_most=d, limit="the number of features")
 
     def _energies(self, X: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -167,23 +173,24 @@ class NearestSubspaceClassifier(ClassifierMixin, BaseEstimator):
 class CodingRateTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
     """Trains a network on arrays so that the classes of its features lie on separate, orthogonal subspaces.
 
-    Columns are scaled to mean 0 and variance 1 before the network, and its outputs to norm 1. Features are float32.
+    Before the network columns are centred, and all divided by one number, so that their mean variance is 1: what pixels
+    and embeddings want. Where columns have units of their own, put a `StandardScaler` before this in a pipeline. The
+    network's outputs are scaled to norm 1; features are float32.
 
     Args:
-        feature_dim: d, the dimension of the features; None means 2 k, 32 at least and 512 at most.
+        feature_dim: d, the dimension of the features; None means 2 k, 64 at least and 512 at most.
         objective: "vmcr2", the variational objective (eq. 7); "mcr2", the exact one (eq. 1), for up to a few tens of
             classes.
         network: a function of the number of columns and of d that returns the `nn.Module` to train, from (m, columns)
             to (m, d), float32; None means two hidden layers with BatchNorm and ReLU.
         hidden: the width of the default network's layers.
-        epochs: passes over the samples in `fit`; `partial_fit` makes one.
+        epochs: passes over the samples in `fit`; None means 20, or what 120 steps take. `partial_fit` makes one.
         batch_size: samples a step, at most.
         learning_rate: of AdamW. In `fit` it falls to 0 along a half cosine.
         weight_decay: of AdamW.
         eps_sq: the squared precision ε² > 0.
         energy: for "vmcr2", what a class's codes sum to: None for accuracy, 1 to keep the variety within a class.
         latch_every: for "vmcr2", epochs between latchings.
-        standardize: whether columns are scaled; false where the network does it, or where their scale has a meaning.
         device: where to train and to embed, such as "cuda"; None means a GPU where there is one.
         random_state: an int for equal results, a NumPy RandomState, or None.
         verbose: shows progress: a bar where rich is installed, else lines.
@@ -192,7 +199,7 @@ class CodingRateTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
         classes_: (k,), the labels seen.
         network_: the trained module.
         loss_: the criterion; with "vmcr2" it holds the dictionary.
-        scaler_: scikit-learn's StandardScaler, or None.
+        scaler_: the columns' means and variances, scikit-learn's StandardScaler.
         history_: mean loss of each epoch.
         feature_dim_: d as used.
         n_features_in_: columns of X.
@@ -206,14 +213,13 @@ class CodingRateTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
         objective: Objective = "vmcr2",
         network: Network | None = None,
         hidden: int = 512,
-        epochs: int = 50,
+        epochs: int | None = None,
         batch_size: int = 256,
         learning_rate: float = 1e-3,
         weight_decay: float = 1e-2,
         eps_sq: float = 0.5,
         energy: float | None = None,
         latch_every: int = 50,
-        standardize: bool = True,
         device: str | torch.device | None = None,
         random_state: int | np.random.RandomState | None = None,
         verbose: bool = False,
@@ -229,7 +235,6 @@ class CodingRateTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
         self.eps_sq = eps_sq
         self.energy = energy
         self.latch_every = latch_every
-        self.standardize = standardize
         self.device = device
         self.random_state = random_state
         self.verbose = verbose
@@ -273,8 +278,8 @@ class CodingRateTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
         labels = _enter_classes(self, y, np.unique(y) if first and classes is None else classes, first)
         if first:
             self._begin(X)
-        elif self.scaler_ is not None:
-            self.scaler_.partial_fit(X)
+        else:
+            self.scaler_.partial_fit(X.astype(np.float64))
         self._partial_fit(X, labels)
         return self
 
@@ -298,13 +303,13 @@ class CodingRateTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
     def _check_parameters(self) -> None:
         for name, value in (
             ("hidden", self.hidden),
-            ("epochs", self.epochs),
             ("batch_size", self.batch_size),
             ("latch_every", self.latch_every),
         ):
             check_count(name, value, at_least=2 if name == "batch_size" else 1)
-        if self.feature_dim is not None:
-            check_count("feature_dim", self.feature_dim)
+        for name, value in (("feature_dim", self.feature_dim), ("epochs", self.epochs)):
+            if value is not None:
+                check_count(name, value)
         check_number("learning_rate", self.learning_rate)
         check_number("weight_decay", self.weight_decay, positive=False)
         check_number("eps_sq", self.eps_sq)
@@ -316,7 +321,7 @@ class CodingRateTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
             raise InputError(f"network must be a function of two ints or None, got {self.network!r}")
 
     def _feature_dim(self, k: int) -> int:
-        return min(512, max(32, 2 * k)) if self.feature_dim is None else self.feature_dim
+        return min(512, max(64, 2 * k)) if self.feature_dim is None else self.feature_dim
 
     def _device(self) -> torch.device:
         if self.device is not None:
@@ -327,7 +332,7 @@ class CodingRateTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
         """Builds what is trained, for X's columns and `classes_`."""
         k, columns = len(_at_least_two(self.classes_)), X.shape[1]
         self.feature_dim_ = self._feature_dim(k)
-        self.scaler_ = StandardScaler().fit(X) if self.standardize else None
+        self.scaler_ = StandardScaler().fit(X.astype(np.float64))
         self.history_: list[float] = []
         device = self._device()
         self._seed = int(check_random_state(self.random_state).randint(2**31))
@@ -350,23 +355,22 @@ class CodingRateTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
                 structure="shared" if k < _BLOCK_CLASSES else "block",
             )
         self.loss_ = loss.to(device)
-        self._optimizer = torch.optim.AdamW(
-            network.parameters(), lr=self.learning_rate, weight_decay=self.weight_decay
-        )
+        self._optimizer = torch.optim.AdamW(network.parameters(), lr=self.learning_rate, weight_decay=self.weight_decay)
 
     def _inputs(self, X: np.ndarray) -> np.ndarray:
         """Returns X scaled, as float32: in float64 up to then, so that a large mean costs no digits."""
-        scaled = X if self.scaler_ is None else self.scaler_.transform(X.astype(np.float64))
-        return np.asarray(scaled, dtype=np.float32)
+        scale = np.sqrt(np.mean(self.scaler_.var_)) or 1.0
+        return ((X.astype(np.float64) - self.scaler_.mean_) / scale).astype(np.float32)
 
     def _fit(self, X: np.ndarray, labels: np.ndarray) -> None:
         inputs, held = _tensor(self._inputs(X)), torch.from_numpy(labels)
-        progress = _Progress(type(self).__name__, self.epochs, bool(self.verbose))
+        epochs = max(_EPOCHS, -(-_STEPS // self._steps(len(inputs)))) if self.epochs is None else self.epochs
+        progress = _Progress(type(self).__name__, epochs, bool(self.verbose))
         with _seeded(self._seed, self._device()), progress:
-            for epoch in range(self.epochs):
+            for epoch in range(epochs):
                 if epoch % self.latch_every == 0:
                     self._latch(inputs, held)
-                self._epoch(inputs, held, lambda share, epoch=epoch: (epoch + share) / self.epochs)
+                self._epoch(inputs, held, lambda share, epoch=epoch: (epoch + share) / epochs)
                 progress.show(epoch + 1, self.history_[-1])
             self._settle(inputs)
 
@@ -374,10 +378,13 @@ class CodingRateTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
         with _seeded(self._seed + len(self.history_), self._device()):
             self._epoch(_tensor(self._inputs(X)), torch.from_numpy(labels), None)
 
+    def _steps(self, m: int) -> int:
+        return max(1, -(-m // self.batch_size))
+
     def _batches(self, inputs: Tensor, labels: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Returns shuffled batches of nearly equal size, so that none is too small for BatchNorm."""
         device = self._device()
-        parts = torch.randperm(len(inputs)).tensor_split(max(1, -(-len(inputs) // self.batch_size)))
+        parts = torch.randperm(len(inputs)).tensor_split(self._steps(len(inputs)))
         return [(inputs[part].to(device), labels[part].to(device)) for part in parts]
 
     def _features(self, inputs: Tensor) -> Tensor:
@@ -479,7 +486,6 @@ class CodingRateClassifier(ClassifierMixin, CodingRateTransformer):
         eps_sq: see there.
         energy: see there.
         latch_every: see there.
-        standardize: see there.
         device: see there.
         random_state: see there.
         verbose: see there.
@@ -497,14 +503,13 @@ class CodingRateClassifier(ClassifierMixin, CodingRateTransformer):
         objective: Objective = "vmcr2",
         network: Network | None = None,
         hidden: int = 512,
-        epochs: int = 50,
+        epochs: int | None = None,
         batch_size: int = 256,
         learning_rate: float = 1e-3,
         weight_decay: float = 1e-2,
         eps_sq: float = 0.5,
         energy: float | None = None,
         latch_every: int = 50,
-        standardize: bool = True,
         device: str | torch.device | None = None,
         random_state: int | np.random.RandomState | None = None,
         verbose: bool = False,
@@ -521,7 +526,6 @@ class CodingRateClassifier(ClassifierMixin, CodingRateTransformer):
             eps_sq=eps_sq,
             energy=energy,
             latch_every=latch_every,
-            standardize=standardize,
             device=device,
             random_state=random_state,
             verbose=verbose,
@@ -550,7 +554,9 @@ class CodingRateClassifier(ClassifierMixin, CodingRateTransformer):
         kept = order[_places_in_class(labels[order]) < max(_KEPT_A_CLASS, _KEPT // k)]
         self._kept = X[kept], labels[kept]
         features = _tensor(self._embed(self._inputs(self._kept[0])))
-        self.subspaces_ = _of_all_classes(features, self._kept[1], k, self.n_components, getattr(self, "subspaces_", None))
+        self.subspaces_ = _of_all_classes(
+            features, self._kept[1], k, self.n_components, getattr(self, "subspaces_", None)
+        )
 
     def decision_function(self, X: Any) -> np.ndarray:
         """Returns minus the squared distance to each subspace, (m, k); for two classes the difference (m,)."""
@@ -714,7 +720,9 @@ class _Progress:
             self.bar.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self.bar is not None:
             self.bar.stop()
 
