@@ -359,7 +359,9 @@ class CodingRateTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
 
     def _inputs(self, X: np.ndarray) -> np.ndarray:
         """Returns X scaled, as float32: in float64 up to then, so that a large mean costs no digits."""
-        scale = np.sqrt(np.mean(self.scaler_.var_)) or 1.0
+        assert self.scaler_.mean_ is not None
+        assert self.scaler_.var_ is not None
+        scale = np.sqrt(self.scaler_.var_.mean()) or 1.0
         return ((X.astype(np.float64) - self.scaler_.mean_) / scale).astype(np.float32)
 
     def _fit(self, X: np.ndarray, labels: np.ndarray) -> None:
