@@ -113,7 +113,8 @@ def compared(name: str, arrays: Arrays, folds: int) -> list[str]:
             estimator = make().fit(features[train], labels[train])
             seconds.append(time.perf_counter() - began)
             clean.append(estimator.score(features[test], labels[test]))
-            losses.append(log_loss(labels[test], np.clip(estimator.predict_proba(features[test]), 1e-6, 1)))
+            chances = np.clip(estimator.predict_proba(features[test]), 1e-6, 1)
+            losses.append(log_loss(labels[test], chances / chances.sum(1, keepdims=True)))
             estimator = make().fit(features[train], broken(labels[train], WRONG, number))
             noisy.append(estimator.score(features[test], labels[test]))
         rows.append(
@@ -176,11 +177,11 @@ def main() -> None:
     lines = [
         "# Estimators on embeddings",
         "",
-        f"`python benchmarks/estimators.py --folds {options.folds} --seeds {options.seeds}`; torch {torch.__version__}, "
-        f"scikit-learn {sklearn.__version__}, one thread, {platform.machine()}.",
+        f"`python benchmarks/estimators.py --folds {options.folds} --seeds {options.seeds}`;",
+        f"torch {torch.__version__}, scikit-learn {sklearn.__version__}, one thread, {platform.machine()}.",
         "",
-        f"Accuracy, mean ± standard deviation over {options.folds} folds; at *wrong labels*, {WRONG:.0%} of the training "
-        "labels were those of another class. Ours are at their defaults; the strength of logistic regression and the "
+        f"Accuracy, mean ± standard deviation over {options.folds} folds; at *wrong labels*, {WRONG:.0%} of the",
+        "training labels were those of another class. Ours are at their defaults; the strength of logistic regression and the "
         "number of neighbours are chosen by an inner cross-validation.",
         "",
         "| embeddings | method | accuracy | wrong labels | log-loss | seconds a fit |",

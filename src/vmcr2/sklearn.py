@@ -33,7 +33,7 @@ from vmcr2.subspaces import class_subspaces, default_components, spanned, subspa
 
 _FLOATS = [np.float64, np.float32]
 _FOLDS = 5
-_LIKELIHOODS = 2**22  # entries of the table of samples by classes that the temperature is found on, about
+_LIKELIHOODS = 2**20  # entries of the table of samples by classes that the temperature is found on, about
 _BLOCK_CLASSES = 200  # from so many classes on, codes off a class's own atoms are not held
 _EMBEDDED = 4096  # samples embedded at once
 _EPOCHS, _STEPS = 20, 120  # enough for digits, by cross-validation; at 50 epochs wrong labels are learnt by heart
@@ -200,7 +200,7 @@ class CodingRateTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
         network_: the trained module.
         loss_: the criterion; with "vmcr2" it holds the dictionary.
         scaler_: the columns' means and variances, scikit-learn's StandardScaler.
-        history_: mean loss of each epoch.
+        history_: mean loss of each epoch; that of "vmcr2" is the mismatch with a moving dictionary and need not fall.
         feature_dim_: d as used.
         n_features_in_: columns of X.
         feature_names_in_: their names, where X had some.
