@@ -181,8 +181,8 @@ def main() -> None:
         f"torch {torch.__version__}, scikit-learn {sklearn.__version__}, one thread, {platform.machine()}.",
         "",
         f"Accuracy, mean ± standard deviation over {options.folds} folds; at *wrong labels*, {WRONG:.0%} of the",
-        "training labels were those of another class. Ours are at their defaults; the strength of logistic regression and the "
-        "number of neighbours are chosen by an inner cross-validation.",
+        "training labels were those of another class. Ours are at their defaults; the strength of logistic regression",
+        "and the number of neighbours are chosen by an inner cross-validation.",
         "",
         "| embeddings | method | accuracy | wrong labels | log-loss | seconds a fit |",
         "|---|---|---|---|---|---|",

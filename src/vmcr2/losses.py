@@ -15,12 +15,12 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
-from vmcr2.checks import check_count, check_number, feature_conditions, read
+from vmcr2.checks import UNIT_NORM_TOLERANCE, Condition, check_count, check_number, feature_conditions, read
 from vmcr2.dictionary import Dictionary, Structure, ascending_step, paper_step
 from vmcr2.distributed import broadcast, gather_rows
 from vmcr2.errors import InputError, NotLatchedError, NumericalError
 from vmcr2.latching import MomentStream, batch_statistics, latched_blocks
-from vmcr2.linalg import rate_dtype, require_finite
+from vmcr2.linalg import rate_dtype, require_finite, wide_dtype
 from vmcr2.membership import Membership, as_membership
 from vmcr2.mismatch import Codes, mismatch, precise_mismatch
 from vmcr2.rates import checked_rates, coding_rate
@@ -112,7 +112,8 @@ class TotalCodingRateLoss(nn.Module):
 
         Args:
             features: Z of one view (m, d), of b views (b, m, d), or a sequence of views (n, d) that may differ in n.
-                Finite, rows of norm 1 (R is unbounded otherwise). Every rank gives as many views.
+                Finite, rows of norm 1, or less where they are means of such (R is unbounded otherwise). Every rank
+                gives as many views.
 
         Raises:
             InputError: a wrong argument (a ValueError).
@@ -128,7 +129,7 @@ class TotalCodingRateLoss(nn.Module):
                 + (f"shape {tuple(features.shape)}" if isinstance(features, Tensor) else "an empty sequence")
             )
         for view in views:  # before gathering, so that the rank at fault says so
-            read(feature_conditions(view, unit=True))
+            read([*feature_conditions(view), _longest(view)])
         if len({view.shape for view in views}) == 1:
             (gathered,), _ = gather_rows(torch.stack(views, 1))  # (m, b, d): one collective for all views
             rate = coding_rate(gathered.transpose(0, 1), eps_sq=self.eps_sq).mean()
@@ -140,6 +141,15 @@ class TotalCodingRateLoss(nn.Module):
     def extra_repr(self) -> str:
         """Returns the settings, for `repr`."""
         return f"eps_sq={self.eps_sq}"
+
+
+def _longest(features: Float[Tensor, "m d"]) -> Condition:
+    longest = torch.linalg.vector_norm(features.detach(), dim=1, dtype=wide_dtype(features)).max()
+    return Condition(
+        longest > 1 + UNIT_NORM_TOLERANCE,
+        "features must have rows of norm 1 at most (R is unbounded otherwise)",
+        lambda: f"norms up to {float(longest):.3g}; end the network with torch.nn.functional.normalize(z, dim=1)",
+    )
 
 
 def balanced_mu(feature_dim: int, batch_size: int, *, eps_sq: float = 0.5, balance: float = 0.05) -> float:

@@ -573,8 +573,8 @@ class CodingRateClassifier(ClassifierMixin, CodingRateTransformer):
     def predict_proba(self, X: Any) -> np.ndarray:
         """Returns how likely each class is, (m, k).
 
-        The temperature is found on the training set, which the network has seen: on new samples the probabilities are
-        too confident. `sklearn.calibration.CalibratedClassifierCV` mends that.
+        The temperature is found on the training set, which the network has seen: on new samples that are hard the
+        probabilities may be too confident. `sklearn.calibration.CalibratedClassifierCV` mends that.
         """
         features = self._transformed(X)
         return self.subspaces_.predict_proba(features)
