@@ -71,7 +71,7 @@ def test_minimising_expands():
 @pytest.mark.parametrize(
     ("features", "message"),
     [
-        (torch.randn(4, 5), "norm 1"),
+        (torch.randn(4, 5), "norm 1 at most"),
         ([], "empty"),
         (torch.zeros(5), "shape"),
         (torch.full((2, 3, 4), torch.nan), "finite"),
