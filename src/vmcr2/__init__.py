@@ -10,39 +10,49 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from vmcr2.embeddings import LabelQuality, Report, label_quality, report
 from vmcr2.errors import InputError, NotLatchedError, NumericalError
-from vmcr2.losses import MCR2Loss, VMCR2Loss, balanced_mu
-from vmcr2.rates import RateReduction, coding_rate, rate_reduction
+from vmcr2.losses import MCR2Loss, TotalCodingRateLoss, VMCR2Loss, balanced_mu
+from vmcr2.rates import RateReduction, coding_rate, rate_reduction, transrate
 from vmcr2.variational import VariationalRates, variational_logdet
 
 if TYPE_CHECKING:
     from vmcr2.lab.trained import load
     from vmcr2.sampling import ClassBalancedBatchSampler
-    from vmcr2.sklearn import NearestSubspaceClassifier
+    from vmcr2.sklearn import CodingRateClassifier, CodingRateTransformer, NearestSubspaceClassifier
 
 __version__ = "0.1.0"
 
 __all__ = [
     "ClassBalancedBatchSampler",
+    "CodingRateClassifier",
+    "CodingRateTransformer",
     "InputError",
+    "LabelQuality",
     "MCR2Loss",
     "NearestSubspaceClassifier",
     "NotLatchedError",
     "NumericalError",
     "RateReduction",
+    "Report",
+    "TotalCodingRateLoss",
     "VMCR2Loss",
     "VariationalRates",
     "balanced_mu",
     "coding_rate",
+    "label_quality",
     "load",
     "rate_reduction",
+    "report",
+    "transrate",
     "variational_logdet",
 ]
-
 
 # Imported when they are asked for: scikit-learn takes seconds, torch.utils.data tenths of one.
 _LATE = {
     "ClassBalancedBatchSampler": "vmcr2.sampling",
+    "CodingRateClassifier": "vmcr2.sklearn",
+    "CodingRateTransformer": "vmcr2.sklearn",
     "NearestSubspaceClassifier": "vmcr2.sklearn",
     "load": "vmcr2.lab.trained",
 }

@@ -1,28 +1,29 @@
-"""The two objectives as PyTorch criteria: `MCR2Loss` (exact, eq. 1) and `VMCR2Loss` (variational, eq. 7).
+"""The objectives as PyTorch criteria: `MCR2Loss` (exact, eq. 1), `VMCR2Loss` (variational, eq. 7), and without labels
+`TotalCodingRateLoss` (R alone).
 
-Under torch.distributed both gather the batch over the ranks and compute one loss of the whole, identical everywhere;
+Under torch.distributed all gather the batch over the ranks and compute one loss of the whole, identical everywhere;
 with DistributedDataParallel's mean over ranks the gradients are those of a single process.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
-from vmcr2.checks import check_count, check_number
+from vmcr2.checks import UNIT_NORM_TOLERANCE, Condition, check_count, check_number, feature_conditions, read
 from vmcr2.dictionary import Dictionary, Structure, ascending_step, paper_step
 from vmcr2.distributed import broadcast, gather_rows
 from vmcr2.errors import InputError, NotLatchedError, NumericalError
 from vmcr2.latching import MomentStream, batch_statistics, latched_blocks
-from vmcr2.linalg import rate_dtype, require_finite
+from vmcr2.linalg import rate_dtype, require_finite, wide_dtype
 from vmcr2.membership import Membership, as_membership
 from vmcr2.mismatch import Codes, mismatch, precise_mismatch
-from vmcr2.rates import checked_rates
+from vmcr2.rates import checked_rates, coding_rate
 from vmcr2.variational import VariationalRates, objective
 
 Step = Literal["ascent", "paper", "simultaneous"]
@@ -84,6 +85,71 @@ class MCR2Loss(nn.Module):
     def extra_repr(self) -> str:
         """Returns the settings, for `repr`."""
         return f"num_classes={self.num_classes}, eps_sq={self.eps_sq}"
+
+
+class TotalCodingRateLoss(nn.Module):
+    """−R of eq. (1), to be minimised: it spreads features over all directions, without labels.
+
+    The term against collapse of EMP-SSL (Tong et al., 2023), SimDINO (Wu et al., 2025) and their kin; a loss that pulls
+    the views of one image together goes beside it. Minimising it expands: spread features score lowest.
+
+    Args:
+        eps_sq: the squared precision ε² > 0; EMP-SSL's 0.2, which its code calls `eps`.
+
+    Raises:
+        InputError: a wrong argument (a ValueError).
+    """
+
+    def __init__(self, eps_sq: float = 0.2) -> None:
+        super().__init__()
+        check_number("eps_sq", eps_sq)
+        self.eps_sq = eps_sq
+
+    def forward(
+        self, features: Float[Tensor, "m d"] | Float[Tensor, "b m d"] | Sequence[Float[Tensor, "n d"]]
+    ) -> Float[Tensor, ""]:
+        """Returns minus the mean of R over the views.
+
+        Args:
+            features: Z of one view (m, d), of b views (b, m, d), or a sequence of views (n, d) that may differ in n.
+                Finite, rows of norm 1, or less where they are means of such (R is unbounded otherwise). Every rank
+                gives as many views.
+
+        Raises:
+            InputError: a wrong argument (a ValueError).
+            NumericalError: the factorisation failed.
+        """
+        if isinstance(features, Tensor):
+            views = [features] if features.ndim == 2 else list(features) if features.ndim == 3 else []
+        else:
+            views = list(features)
+        if not views:
+            raise InputError(
+                "features must have shape (m, d) or (b, m, d), or be a sequence of views (n, d), got "
+                + (f"shape {tuple(features.shape)}" if isinstance(features, Tensor) else "an empty sequence")
+            )
+        for view in views:  # before gathering, so that the rank at fault says so
+            read([*feature_conditions(view), _longest(view)])
+        if len({view.shape for view in views}) == 1:
+            (gathered,), _ = gather_rows(torch.stack(views, 1))  # (m, b, d): one collective for all views
+            rate = coding_rate(gathered.transpose(0, 1), eps_sq=self.eps_sq).mean()
+        else:
+            whole = [gather_rows(view)[0][0] for view in views]
+            rate = torch.stack([coding_rate(view, eps_sq=self.eps_sq) for view in whole]).mean()
+        return -rate
+
+    def extra_repr(self) -> str:
+        """Returns the settings, for `repr`."""
+        return f"eps_sq={self.eps_sq}"
+
+
+def _longest(features: Float[Tensor, "m d"]) -> Condition:
+    longest = torch.linalg.vector_norm(features.detach(), dim=1, dtype=wide_dtype(features)).max()
+    return Condition(
+        longest > 1 + UNIT_NORM_TOLERANCE,
+        "features must have rows of norm 1 at most (R is unbounded otherwise)",
+        lambda: f"norms up to {float(longest):.3g}; end the network with torch.nn.functional.normalize(z, dim=1)",
+    )
 
 
 def balanced_mu(feature_dim: int, batch_size: int, *, eps_sq: float = 0.5, balance: float = 0.05) -> float:

@@ -13,6 +13,7 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from vmcr2.checks import check_number, feature_conditions, read
+from vmcr2.errors import InputError
 from vmcr2.linalg import gram, half_logdet, product, rate_dtype, require_finite
 from vmcr2.membership import Membership, as_membership
 
@@ -31,23 +32,28 @@ class RateReduction(NamedTuple):
         return self.expansion - self.compression
 
 
-def coding_rate(features: Float[Tensor, "m d"], *, eps_sq: float = 0.5) -> Float[Tensor, ""]:
-    """Returns the coding rate R = ½ logdet(I + d/(m ε²) ZᵀZ) of eq. (1).
+def coding_rate(features: Float[Tensor, "*b m d"], *, eps_sq: float = 0.5) -> Float[Tensor, "*b"]:
+    """Returns the coding rate R = ½ logdet(I + d/(m ε²) ZᵀZ) of eq. (1), of one matrix or of each in a batch.
 
     Args:
-        features: Z, (m, d), rows are samples; finite, any floating dtype. Rows need not have norm 1 here.
+        features: Z, (..., m, d), rows are samples; finite, any floating dtype. Rows need not have norm 1 here.
         eps_sq: the squared precision ε² > 0.
 
     Returns:
-        A scalar in nats, float32 or wider also under autocast. Differentiable.
+        One value a matrix, in nats, float32 or wider also under autocast. Differentiable.
 
     Raises:
         InputError: a wrong argument (a ValueError).
         NumericalError: the factorisation failed.
     """
     check_number("eps_sq", eps_sq)
-    read(feature_conditions(features))
-    rate = expansion_rate(features.to(rate_dtype(features.shape[1], eps_sq, features)), eps_sq)
+    batched = isinstance(features, Tensor) and features.ndim > 2
+    if batched and 0 in features.shape:
+        raise InputError(
+            f"features must have shape (..., m, d) without an empty dimension, got {tuple(features.shape)}"
+        )
+    read(feature_conditions(features.flatten(0, -2) if batched else features))
+    rate = expansion_rate(features.to(rate_dtype(features.shape[-1], eps_sq, features)), eps_sq)
     require_finite(rate)
     return rate
 
@@ -81,6 +87,39 @@ def rate_reduction(
     return rates
 
 
+def transrate(
+    features: Float[Tensor, "m d"],
+    labels: Int[Tensor, " m"] | Shaped[Tensor, "m k"],
+    *,
+    eps_sq: float = 1e-4,
+) -> Float[Tensor, ""]:
+    """Returns TransRate, R(Z, ε) − R(Z, ε | Y): how well features would transfer to a task (Huang et al., ICML 2022).
+
+    It is ΔR in other units. Features are centred by their mean over all samples (not class by class, and not scaled to
+    norm 1), and the rate is ½ logdet(I + ZᵀZ/(m ε²)), without the dimension d of eq. (1), so their ε² is d times finer
+    than that of `rate_reduction`. R(Z, ε | Y) weighs classes by their share of the samples; the authors' code takes
+    their plain mean, which is the same for balanced classes.
+
+    Args:
+        features: Z, (m, d), rows are samples; finite, any floating dtype, at any scale.
+        labels: Y, (m,) in [0, k), or rows (m, k) ≥ 0 that sum to 1.
+        eps_sq: the squared precision ε² > 0; the authors' code calls this `eps`.
+
+    Returns:
+        A scalar ≥ 0 in nats, worked out in float64. Differentiable.
+
+    Raises:
+        InputError: a wrong argument (a ValueError).
+        NumericalError: the factorisation failed.
+    """
+    check_number("eps_sq", eps_sq)
+    checked, _ = as_membership(features, labels, None)
+    widened = features.double()
+    rates = checked_rates(widened - widened.mean(0), checked, features.shape[1] * eps_sq)
+    require_finite(*rates)
+    return rates.reduction
+
+
 def checked_rates(features: Float[Tensor, "m d"], membership: Membership, eps_sq: float) -> RateReduction:
     """Returns R and R_c of eq. (1) for features that have been checked; NaN where a factorisation failed."""
     dtype = rate_dtype(features.shape[1], eps_sq, features)
@@ -88,9 +127,9 @@ def checked_rates(features: Float[Tensor, "m d"], membership: Membership, eps_sq
     return RateReduction(expansion_rate(widened, eps_sq), compression_rate(widened, membership.to(dtype), eps_sq))
 
 
-def expansion_rate(features: Float[Tensor, "m d"], eps_sq: float) -> Float[Tensor, ""]:
-    """Returns R of eq. (1) in the features' own dtype."""
-    m, d = features.shape
+def expansion_rate(features: Float[Tensor, "*b m d"], eps_sq: float) -> Float[Tensor, "*b"]:
+    """Returns R of eq. (1) of each matrix, in the features' own dtype."""
+    m, d = features.shape[-2:]
     return half_logdet(gram(features.mT if d <= m else features) * (d / (m * eps_sq)))
 
 

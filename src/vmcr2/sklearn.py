@@ -1,23 +1,51 @@
-"""scikit-learn estimators for features that exist already."""
+"""scikit-learn estimators: eq. (8) on features that exist already, and networks trained on arrays by (V-)MCR²."""
 
 from __future__ import annotations
 
-from typing import Any
+import copy
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
 
 try:
-    from sklearn.base import BaseEstimator, ClassifierMixin
+    from sklearn.base import BaseEstimator, ClassifierMixin, ClassNamePrefixFeaturesOutMixin, TransformerMixin
+    from sklearn.preprocessing import StandardScaler
+    from sklearn.utils import check_random_state
     from sklearn.utils.multiclass import check_classification_targets
     from sklearn.utils.validation import check_is_fitted, validate_data  # pyrefly: ignore[missing-module-attribute]
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
         f"vmcr2's estimators need scikit-learn: pip install 'vmcr2[sklearn]' ({error})", name="sklearn"
     ) from error
+from torch import Tensor, nn
+from torch.nn import functional
 
-from vmcr2.errors import InputError
-from vmcr2.subspaces import class_subspaces, default_components, subspace_energies
+from vmcr2.checks import check_count, check_number
+from vmcr2.embeddings import LabelQuality, label_quality
+from vmcr2.errors import InputError, NumericalError
+from vmcr2.latching import MomentStream
+from vmcr2.losses import MCR2Loss, VMCR2Loss
+from vmcr2.membership import as_membership
+from vmcr2.subspaces import class_subspaces, default_components, spanned, subspace_energies
+
+_FLOATS = [np.float64, np.float32]
+_FOLDS = 5
+_LIKELIHOODS = 2**20  # entries of the table of samples by classes that the temperature is found on, about
+_BLOCK_CLASSES = 200  # from so many classes on, codes off a class's own atoms are not held
+_EMBEDDED = 4096  # samples embedded at once
+_EPOCHS, _STEPS = 20, 120  # enough for digits, by cross-validation; at 50 epochs wrong labels are learnt by heart
+_KEPT = 4096  # samples that partial_fit remembers, about
+_KEPT_A_CLASS = 16  # and of every class, at least
+_SAY_SECONDS = 10.0
+
+Objective = Literal["vmcr2", "mcr2"]
+Network = Callable[[int, int], nn.Module]
 
 
 class NearestSubspaceClassifier(ClassifierMixin, BaseEstimator):
@@ -33,14 +61,15 @@ class NearestSubspaceClassifier(ClassifierMixin, BaseEstimator):
         classes_: (k,), the labels seen in `fit`.
         components_: (k, d, n_components_), orthonormal bases; columns beyond a class's rank are zero.
         n_components_: the dimension used.
+        temperature_: the squared distance at which a subspace is e times less likely than one that holds the sample.
         n_features_in_: d.
     """
 
     def __init__(self, n_components: int | None = None) -> None:
         self.n_components = n_components
 
-    def fit(self, X: Any, y: Any) -> NearestSubspaceClassifier:
-        """Finds the classes' subspaces.
+    def fit(self, X: Any, y: Any) -> Self:
+        """Finds the classes' subspaces, and by cross-validation the temperature of `predict_proba`.
 
         Args:
             X: (m, d), float32 or float64; other types are converted to float64.
@@ -49,32 +78,93 @@ class NearestSubspaceClassifier(ClassifierMixin, BaseEstimator):
         Raises:
             InputError: n_components is out of range (a ValueError); ValueError for wrong X or y.
         """
-        X, y = validate_data(self, X, y, dtype=[np.float64, np.float32])
+        X, y = validate_data(self, X, y, dtype=_FLOATS)
         check_classification_targets(y)
         self.classes_, labels = np.unique(y, return_inverse=True)
-        if len(self.classes_) < 2:
-            raise InputError(f"y must hold at least 2 classes, got 1 class: {self.classes_[0]!r}")
-        k, d = len(self.classes_), X.shape[1]
-        self.n_components_ = default_components(d, k) if self.n_components is None else self.n_components
-        bases = class_subspaces(_tensor(X), torch.as_tensor(labels), k, self.n_components_)
-        self.components_ = bases.numpy()
+        k = len(_at_least_two(self.classes_))
+        self._stream: MomentStream | None = None
+        self._set_components(X.shape[1])
+        features = _tensor(X)
+        self.components_ = class_subspaces(features, torch.from_numpy(labels), k, self.n_components_).numpy()
+        self.temperature_ = _fold_temperature(features, labels, k, self.n_components_)
         return self
+
+    def partial_fit(self, X: Any, y: Any, classes: Any = None) -> Self:
+        """Adds a batch of samples, and finds the subspaces of all there have been since the first `partial_fit`.
+
+        What is kept of them takes k d² numbers at most. After `fit`, which keeps none, it starts afresh among the same
+        classes, and warns of it. The temperature is that of the latest batch, before it is
+        learned from.
+
+        Args:
+            X: (m, d), as in `fit`.
+            y: (m,), labels among `classes`.
+            classes: (k,), all labels there will be; needed in the first call.
+
+        Raises:
+            InputError: n_components is out of range, classes are missing or differ, or y holds another class (a
+                ValueError); ValueError for wrong X or y.
+        """
+        first = not hasattr(self, "classes_")
+        X, y = validate_data(self, X, y, dtype=_FLOATS, reset=first)
+        labels = _enter_classes(self, y, classes, first)
+        if not first and self._stream is None:
+            warnings.warn("partial_fit starts afresh: fit keeps no samples", stacklevel=2)
+            first = True
+        k, d = len(_at_least_two(self.classes_)), X.shape[1]
+        if first:
+            self._set_components(d)
+            self._stream = MomentStream(k, d, torch.float64, torch.device("cpu"))
+        assert self._stream is not None
+        features, held = _tensor(X.astype(np.float64)), torch.from_numpy(labels)
+        if not first:
+            energies = subspace_energies(features, _tensor(self.components_.astype(np.float64)))
+            self.temperature_ = _temperature(features, energies, held)
+        else:
+            self.temperature_ = _fold_temperature(features, labels, k, self.n_components_)
+        checked, _ = as_membership(features, held, k)
+        self._stream.add(features, checked)
+        blocks, energies, _ = self._stream.blocks(self.n_components_)
+        self.components_ = spanned(blocks, energies).numpy()
+        return self
+
+    def _set_components(self, d: int) -> None:
+        self.n_components_ = (
+            default_components(d, len(self.classes_)) if self.n_components is None else self.n_components
+        )
+        check_count("n_components", self.n_components_, at_most=d, limit="the number of features")
+
+    def _energies(self, X: Any) -> tuple[np.ndarray, np.ndarray]:
+        """Returns ‖V^(j)ᵀ z‖² (m, k) and ‖z‖² (m, 1)."""
+        check_is_fitted(self, "components_")
+        X = validate_data(self, X, dtype=_FLOATS, reset=False)
+        dtype = np.result_type(X.dtype, self.components_.dtype)
+        energies = subspace_energies(_tensor(X.astype(dtype)), _tensor(self.components_.astype(dtype))).numpy()
+        return energies, np.square(X.astype(dtype)).sum(1, keepdims=True)
 
     def decision_function(self, X: Any) -> np.ndarray:
         """Returns minus the squared distance to each subspace, (m, k); for two classes the difference (m,)."""
-        check_is_fitted(self)
-        X = validate_data(self, X, dtype=[np.float64, np.float32], reset=False)
-        dtype = np.result_type(X.dtype, self.components_.dtype)
-        energies = subspace_energies(_tensor(X.astype(dtype)), _tensor(self.components_.astype(dtype))).numpy()
+        energies, norms = self._energies(X)
         if len(self.classes_) == 2:
             return energies[:, 1] - energies[:, 0]
-        return energies - np.square(X.astype(dtype)).sum(1, keepdims=True)
+        return energies - norms
 
     def predict(self, X: Any) -> np.ndarray:
         """Returns the label of the nearest subspace, (m,)."""
         scores = self.decision_function(X)
         nearest = (scores > 0).astype(int) if scores.ndim == 1 else scores.argmax(1)
         return self.classes_[nearest]
+
+    def predict_proba(self, X: Any) -> np.ndarray:
+        """Returns how likely each class is, (m, k): the softmax of minus the squared distances over `temperature_`."""
+        energies, _ = self._energies(X)
+        return torch.softmax(torch.from_numpy(energies).double() / self.temperature_, 1).numpy()
+
+    def score_samples(self, X: Any) -> np.ndarray:
+        """Returns minus the distance to the nearest subspace over ‖z‖, (m,): from −1 to 0, higher is more normal."""
+        energies, norms = self._energies(X)
+        shares = energies.max(1) / np.maximum(norms[:, 0], np.finfo(norms.dtype).tiny)
+        return -np.sqrt(np.clip(1 - shares, 0, 1))
 
     def __sklearn_tags__(self) -> Any:
         """Returns scikit-learn's tags: subspaces through the origin suit no cloud of points away from it."""
@@ -83,7 +173,567 @@ class NearestSubspaceClassifier(ClassifierMixin, BaseEstimator):
         return tags
 
 
-def _tensor(array: np.ndarray) -> torch.Tensor:
+class CodingRateTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
+    """Trains a network on arrays so that the classes of its features lie on separate, orthogonal subspaces.
+
+    Before the network columns are centred, and all divided by one number, so that their mean variance is 1: what pixels
+    and embeddings want. Where columns have units of their own, put a `StandardScaler` before this in a pipeline. The
+    network's outputs are scaled to norm 1; features are float32.
+
+    Args:
+        feature_dim: d, the dimension of the features; None means 2 k, 64 at least and 512 at most.
+        objective: "vmcr2", the variational objective (eq. 7); "mcr2", the exact one (eq. 1), for up to a few tens of
+            classes.
+        network: a function of the number of columns and of d that returns the `nn.Module` to train, from (m, columns)
+            to (m, d), float32; None means two hidden layers with BatchNorm and ReLU.
+        hidden: the width of the default network's layers.
+        epochs: passes over the samples in `fit`; None means 20, or what 120 steps take. `partial_fit` makes one.
+        batch_size: samples a step, at most.
+        learning_rate: of AdamW. In `fit` it falls to 0 along a half cosine.
+        weight_decay: of AdamW.
+        eps_sq: the squared precision ε² > 0.
+        energy: for "vmcr2", what a class's codes sum to: None for accuracy, 1 to keep the variety within a class.
+        latch_every: for "vmcr2", epochs between latchings.
+        device: where to train and to embed, such as "cuda"; None means a GPU where there is one.
+        random_state: an int for equal results, a NumPy RandomState, or None.
+        verbose: shows progress: a bar where rich is installed, else lines.
+
+    Attributes:
+        classes_: (k,), the labels seen.
+        network_: the trained module.
+        loss_: the criterion; with "vmcr2" it holds the dictionary.
+        scaler_: the columns' means and variances, scikit-learn's StandardScaler.
+        history_: mean loss of each epoch; that of "vmcr2" is the mismatch with a moving dictionary and need not fall.
+        feature_dim_: d as used.
+        n_features_in_: columns of X.
+        feature_names_in_: their names, where X had some.
+    """
+
+    def __init__(
+        self,
+        feature_dim: int | None = None,
+        *,
+        objective: Objective = "vmcr2",
+        network: Network | None = None,
+        hidden: int = 512,
+        epochs: int | None = None,
+        batch_size: int = 256,
+        learning_rate: float = 1e-3,
+        weight_decay: float = 1e-2,
+        eps_sq: float = 0.5,
+        energy: float | None = None,
+        latch_every: int = 50,
+        device: str | torch.device | None = None,
+        random_state: int | np.random.RandomState | None = None,
+        verbose: bool = False,
+    ) -> None:
+        self.feature_dim = feature_dim
+        self.objective = objective
+        self.network = network
+        self.hidden = hidden
+        self.epochs = epochs
+        self.batch_size = batch_size
+        self.learning_rate = learning_rate
+        self.weight_decay = weight_decay
+        self.eps_sq = eps_sq
+        self.energy = energy
+        self.latch_every = latch_every
+        self.device = device
+        self.random_state = random_state
+        self.verbose = verbose
+
+    def fit(self, X: Any, y: Any) -> Self:
+        """Trains a new network.
+
+        Args:
+            X: (m, columns), numbers.
+            y: (m,), labels of any kind, at least 2.
+
+        Raises:
+            InputError: a wrong parameter (a ValueError); ValueError for wrong X or y.
+            NumericalError: training diverged.
+        """
+        self._check_parameters()
+        X, y = validate_data(self, X, y, dtype=_FLOATS)
+        check_classification_targets(y)
+        self.classes_, labels = np.unique(y, return_inverse=True)
+        self._begin(X)
+        self._fit(X, labels)
+        return self
+
+    def partial_fit(self, X: Any, y: Any, classes: Any = None) -> Self:
+        """Trains on with one pass over a batch of samples, at the constant learning rate.
+
+        After `fit` this tunes its network further. The scaling of columns follows all samples seen.
+
+        Args:
+            X: (m, columns), as in `fit`.
+            y: (m,), labels among `classes`.
+            classes: (k,), all labels there will be; by default those of the first batch.
+
+        Raises:
+            InputError: a wrong parameter, other classes than before (a ValueError); ValueError for wrong X or y.
+            NumericalError: training diverged.
+        """
+        self._check_parameters()
+        first = not hasattr(self, "classes_")
+        X, y = validate_data(self, X, y, dtype=_FLOATS, reset=first)
+        labels = _enter_classes(self, y, np.unique(y) if first and classes is None else classes, first)
+        if first:
+            self._begin(X)
+        else:
+            self.scaler_.partial_fit(X.astype(np.float64))
+        self._partial_fit(X, labels)
+        return self
+
+    def transform(self, X: Any) -> np.ndarray:
+        """Returns the features, (m, d) float32, rows of norm 1.
+
+        Args:
+            X: (m, columns).
+
+        Raises:
+            ValueError: X is wrong, or the estimator is not fitted (NotFittedError).
+        """
+        return self._transformed(X)
+
+    def _transformed(self, X: Any) -> np.ndarray:
+        """Returns the features as an array, whatever `set_output` asks of `transform`."""
+        check_is_fitted(self, "network_")
+        X = validate_data(self, X, dtype=_FLOATS, reset=False)
+        return self._embed(self._inputs(X))
+
+    def _check_parameters(self) -> None:
+        for name, value in (
+            ("hidden", self.hidden),
+            ("batch_size", self.batch_size),
+            ("latch_every", self.latch_every),
+        ):
+            check_count(name, value, at_least=2 if name == "batch_size" else 1)
+        for name, value in (("feature_dim", self.feature_dim), ("epochs", self.epochs)):
+            if value is not None:
+                check_count(name, value)
+        check_number("learning_rate", self.learning_rate)
+        check_number("weight_decay", self.weight_decay, positive=False)
+        check_number("eps_sq", self.eps_sq)
+        if self.energy is not None:
+            check_number("energy", self.energy)
+        if self.objective not in ("vmcr2", "mcr2"):
+            raise InputError(f"objective must be 'vmcr2' or 'mcr2', got {self.objective!r}")
+        if self.network is not None and not callable(self.network):
+            raise InputError(f"network must be a function of two ints or None, got {self.network!r}")
+
+    def _feature_dim(self, k: int) -> int:
+        return min(512, max(64, 2 * k)) if self.feature_dim is None else self.feature_dim
+
+    def _device(self) -> torch.device:
+        if self.device is not None:
+            return torch.device(self.device)
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    def _begin(self, X: np.ndarray) -> None:
+        """Builds what is trained, for X's columns and `classes_`."""
+        k, columns = len(_at_least_two(self.classes_)), X.shape[1]
+        self.feature_dim_ = self._feature_dim(k)
+        self.scaler_ = StandardScaler().fit(X.astype(np.float64))
+        self.history_: list[float] = []
+        device = self._device()
+        self._seed = int(check_random_state(self.random_state).randint(2**31))
+        with _seeded(self._seed, device):
+            if self.network is None:
+                network = _mlp(columns, self.feature_dim_, self.hidden)
+            else:
+                network = self.network(columns, self.feature_dim_)
+        if not isinstance(network, nn.Module):
+            raise InputError(f"network must return a torch.nn.Module, got {type(network).__name__}")
+        self.network_ = network.to(device)
+        if self.objective == "mcr2":
+            loss = MCR2Loss(k, eps_sq=self.eps_sq)
+        else:
+            loss = VMCR2Loss(
+                k,
+                self.feature_dim_,
+                eps_sq=self.eps_sq,
+                energy=self.energy,
+                structure="shared" if k < _BLOCK_CLASSES else "block",
+            )
+        self.loss_ = loss.to(device)
+        self._optimizer = torch.optim.AdamW(network.parameters(), lr=self.learning_rate, weight_decay=self.weight_decay)
+
+    def _inputs(self, X: np.ndarray) -> np.ndarray:
+        """Returns X scaled, as float32: in float64 up to then, so that a large mean costs no digits."""
+        assert self.scaler_.mean_ is not None
+        assert self.scaler_.var_ is not None
+        scale = np.sqrt(self.scaler_.var_.mean()) or 1.0
+        return ((X.astype(np.float64) - self.scaler_.mean_) / scale).astype(np.float32)
+
+    def _fit(self, X: np.ndarray, labels: np.ndarray) -> None:
+        inputs, held = _tensor(self._inputs(X)), torch.from_numpy(labels)
+        epochs = max(_EPOCHS, -(-_STEPS // self._steps(len(inputs)))) if self.epochs is None else self.epochs
+        progress = _Progress(type(self).__name__, epochs, bool(self.verbose))
+        with _seeded(self._seed, self._device()), progress:
+            for epoch in range(epochs):
+                if epoch % self.latch_every == 0:
+                    self._latch(inputs, held)
+                self._epoch(inputs, held, lambda share, epoch=epoch: (epoch + share) / epochs)
+                progress.show(epoch + 1, self.history_[-1])
+            self._settle(inputs)
+
+    def _partial_fit(self, X: np.ndarray, labels: np.ndarray) -> None:
+        with _seeded(self._seed + len(self.history_), self._device()):
+            self._epoch(_tensor(self._inputs(X)), torch.from_numpy(labels), None)
+
+    def _steps(self, m: int) -> int:
+        return max(1, -(-m // self.batch_size))
+
+    def _batches(self, inputs: Tensor, labels: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Returns shuffled batches of nearly equal size, so that none is too small for BatchNorm."""
+        device = self._device()
+        parts = torch.randperm(len(inputs)).tensor_split(self._steps(len(inputs)))
+        return [(inputs[part].to(device), labels[part].to(device)) for part in parts]
+
+    def _features(self, inputs: Tensor) -> Tensor:
+        features = self.network_(inputs)
+        if not isinstance(features, Tensor) or features.shape != (len(inputs), self.feature_dim_):
+            got = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
+            raise InputError(f"network must map to shape ({len(inputs)}, feature_dim = {self.feature_dim_}), got {got}")
+        return functional.normalize(features.float(), dim=1)
+
+    def _latch(self, inputs: Tensor, labels: Tensor) -> None:
+        if isinstance(self.loss_, VMCR2Loss):
+            self.network_.train()
+            self.loss_.latch_from(self._features, self._batches(inputs, labels))
+
+    def _epoch(self, inputs: Tensor, labels: Tensor, done: Callable[[float], float] | None) -> None:
+        self.network_.to(self._device()).train(len(inputs) > 1)
+        self.loss_.to(self._device()).train()
+        batches = self._batches(inputs, labels)
+        total = 0.0
+        for step, (part, held) in enumerate(batches):
+            rate = self.learning_rate
+            if done is not None:
+                rate *= 0.5 * (1 + np.cos(np.pi * done((step + 0.5) / len(batches))))
+            for group in self._optimizer.param_groups:
+                group["lr"] = rate
+            self._optimizer.zero_grad()
+            loss = self.loss_(self._features(part), held)
+            loss.backward()
+            self._optimizer.step()
+            total += loss.item() * len(part)
+        if not np.isfinite(total):
+            raise NumericalError("training diverged: the loss is not finite; lower learning_rate")
+        self.history_.append(total / len(inputs))
+
+    @torch.no_grad()
+    def _settle(self, inputs: Tensor) -> None:
+        """Sets BatchNorm's running statistics to those of the trained network over all samples."""
+        norms = [module for module in self.network_.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+        norms = [norm for norm in norms if norm.track_running_stats]
+        if not norms or len(inputs) < 2:
+            return
+        momenta = [norm.momentum for norm in norms]
+        self.network_.eval()
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # the plain mean over batches
+            norm.train()
+        for part, _ in self._batches(inputs, torch.zeros(len(inputs))):
+            self.network_(part)
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+        self.network_.eval()
+
+    @torch.no_grad()
+    def _embed(self, inputs: np.ndarray) -> np.ndarray:
+        device = self._device()
+        self.network_.to(device).eval()
+        parts = _tensor(inputs).split(_EMBEDDED)
+        return torch.cat([self._features(part.to(device)).cpu() for part in parts]).numpy()
+
+    @property
+    def _n_features_out(self) -> int:
+        return self.feature_dim_
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Returns the state to pickle, on the CPU, so that it loads where there is no GPU."""
+        state = dict(super().__getstate__())
+        if "network_" in state and any(p.device.type != "cpu" for p in self.network_.parameters()):
+            names = ("network_", "loss_", "_optimizer")
+            copies = dict(zip(names, copy.deepcopy(tuple(state[name] for name in names)), strict=True))
+            copies["network_"].cpu()
+            copies["loss_"].cpu()
+            for held in copies["_optimizer"].state.values():
+                held.update({name: value.cpu() for name, value in held.items() if isinstance(value, Tensor)})
+            state.update(copies)
+        return state
+
+    def __sklearn_tags__(self) -> Any:
+        """Returns scikit-learn's tags: y is needed, features are float32."""
+        tags = super().__sklearn_tags__()  # pyrefly: ignore[missing-attribute]
+        tags.target_tags.required = True
+        tags.transformer_tags.preserves_dtype = ["float32"]
+        return tags
+
+
+class CodingRateClassifier(ClassifierMixin, CodingRateTransformer):
+    """`CodingRateTransformer` with the nearest-subspace classifier of eq. (8) on its features.
+
+    Args:
+        feature_dim: as of `CodingRateTransformer`, like all that follow but the next.
+        n_components: dimension of each class's subspace; None means ⌊d/k⌋, 1 at least.
+        objective: see there.
+        network: see there.
+        hidden: see there.
+        epochs: see there.
+        batch_size: see there.
+        learning_rate: see there.
+        weight_decay: see there.
+        eps_sq: see there.
+        energy: see there.
+        latch_every: see there.
+        device: see there.
+        random_state: see there.
+        verbose: see there.
+
+    Attributes:
+        subspaces_: the fitted `NearestSubspaceClassifier` on features.
+        classes_: (k,), the labels seen; all other attributes as of `CodingRateTransformer`.
+    """
+
+    def __init__(
+        self,
+        feature_dim: int | None = None,
+        *,
+        n_components: int | None = None,
+        objective: Objective = "vmcr2",
+        network: Network | None = None,
+        hidden: int = 512,
+        epochs: int | None = None,
+        batch_size: int = 256,
+        learning_rate: float = 1e-3,
+        weight_decay: float = 1e-2,
+        eps_sq: float = 0.5,
+        energy: float | None = None,
+        latch_every: int = 50,
+        device: str | torch.device | None = None,
+        random_state: int | np.random.RandomState | None = None,
+        verbose: bool = False,
+    ) -> None:
+        super().__init__(
+            feature_dim,
+            objective=objective,
+            network=network,
+            hidden=hidden,
+            epochs=epochs,
+            batch_size=batch_size,
+            learning_rate=learning_rate,
+            weight_decay=weight_decay,
+            eps_sq=eps_sq,
+            energy=energy,
+            latch_every=latch_every,
+            device=device,
+            random_state=random_state,
+            verbose=verbose,
+        )
+        self.n_components = n_components
+
+    def _begin(self, X: np.ndarray) -> None:
+        if self.n_components is not None:
+            d = self._feature_dim(len(self.classes_))
+            check_count("n_components", self.n_components, at_most=d, limit="feature_dim")
+        super()._begin(X)
+        self._kept: tuple[np.ndarray, np.ndarray] | None = None
+
+    def _fit(self, X: np.ndarray, labels: np.ndarray) -> None:
+        super()._fit(X, labels)
+        self.subspaces_ = NearestSubspaceClassifier(self.n_components).fit(self._embed(self._inputs(X)), labels)
+
+    def _partial_fit(self, X: np.ndarray, labels: np.ndarray) -> None:
+        super()._partial_fit(X, labels)
+        # What earlier batches looked like to the network of then would be of no use: samples are kept, not features.
+        if self._kept is not None:
+            X, labels = np.concatenate([self._kept[0], X]), np.concatenate([self._kept[1], labels])
+        k = len(self.classes_)
+        drawn = np.random.default_rng(self._seed + len(self.history_)).permutation(len(labels))
+        order = drawn[np.argsort(labels[drawn], kind="stable")]
+        kept = order[_places_in_class(labels[order]) < max(_KEPT_A_CLASS, _KEPT // k)]
+        self._kept = X[kept], labels[kept]
+        features = _tensor(self._embed(self._inputs(self._kept[0])))
+        self.subspaces_ = _of_all_classes(
+            features, self._kept[1], k, self.n_components, getattr(self, "subspaces_", None)
+        )
+
+    def decision_function(self, X: Any) -> np.ndarray:
+        """Returns minus the squared distance to each subspace, (m, k); for two classes the difference (m,)."""
+        features = self._transformed(X)
+        return self.subspaces_.decision_function(features)
+
+    def predict(self, X: Any) -> np.ndarray:
+        """Returns the label of the nearest subspace, (m,)."""
+        features = self._transformed(X)
+        return self.classes_[self.subspaces_.predict(features)]
+
+    def predict_proba(self, X: Any) -> np.ndarray:
+        """Returns how likely each class is, (m, k).
+
+        The temperature is found on the training set, which the network has seen: on new samples that are hard the
+        probabilities may be too confident. `sklearn.calibration.CalibratedClassifierCV` mends that.
+        """
+        features = self._transformed(X)
+        return self.subspaces_.predict_proba(features)
+
+    def score_samples(self, X: Any) -> np.ndarray:
+        """Returns minus the distance to the nearest subspace, (m,): from −1 to 0, higher is more normal."""
+        features = self._transformed(X)
+        return self.subspaces_.score_samples(features)
+
+    def label_quality(self, X: Any, y: Any) -> LabelQuality:
+        """Returns how well each label fits its sample; most telling for the samples the estimator was fitted on.
+
+        Args:
+            X: (m, columns).
+            y: (m,), the labels to judge, among `classes_`.
+
+        Returns:
+            As `vmcr2.label_quality` of the features.
+
+        Raises:
+            InputError: y holds other labels (a ValueError).
+        """
+        features, labels = self._transformed(X), np.asarray(y)
+        strange = np.setdiff1d(labels, self.classes_)
+        if len(strange):
+            raise InputError(f"y must hold the labels of classes_ alone, got {strange[0]!r}")
+        return label_quality(features, labels)
+
+
+def _tensor(array: np.ndarray) -> Tensor:
     """Returns a tensor of the array, copied where torch could not share it."""
     array = np.ascontiguousarray(array)
     return torch.from_numpy(array if array.flags.writeable else array.copy())
+
+
+def _at_least_two(classes: np.ndarray) -> np.ndarray:
+    if len(classes) < 2:
+        raise InputError(f"y must hold at least 2 classes, got {len(classes)} class: {classes.tolist()}")
+    return classes
+
+
+def _enter_classes(estimator: Any, y: Any, classes: Any, first: bool) -> np.ndarray:
+    """Sets `classes_` in the first call of partial_fit, and returns y as places in them."""
+    check_classification_targets(y)
+    if first and classes is None:
+        raise InputError("classes must be given in the first call of partial_fit")
+    given = None if classes is None else np.unique(classes)
+    known = given if first else estimator.classes_
+    assert known is not None
+    if given is not None and not np.array_equal(given, known):
+        raise InputError(f"classes must be those of the first call, {known.tolist()}, got {given.tolist()}")
+    strange = np.setdiff1d(y, known)
+    if len(strange):
+        raise InputError(f"y must hold labels among classes, {known.tolist()}, got {strange[0]!r}")
+    if first:
+        estimator.classes_ = known
+    return np.searchsorted(known, y)
+
+
+def _places_in_class(labels: np.ndarray) -> np.ndarray:
+    """Returns how many samples of its class come before each sample."""
+    order = np.argsort(labels, kind="stable")
+    counts = np.bincount(labels)
+    starts = np.cumsum(counts) - counts
+    places = np.empty(len(labels), dtype=np.int64)
+    places[order] = np.arange(len(labels)) - starts[labels[order]]
+    return places
+
+
+def _fold_temperature(features: Tensor, labels: np.ndarray, k: int, n_components: int) -> float:
+    """Returns the temperature that makes labels likeliest, each sample judged by subspaces found without it."""
+    folds = torch.from_numpy(_places_in_class(labels) % _FOLDS)
+    held, energies = torch.from_numpy(labels), torch.zeros(len(features), k, dtype=features.dtype)
+    for fold in folds.unique().tolist():
+        inside = folds == fold
+        if inside.all():
+            break
+        bases = class_subspaces(features[~inside], held[~inside], k, n_components)
+        energies[inside] = subspace_energies(features[inside], bases.to(features.dtype))
+    return _temperature(features, energies, held)
+
+
+def _temperature(features: Tensor, energies: Tensor, labels: Tensor) -> float:
+    """Returns τ at which the labels are likeliest, p_j ∝ exp(‖V^(j)ᵀ z‖²/τ); their log-likelihood is concave in 1/τ."""
+    scale = float(features.double().square().sum(1).mean()) or 1.0
+    judged = energies.gather(1, labels[:, None])[:, 0] > 0  # the others' class has no subspace yet
+    places = judged.nonzero()[:, 0]
+    places = places[:: max(1, energies.numel() // _LIKELIHOODS)]
+    if not len(places):
+        return 0.1 * scale
+    table, own = energies[places].double() / scale, labels[places, None]
+    gains = table - table.gather(1, own)
+    low, high = -2.0, 5.0  # of log10 1/τ
+    for _ in range(30):
+        middle = 0.5 * (low + high)
+        slope = (torch.softmax(10**middle * gains, 1) * gains).sum(1).mean()
+        low, high = (middle, high) if slope < 0 else (low, middle)
+    return scale / 10**high
+
+
+def _of_all_classes(
+    features: Tensor, labels: np.ndarray, k: int, n_components: int | None, before: NearestSubspaceClassifier | None
+) -> NearestSubspaceClassifier:
+    """Returns the classifier of k classes, of which some may have no sample: those keep what they had before."""
+    found = NearestSubspaceClassifier(n_components).partial_fit(features.numpy(), labels, np.arange(k))
+    found._stream = None
+    if before is not None:
+        absent = np.bincount(labels, minlength=k) == 0
+        found.components_[absent] = before.components_[absent]
+    return found
+
+
+def _mlp(columns: int, feature_dim: int, hidden: int) -> nn.Module:
+    layers: list[nn.Module] = []
+    for before in (columns, hidden):
+        layers += [nn.Linear(before, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Linear(hidden, feature_dim))
+
+
+@contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Draws on a seed inside, and leaves torch's generators as they were."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
+class _Progress:
+    """Epochs as a bar where rich is installed, else as lines every ten seconds; nothing unless asked for."""
+
+    def __init__(self, title: str, epochs: int, shown: bool) -> None:
+        self.title, self.epochs, self.shown = title, epochs, shown
+        self.said = time.monotonic()
+        self.bar: Any = None
+        if shown:
+            try:
+                from rich.progress import Progress
+            except ModuleNotFoundError:
+                return
+            self.bar = Progress()
+            self.task = self.bar.add_task(title, total=epochs)
+
+    def __enter__(self) -> _Progress:
+        if self.bar is not None:
+            self.bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+
+    def show(self, epoch: int, loss: float) -> None:
+        if self.bar is not None:
+            self.bar.update(self.task, completed=epoch, description=f"{self.title}  loss {loss:.4g}")
+        elif self.shown and (epoch in (1, self.epochs) or time.monotonic() - self.said >= _SAY_SECONDS):
+            self.said = time.monotonic()
+            print(f"{self.title}: epoch {epoch} of {self.epochs}, loss {loss:.4g}", flush=True)

@@ -49,8 +49,13 @@ def class_subspaces(
     bases, energies = latched_blocks(
         widened / widened.abs().max().clamp_min(1e-300), checked.to(torch.float64), n_components
     )
+    return spanned(bases, energies)
+
+
+def spanned(bases: Float[Tensor, "k d r"], energies: Float[Tensor, "k r"]) -> Float[Tensor, "k d r"]:
+    """Returns bases with zeros for directions that a class does not span, those of no energy (float64)."""
     # Eigenvalues of a Gram matrix are known to about eps relative to the largest.
-    floor = energies.amax(1, keepdim=True) * torch.finfo(torch.float64).eps * d
+    floor = energies.amax(1, keepdim=True) * torch.finfo(torch.float64).eps * bases.shape[1]
     return bases * (energies > floor)[:, None, :]
 
 

@@ -1,0 +1,577 @@
+"""What features and labels are like, whoever made them: a report in words and figures, and which labels look wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn import functional
+
+from vmcr2.checks import UNIT_NORM_TOLERANCE, check_count, check_number
+from vmcr2.errors import InputError
+from vmcr2.linalg import require_finite
+from vmcr2.membership import as_membership
+from vmcr2.rates import checked_rates, transrate
+from vmcr2.subspaces import class_subspaces, default_components, subspace_energies
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_NAMED_PAIRS = 10
+_SHOWN_CLASSES = 20
+_MOMENT_ELEMENTS = 2**27  # entries of all classes' moments that are held at once
+_DIRECTIONS = 8  # of each class that overlaps are found from where the moments are too many to hold
+_FOLDS = 5
+_ROUNDS = 5
+_SAMPLES_A_DIRECTION = 8  # fewer say little about a direction
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """Two classes and how far their subspaces coincide: 0 where they are orthogonal, 1 where they are the same."""
+
+    first: str
+    second: str
+    overlap: float
+
+
+@dataclass(frozen=True, eq=False)
+class Report:
+    """What features are like; `str` is the text, `as_dict` the data, `figure` the picture.
+
+    Attributes:
+        num_samples: m.
+        feature_dim: d.
+        class_names: (k,), of the classes that have a sample.
+        class_counts: (k,), their samples.
+        eps_sq: ε² of the rates.
+        normalized: whether rows had to be scaled to norm 1.
+        expansion: R, in nats.
+        compression: R_c.
+        reduction: ΔR = R − R_c.
+        maximum: the largest ΔR at these class sizes: orthogonal classes with equal energy in each of their directions.
+        effective_rank: of all features, from 1 to d: e to the entropy of the eigenvalues of their second moment.
+        class_ranks: (k,), of each class.
+        centre: norm of the mean of all features, from 0 to 1.
+        overlap: (k, k), the cosine between classes' second moments, Σ_ab (z_a·z_b)² scaled to 1 on the diagonal.
+        entangled: the pairs that overlap most, first the worst.
+        transrate: TransRate of the features as given, see `vmcr2.transrate`.
+        spectrum: (d,), shares of the eigenvalues of the second moment of all features, largest first.
+        warnings: what looks wrong, in words.
+    """
+
+    num_samples: int
+    feature_dim: int
+    class_names: tuple[str, ...]
+    class_counts: Int[np.ndarray, " k"]
+    eps_sq: float
+    normalized: bool
+    expansion: float
+    compression: float
+    reduction: float
+    maximum: float
+    effective_rank: float
+    class_ranks: Float[np.ndarray, " k"]
+    centre: float
+    overlap: Float[np.ndarray, "k k"]
+    entangled: tuple[Overlap, ...]
+    transrate: float
+    spectrum: Float[np.ndarray, " d"]
+    warnings: tuple[str, ...]
+
+    def __str__(self) -> str:
+        """Returns the report as text."""
+        k, ranks = len(self.class_names), self.class_ranks
+        lowest, highest = int(ranks.argmin()), int(ranks.argmax())
+        share = self.reduction / self.maximum if self.maximum > 0 else 0.0
+        lines = [
+            f"{self.num_samples} samples, {k} classes ({self.class_counts.min()} to {self.class_counts.max()} samples "
+            f"each), {self.feature_dim} dimensions" + (", rows scaled to norm 1" if self.normalized else ""),
+            f"ΔR {self.reduction:.2f} = R {self.expansion:.2f} − R_c {self.compression:.2f} nats (eps_sq {self.eps_sq})"
+            f"; {share:.0%} of the {self.maximum:.2f} of orthogonal classes",
+            f"effective rank {self.effective_rank:.1f} of {self.feature_dim}; of a class {np.median(ranks):.1f} "
+            f"(median), from {ranks[lowest]:.1f} ({self.class_names[lowest]}) to {ranks[highest]:.1f} "
+            f"({self.class_names[highest]})",
+            f"overlap of two classes {self.mean_overlap:.3f} on average (0 orthogonal, 1 the same)",
+            f"TransRate {self.transrate:.2f}",
+        ]
+        if self.entangled:
+            lines.append("most entangled:")
+            lines += [f"  {pair.first} and {pair.second}  {pair.overlap:.3f}" for pair in self.entangled]
+        lines += [f"warning: {warning}" for warning in self.warnings]
+        return "\n".join(lines)
+
+    @property
+    def mean_overlap(self) -> float:
+        """The mean over pairs of different classes; 0 for one class."""
+        k = len(self.class_names)
+        return float((self.overlap.sum() - np.trace(self.overlap)) / max(1, k * (k - 1)))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Returns the report as numbers, strings, lists and dicts, ready for JSON; overlaps as the entangled pairs."""
+        names = (
+            "num_samples",
+            "feature_dim",
+            "eps_sq",
+            "normalized",
+            "expansion",
+            "compression",
+            "reduction",
+            "maximum",
+            "effective_rank",
+            "centre",
+            "mean_overlap",
+            "transrate",
+        )
+        return {name: getattr(self, name) for name in names} | {
+            "classes": [
+                {"name": name, "samples": int(count), "effective_rank": float(rank)}
+                for name, count, rank in zip(self.class_names, self.class_counts, self.class_ranks, strict=True)
+            ],
+            "entangled": [{"classes": [pair.first, pair.second], "overlap": pair.overlap} for pair in self.entangled],
+            "warnings": list(self.warnings),
+        }
+
+    def figure(self) -> Figure:
+        """Returns the report as a figure, to be saved by `.savefig(path)`; nothing is opened.
+
+        Raises:
+            ImportError: matplotlib is missing: pip install 'vmcr2[lab]'.
+        """
+        try:
+            from matplotlib.figure import Figure
+        except ModuleNotFoundError as error:
+            raise ImportError("Report.figure needs matplotlib: pip install 'vmcr2[lab]'") from error
+        figure = Figure(figsize=(10, 8), layout="constrained", dpi=120)
+        rates, spectrum, overlaps, ranks = figure.subplots(2, 2).flat
+        self._draw_rates(rates)
+        self._draw_spectrum(spectrum)
+        self._draw_overlaps(figure, overlaps)
+        self._draw_ranks(ranks)
+        for axes in (rates, spectrum, ranks):
+            axes.spines[["top", "right"]].set_visible(False)
+        figure.suptitle(
+            f"{self.num_samples} features of dimension {self.feature_dim} in {len(self.class_names)} classes"
+        )
+        return figure
+
+    def _draw_rates(self, axes: Any) -> None:
+        values = [self.expansion, self.compression, self.reduction, self.maximum]
+        names = ["R\nall features", "R_c\nwithin classes", "ΔR\n= R − R_c", "largest\npossible ΔR"]
+        bars = axes.bar(names, values, color=["#3a7d44", "#d1495b", "#0b6e99", "#cfd8dc"])
+        axes.bar_label(bars, fmt="%.1f", padding=2)
+        axes.set_ylabel("coding rate (nats)")
+        axes.set_title("How much room features take\nGood: ΔR close to the largest possible", fontsize=10)
+
+    def _draw_spectrum(self, axes: Any) -> None:
+        places = np.arange(1, len(self.spectrum) + 1)
+        axes.plot(places, 100 * np.cumsum(self.spectrum), color="#0b6e99")
+        axes.axvline(self.effective_rank, color="#7a7a7a", linestyle="--", linewidth=1)
+        axes.text(self.effective_rank, 3, f" effective rank {self.effective_rank:.1f}", color="#555555")
+        axes.set(xlabel="directions, strongest first", ylabel="energy in them (%)", ylim=(0, 103), xlim=(1, None))
+        axes.set_title(
+            "How many directions are used\nGood: a line that rises slowly; bad: a jump at the left", fontsize=10
+        )
+
+    def _chosen(self) -> list[int]:
+        """Returns the classes shown: all where they are few, else those of the most entangled pairs."""
+        k = len(self.class_names)
+        if k <= _SHOWN_CLASSES:
+            return list(range(k))
+        upper = np.where(np.triu(np.ones((k, k), dtype=bool), 1), self.overlap, -1)
+        best = np.argpartition(upper.ravel(), -_SHOWN_CLASSES)[-_SHOWN_CLASSES:]
+        chosen: list[int] = []
+        for place in best[np.argsort(-upper.ravel()[best])]:
+            for j in divmod(int(place), k):
+                if j not in chosen and len(chosen) < _SHOWN_CLASSES:
+                    chosen.append(j)
+        return chosen
+
+    def _draw_overlaps(self, figure: Any, axes: Any) -> None:
+        chosen = self._chosen()
+        names = [_short(self.class_names[j]) for j in chosen]
+        image = axes.imshow(self.overlap[np.ix_(chosen, chosen)], vmin=0, vmax=1, cmap="magma_r")
+        axes.set_xticks(range(len(names)), names, rotation=90 if max(map(len, names)) > 2 else 0, fontsize=8)
+        axes.set_yticks(range(len(names)), names, fontsize=8)
+        figure.colorbar(image, ax=axes, label="overlap", shrink=0.8)
+        some = "" if len(chosen) == len(self.class_names) else f" ({len(chosen)} of {len(self.class_names)}, the worst)"
+        axes.set_title(
+            f"Which classes coincide{some}\nGood: bright off the diagonal; dark cells are confused", fontsize=10
+        )
+
+    def _draw_ranks(self, axes: Any) -> None:
+        chosen = self._chosen()
+        order = sorted(chosen, key=lambda j: self.class_ranks[j])
+        axes.barh(range(len(order)), self.class_ranks[order], color="#0b6e99")
+        axes.set_yticks(range(len(order)), [_short(self.class_names[j]) for j in order], fontsize=8)
+        room = max(1.0, self.feature_dim / len(self.class_names))
+        axes.axvline(room, color="#7a7a7a", linestyle="--", linewidth=1)
+        axes.text(room, 0, f" {room:.1f} = d/k, an equal share", color="#555555", va="center")
+        axes.set(xlabel="effective rank", xlim=(0, max(1.7 * room, 1.1 * self.class_ranks[order].max())))
+        axes.set_title("How much variety each class has\nGood: near the dashed line; collapsed: 1", fontsize=10)
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 18 else f"{name[:17]}…"
+
+
+def report(
+    features: Tensor | np.ndarray,
+    labels: Tensor | np.ndarray | Sequence[Any],
+    class_names: Sequence[str] | None = None,
+    eps_sq: float = 0.5,
+) -> Report:
+    """Reports on features: coding rates beside what they could be, ranks, overlaps, collapse, TransRate.
+
+    Args:
+        features: Z, (m, d), NumPy or torch, finite; rows that are not of norm 1 are scaled to it (TransRate takes them
+            as they are).
+        labels: (m,), of any kind.
+        class_names: names by label, where labels are integers from 0 to len(class_names) − 1; by default the labels'.
+        eps_sq: the squared precision ε² > 0.
+
+    Returns:
+        The report; it is worked out in float64, on the features' device.
+
+    Raises:
+        InputError: a wrong argument (a ValueError).
+        NumericalError: a factorisation failed.
+    """
+    check_number("eps_sq", eps_sq)
+    given, places, values = _checked(features, labels)
+    names = _named(values, class_names)
+    unit, normalized = _unit_rows(given)
+    m, d = unit.shape
+    membership, _ = as_membership(unit, places, len(names))
+    rates = checked_rates(unit, membership, eps_sq)
+    require_finite(*rates)
+    spectrum = torch.linalg.svdvals(unit).square() / m
+    spectrum = functional.pad(spectrum, (0, d - len(spectrum)))
+    overlap, ranks = _overlaps_and_ranks(unit, places, len(names))
+    counts = membership.sizes.numpy()
+    maximum = largest_reduction(d, counts, eps_sq)
+    centre = float(unit.mean(0).norm())
+    pairs = _worst_pairs(overlap, names)
+    rank = float(_effective_rank(spectrum[None])[0])
+    reduction = float(rates.reduction)
+    return Report(
+        num_samples=m,
+        feature_dim=d,
+        class_names=names,
+        class_counts=counts,
+        eps_sq=eps_sq,
+        normalized=normalized,
+        expansion=float(rates.expansion),
+        compression=float(rates.compression),
+        reduction=reduction,
+        maximum=maximum,
+        effective_rank=rank,
+        class_ranks=ranks,
+        centre=centre,
+        overlap=overlap,
+        entangled=pairs,
+        transrate=float(transrate(given, places)),
+        spectrum=spectrum.cpu().numpy(),
+        warnings=tuple(_warnings(d, counts, reduction / maximum if maximum > 0 else None, rank, ranks, centre, pairs)),
+    )
+
+
+def _warnings(
+    d: int,
+    counts: np.ndarray,
+    share: float | None,
+    rank: float,
+    ranks: np.ndarray,
+    centre: float,
+    pairs: tuple[Overlap, ...],
+) -> list[str]:
+    k, found = len(counts), []
+    if rank < 2 and d > 2:
+        found.append(
+            f"all features lie near one direction (effective rank {rank:.1f} of {d}): they have collapsed, "
+            "or share a large mean that hides the rest"
+        )
+    elif centre > 0.7:
+        found.append(
+            f"features share a large mean (norm {centre:.2f} of at most 1), which every class's subspace then holds: "
+            "centre them before comparing subspaces"
+        )
+    enough = counts >= 5
+    flat = enough & (ranks < 1.5)
+    if d // k >= 2 and flat.sum() > 0.5 * enough.sum():
+        found.append(
+            f"{flat.sum()} of {k} classes have collapsed to a single direction each, where there is room for {d // k}"
+            ": the variety within a class is gone"
+        )
+    if share is not None and share < 0.1 and rank >= 2 and k > 1:
+        found.append(f"classes are hardly apart: ΔR is {share:.0%} of what it could be")
+    if pairs and pairs[0].overlap > 0.9 and rank >= 2:
+        found.append(f"{pairs[0].first} and {pairs[0].second} have nearly the same subspace: nothing linear parts them")
+    if d < k:
+        found.append(f"{k} classes cannot all be orthogonal in {d} dimensions")
+    if not enough.all():
+        found.append(f"{(~enough).sum()} of {k} classes have fewer than 5 samples: their ranks and overlaps say little")
+    if k == 1:
+        found.append("there is one class alone: ΔR is 0 and says nothing")
+    return found
+
+
+def largest_reduction(feature_dim: int, class_counts: Int[np.ndarray, " k"], eps_sq: float) -> float:
+    """Returns the largest ΔR that unit features in classes of such sizes can have.
+
+    It is that of orthogonal classes, class j with r_j directions of equal energy (Yu et al., 2020, Theorem 1), r_j real
+    and at most n_j: Σ_j r_j/2 [log(1 + β γ_j/r_j) − γ_j log(1 + β/r_j)], at the best r_j that sum to d at most. With
+    balanced classes it is d/2 [log(1 + 1/ε²) − log(1 + k/ε²)/k]. Where there are more classes than dimensions it is the
+    bound d/2 log(1 + 1/ε²) − ½ log(1 + d/ε²), which lines that are spread evenly reach.
+
+    Args:
+        feature_dim: d.
+        class_counts: n_j > 0.
+        eps_sq: ε².
+    """
+    d, beta = feature_dim, feature_dim / eps_sq
+    counts = np.asarray(class_counts, dtype=np.float64)
+    weights = counts / counts.sum()
+    if len(counts) >= d:
+        return max(0.0, 0.5 * d * np.log1p(1 / eps_sq) - 0.5 * np.log1p(beta))
+    most = np.minimum(counts, d)
+
+    def gain(r: np.ndarray) -> np.ndarray:
+        """The derivative in r_j of its part of ΔR, up to ½."""
+        a, b = beta * weights / r, beta / r
+        return np.log1p(a) - a / (1 + a) - weights * (np.log1p(b) - b / (1 + b))
+
+    def dimensions(price: float) -> np.ndarray:
+        """The r_j from 1 to `most` at which one more direction gains no more than its price."""
+        low, high = np.ones_like(most), most.copy()
+        for _ in range(50):
+            middle = 0.5 * (low + high)
+            worth = gain(middle) > price
+            low, high = np.where(worth, middle, low), np.where(worth, high, middle)
+        return low
+
+    low, high = 0.0, float(gain(np.ones_like(most)).max()) + 1e-12
+    if dimensions(low).sum() > d:
+        for _ in range(60):
+            price = 0.5 * (low + high)
+            low, high = (price, high) if dimensions(price).sum() > d else (low, price)
+        r = dimensions(high)
+    else:
+        r = dimensions(low)
+    return float((0.5 * r * (np.log1p(beta * weights / r) - weights * np.log1p(beta / r))).sum())
+
+
+def _effective_rank(eigenvalues: Float[Tensor, "k d"]) -> Float[Tensor, " k"]:
+    """Returns e to the entropy of eigenvalues' shares (Roy and Vetterli, 2007, on eigenvalues of the second moment)."""
+    shares = eigenvalues.clamp_min(0)
+    shares = shares / shares.sum(1, keepdim=True)
+    return torch.special.entr(shares).sum(1).exp()
+
+
+def _overlaps_and_ranks(unit: Tensor, labels: Tensor, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the cosines between classes' second moments and each class's effective rank."""
+    d = unit.shape[1]
+    membership, _ = as_membership(unit, labels, k)
+    most = min(d, int(membership.sizes.max()))
+    whole = k * d * max(d, most) <= _MOMENT_ELEMENTS
+    ranks = torch.empty(k, dtype=unit.dtype)
+    vectors = []
+    for j, rows in enumerate(unit[labels.argsort(stable=True)].split(membership.sizes.tolist())):
+        _, values, directions = torch.linalg.svd(rows / len(rows) ** 0.5, full_matrices=False)
+        energies = values.square()
+        ranks[j] = _effective_rank(energies[None])[0].cpu()
+        kept = len(energies) if whole else min(_DIRECTIONS, len(energies))
+        vectors.append((directions[:kept] * energies[:kept, None].sqrt()).contiguous())
+    if whole:
+        moments = torch.stack([(part.mT @ part).flatten() for part in vectors])
+        inner = moments @ moments.mT
+    else:
+        padded = torch.stack([functional.pad(part, (0, 0, 0, _DIRECTIONS - len(part))) for part in vectors])
+        flat = padded.flatten(0, 1).float()
+        rows = [
+            (part.flatten(0, 1).float() @ flat.mT).square().view(len(part), _DIRECTIONS, k, _DIRECTIONS).sum((1, 3))
+            for part in padded.split(64)
+        ]
+        inner = torch.cat(rows).double()
+    norms = inner.diagonal().sqrt()
+    cosines = (inner / (norms[:, None] * norms)).clamp(0, 1)
+    return cosines.cpu().numpy(), ranks.numpy()
+
+
+def _worst_pairs(overlap: np.ndarray, names: tuple[str, ...]) -> tuple[Overlap, ...]:
+    k = len(names)
+    first, second = np.triu_indices(k, 1)
+    values = overlap[first, second]
+    number = min(_NAMED_PAIRS, len(values))
+    best = np.argpartition(-values, number - 1)[:number] if number else np.empty(0, dtype=int)
+    best = best[np.argsort(-values[best], kind="stable")]
+    return tuple(Overlap(names[first[p]], names[second[p]], float(values[p])) for p in best)
+
+
+@dataclass(frozen=True, eq=False)
+class LabelQuality:
+    """How well each label fits its sample, in cleanlab's convention.
+
+    Attributes:
+        scores: (m,), from 0 to 1; low is suspect. Below 0.5 another class's subspace holds more of the sample.
+        suggested: (m,), the label of the nearest subspace, of the kind of the labels given.
+        labels: (m,), as given.
+    """
+
+    scores: Float[np.ndarray, " m"]
+    suggested: np.ndarray
+    labels: np.ndarray
+
+    @property
+    def order(self) -> Int[np.ndarray, " m"]:
+        """The samples from the most suspect to the least."""
+        return np.argsort(self.scores, kind="stable")
+
+    @property
+    def suspects(self) -> Int[np.ndarray, " s"]:
+        """The samples whose suggested label is another than the given, the most suspect first."""
+        return self.order[(self.suggested != self.labels)[self.order]]
+
+    def __str__(self) -> str:
+        """Returns how many labels are suspect, and the ten worst."""
+        lines = [f"{len(self.suspects)} of {len(self.scores)} labels are suspect"]
+        for i in self.suspects[:10]:
+            lines.append(
+                f"  sample {i}: given {self.labels[i]}, suggested {self.suggested[i]}, score {self.scores[i]:.3f}"
+            )
+        return "\n".join(lines)
+
+
+def label_quality(
+    features: Tensor | np.ndarray,
+    labels: Tensor | np.ndarray | Sequence[Any],
+    n_components: int | None = None,
+) -> LabelQuality:
+    """Scores how well each sample's label fits, by the classes' subspaces.
+
+    The score is ½ (1 + a − b): a is the share of the sample's energy in its class's subspace, b the largest share in
+    another class's. A sample is judged by subspaces found without it (five folds) and, in a few rounds, without the
+    samples that a round before fitted another class better; so subspaces of high dimension do not memorise wrong
+    labels, and up to half of the labels may be wrong. docs/estimators.md has what each of this is worth.
+
+    Args:
+        features: Z, (m, d), NumPy or torch, finite, no row zero; their scale does not matter.
+        labels: (m,), of any kind, at least two classes.
+        n_components: dimension of each class's subspace, from 1 to d; None means ⌊d/k⌋, but no more than an eighth of
+            the median class's samples, and 1 at least.
+
+    Raises:
+        InputError: a wrong argument (a ValueError).
+        NumericalError: a decomposition did not converge.
+    """
+    given, places, values = _checked(features, labels)
+    unit, _ = _unit_rows(given)
+    d, k = unit.shape[1], len(values)
+    if k < 2:
+        raise InputError(f"labels must hold at least 2 classes, got {values.tolist()}")
+    if n_components is None:
+        median = int(torch.bincount(places).double().quantile(0.5))
+        n_components = max(1, min(default_components(d, k), median // _SAMPLES_A_DIRECTION))
+    check_count("n_components", n_components, at_most=d, limit="the number of features")
+    folds = _places_in_class(places) % _FOLDS
+    kept = torch.ones_like(places, dtype=torch.bool)
+    energies = _held_out_energies(unit, places, k, n_components, folds, kept)
+    for _ in range(_ROUNDS - 1):
+        fits = energies.argmax(1) == places
+        if torch.equal(fits, kept):
+            break
+        kept = fits
+        energies = _held_out_energies(unit, places, k, n_components, folds, kept)
+    own = energies.gather(1, places[:, None])[:, 0]
+    rivals = energies.scatter(1, places[:, None], -1.0)
+    best, other = rivals.max(1)
+    suggested = torch.where(best > own, other, places)
+    return LabelQuality(
+        (0.5 * (1 + own - best)).clamp(0, 1).cpu().numpy(),
+        values[suggested.cpu().numpy()],
+        values[places.cpu().numpy()],
+    )
+
+
+def _places_in_class(labels: Int[Tensor, " m"]) -> Int[Tensor, " m"]:
+    """Returns how many samples of its class come before each sample."""
+    order = labels.argsort(stable=True)
+    counts = torch.bincount(labels)
+    starts = counts.cumsum(0) - counts
+    places = torch.empty_like(labels)
+    places[order] = torch.arange(len(labels), device=labels.device) - starts[labels[order]]
+    return places
+
+
+def _held_out_energies(
+    unit: Float[Tensor, "m d"],
+    labels: Int[Tensor, " m"],
+    k: int,
+    n_components: int,
+    folds: Int[Tensor, " m"],
+    kept: Bool[Tensor, " m"],
+) -> Float[Tensor, "m k"]:
+    """Returns each sample's energy in the classes' subspaces, found from the kept samples of the other folds.
+
+    A class that keeps no more samples there than its subspace has dimensions is described by all it has.
+    """
+    energies = unit.new_zeros(len(unit), k)
+    for fold in folds.unique().tolist():
+        inside = folds == fold
+        chosen = kept & ~inside
+        few = torch.bincount(labels[chosen], minlength=k) <= n_components
+        chosen = chosen | (~inside & few[labels])
+        if chosen.any():
+            bases = class_subspaces(unit[chosen], labels[chosen], k, n_components)
+            energies[inside] = subspace_energies(unit[inside], bases.to(unit.dtype))
+    return energies
+
+
+def _checked(features: Any, labels: Any) -> tuple[Tensor, Tensor, np.ndarray]:
+    """Returns features as float64, labels as places among their values, and the sorted values."""
+    if not isinstance(features, Tensor):
+        array = np.asarray(features)
+        if array.dtype.kind not in "fiu":
+            raise InputError(f"features must hold real numbers, got dtype {array.dtype}")
+        features = torch.from_numpy(np.array(array, dtype=np.float64))
+    if features.ndim != 2 or 0 in features.shape:
+        raise InputError(f"features must have shape (m, d) with m, d >= 1, got {tuple(features.shape)}")
+    if features.is_complex() or features.dtype == torch.bool:
+        raise InputError(f"features must hold real numbers, got {features.dtype}")
+    features = features.detach().double()
+    if not bool(features.isfinite().all()):
+        raise InputError(f"features must be finite, got {int((~features.isfinite()).sum())} NaN or infinite entries")
+    array = labels.detach().cpu().numpy() if isinstance(labels, Tensor) else np.asarray(labels)
+    if array.shape != (len(features),):
+        raise InputError(f"labels must have shape ({len(features)},) to match features, got {array.shape}")
+    if array.dtype.kind == "f" and not (np.isfinite(array).all() and (array == np.round(array)).all()):
+        raise InputError("labels must name classes, got numbers that are no integers")
+    values, places = np.unique(array, return_inverse=True)
+    return features, torch.from_numpy(places).to(features.device), values
+
+
+def _unit_rows(features: Tensor) -> tuple[Tensor, bool]:
+    """Returns rows at norm 1, and whether they had another."""
+    largest = features.abs().amax(1, keepdim=True)
+    if not bool((largest > 0).all()):
+        raise InputError(f"features must have no row of zeros, got {int((largest == 0).sum())}")
+    scaled = features / largest
+    norms = torch.linalg.vector_norm(scaled, dim=1, keepdim=True)
+    off = bool(((norms * largest - 1).abs() > UNIT_NORM_TOLERANCE).any())
+    return scaled / norms, off
+
+
+def _named(values: np.ndarray, class_names: Sequence[str] | None) -> tuple[str, ...]:
+    if class_names is None:
+        return tuple(str(value) for value in values.tolist())
+    if values.dtype.kind not in "iu" or values.min() < 0 or values.max() >= len(class_names):
+        raise InputError(
+            f"class_names must name labels that are integers from 0 to {len(class_names) - 1}, "
+            f"got labels from {values[0]!r} to {values[-1]!r}"
+        )
+    return tuple(str(class_names[value]) for value in values.tolist())

@@ -1,0 +1,229 @@
+"""The report on embeddings, and the search for wrong labels."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import reference
+import torch
+from conftest import random_labels, unit_rows
+from sklearn.datasets import load_digits
+from sklearn.metrics import roc_auc_score
+
+import vmcr2
+from vmcr2.embeddings import largest_reduction
+
+
+def orthogonal_classes(sizes, dims, seed=0):
+    """Samples of classes on orthogonal subspaces, with equal energy in each direction of a class."""
+    random = np.random.default_rng(seed)
+    rows, labels, start = [], [], 0
+    for j, (size, r) in enumerate(zip(sizes, dims, strict=True)):
+        z = np.zeros((size, sum(dims)))
+        z[np.arange(size), start + np.arange(size) % r] = random.choice([-1, 1], size)
+        rows.append(z)
+        labels += [j] * size
+        start += r
+    return np.concatenate(rows), np.array(labels)
+
+
+def broken(labels, share, seed=0):
+    random, k = np.random.default_rng(seed), labels.max() + 1
+    wrong = random.choice(len(labels), round(share * len(labels)), replace=False)
+    found = labels.copy()
+    found[wrong] = (labels[wrong] + random.integers(1, k, len(wrong))) % k
+    return found
+
+
+def test_rates_and_ranks_are_those_of_the_definition():
+    z, labels = unit_rows(50, 6).numpy(), random_labels(50, 3).numpy()
+    found = vmcr2.report(z, labels)
+    expansion, compression = reference.rates(z.T, reference.one_hot(labels, 3), 0.5)
+    np.testing.assert_allclose([found.expansion, found.compression], [expansion, compression])
+    np.testing.assert_allclose(found.reduction, expansion - compression)
+    for j in range(3):
+        rows = z[labels == j]
+        shares = np.linalg.eigvalsh(rows.T @ rows / len(rows))
+        np.testing.assert_allclose(found.class_ranks[j], np.exp(-(shares * np.log(shares)).sum()))
+    moments = [z[labels == j].T @ z[labels == j] for j in range(3)]
+    cosine = (moments[0] * moments[2]).sum() / np.linalg.norm(moments[0]) / np.linalg.norm(moments[2])
+    np.testing.assert_allclose(found.overlap[0, 2], cosine)
+    np.testing.assert_allclose(found.transrate, vmcr2.transrate(torch.tensor(z), torch.tensor(labels)))
+
+
+def test_orthogonal_classes_reach_the_maximum():
+    z, labels = orthogonal_classes([40, 40, 40], [4, 4, 4])
+    found = vmcr2.report(z, labels)
+    np.testing.assert_allclose(found.reduction, found.maximum)
+    np.testing.assert_allclose(found.effective_rank, 12)
+    np.testing.assert_allclose(found.class_ranks, 4)
+    assert found.mean_overlap == 0
+    assert found.warnings == ()
+
+
+@pytest.mark.parametrize(("d", "k", "printed"), [(128, 10, 50.8), (500, 100, 261.4), (500, 200, 267.2)])
+def test_maximum_of_balanced_classes_is_the_closed_form(d, k, printed):
+    found = largest_reduction(d, np.full(k, 1000), 0.5)
+    np.testing.assert_allclose(found, d / 2 * (np.log(3) - np.log(1 + k / 0.5) / k), rtol=1e-6)
+    assert abs(found - printed) < 0.1
+
+
+def test_maximum_of_unbalanced_classes_is_above_all_allotments():
+    counts, d = np.array([90, 30, 12]), 9
+    best = largest_reduction(d, counts, 0.5)
+    tried = []
+    for first in range(1, 8):
+        for second in range(1, 9 - first):
+            z, labels = orthogonal_classes(counts, [first, second, d - first - second])
+            tried.append(vmcr2.report(z, labels).reduction)
+    assert max(tried) <= best < max(tried) + 0.1
+    assert largest_reduction(4, np.full(9, 5), 0.5) > 0  # more classes than dimensions
+
+
+def test_more_lines_than_dimensions_reach_the_bound():
+    angles = np.pi * np.arange(3) / 3
+    z = np.repeat(np.stack([np.cos(angles), np.sin(angles)], 1), 4, 0)
+    found = vmcr2.report(z, np.repeat(np.arange(3), 4))
+    np.testing.assert_allclose(found.reduction, found.maximum)
+
+
+def test_scale_is_taken_out_and_said():
+    z, labels = 7 * unit_rows(40, 5), random_labels(40, 2)
+    scaled, unit = vmcr2.report(z, labels), vmcr2.report(z / 7, labels)
+    assert scaled.normalized
+    assert not unit.normalized
+    np.testing.assert_allclose(scaled.reduction, unit.reduction)
+    assert "scaled to norm 1" in str(scaled)
+
+
+@pytest.mark.parametrize("kind", ["numpy", "torch", "float32", "integers", "strings"])
+def test_any_kind_of_features_and_labels(kind):
+    z, labels = unit_rows(40, 5), random_labels(40, 3)
+    expected = vmcr2.report(z, labels)
+    names = np.array(["ash", "elm", "oak"])[labels.numpy()]
+    features, given = {
+        "numpy": (z.numpy(), labels.numpy()),
+        "torch": (z.requires_grad_(), labels),
+        "float32": (z.detach().float(), labels.tolist()),
+        "integers": ((1000 * z.detach()).round().long().numpy(), labels),
+        "strings": (z.detach().numpy(), names),
+    }[kind]
+    found = vmcr2.report(features, given)
+    np.testing.assert_allclose(found.reduction, expected.reduction, rtol=1e-2)
+    if kind == "strings":
+        assert found.class_names == ("ash", "elm", "oak")
+        assert set(vmcr2.label_quality(features, given).suggested) <= set(names)
+
+
+def test_warnings_name_what_is_wrong():
+    random = np.random.default_rng(0)
+    one_way = np.eye(8)[np.zeros(40, int)] + 0.01 * random.standard_normal((40, 8))
+    labels = np.arange(40) % 2
+    assert "collapsed" in vmcr2.report(one_way, labels).warnings[0]
+    assert "large mean" in vmcr2.report(0.3 * random.standard_normal((40, 8)) + 1, labels).warnings[0]
+    lines = np.eye(8)[labels] + 0.01 * random.standard_normal((40, 8))
+    assert "single direction" in " ".join(vmcr2.report(lines, labels).warnings)
+    noise = random.standard_normal((4000, 8))
+    assert "hardly apart" in " ".join(vmcr2.report(noise, np.arange(4000) % 2).warnings)
+    few = vmcr2.report(noise[:12], np.arange(12) % 9).warnings
+    assert any("cannot all be orthogonal" in text for text in few)
+    assert any("fewer than 5" in text for text in few)
+    assert any("one class alone" in text for text in vmcr2.report(noise, np.zeros(4000, int)).warnings)
+
+
+def test_entangled_classes_are_named():
+    z, labels = orthogonal_classes([20, 20, 20, 20], [2, 2, 2, 2])
+    z[labels == 3, 4:6] = z[labels == 3, 6:8]
+    found = vmcr2.report(z, labels, ["ash", "elm", "oak", "yew"])
+    assert (found.entangled[0].first, found.entangled[0].second) == ("oak", "yew")
+    np.testing.assert_allclose(found.entangled[0].overlap, 0.5)
+    assert "oak and yew" in str(found)
+
+
+def test_many_classes_are_described_by_their_first_directions(monkeypatch):
+    z, labels = unit_rows(300, 6).numpy(), np.arange(300) % 50
+    whole = vmcr2.report(z, labels)
+    monkeypatch.setattr("vmcr2.embeddings._MOMENT_ELEMENTS", 10)
+    np.testing.assert_allclose(vmcr2.report(z, labels).overlap, whole.overlap, atol=1e-5)
+
+
+def test_as_dict_is_json():
+    found = vmcr2.report(unit_rows(40, 5), random_labels(40, 3)).as_dict()
+    assert json.loads(json.dumps(found)) == found
+    assert {"expansion", "maximum", "transrate", "warnings", "classes", "entangled"} <= set(found)
+
+
+@pytest.mark.parametrize("k", [3, 60])
+def test_figure_has_four_panels_that_fit(k, tmp_path):
+    figure = vmcr2.report(unit_rows(300, 20), np.arange(300) % k).figure()
+    figure.savefig(tmp_path / "report.png")
+    assert (tmp_path / "report.png").stat().st_size > 10_000
+    panels = [axes for axes in figure.axes if axes.get_title()]
+    assert len(panels) == 4
+    assert all("Good" in axes.get_title() for axes in panels)
+
+
+def test_figure_names_the_missing_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match=r"vmcr2\[lab\]"):
+        vmcr2.report(unit_rows(20, 5), random_labels(20, 2)).figure()
+
+
+@pytest.mark.parametrize("function", [vmcr2.report, vmcr2.label_quality])
+@pytest.mark.parametrize(
+    ("features", "labels", "message"),
+    [
+        (np.ones((4, 3)), np.zeros(5, int), "labels must have shape"),
+        (np.ones(4), np.zeros(4, int), "features must have shape"),
+        (np.full((4, 3), np.nan), np.arange(4), "finite"),
+        (np.zeros((4, 3)), np.arange(4), "zeros"),
+        (np.array([["a"]] * 4), np.arange(4), "real numbers"),
+        (np.ones((4, 3)), np.array([0.5, 1, 1, 2]), "integers"),
+    ],
+)
+def test_bad_input_is_named(function, features, labels, message):
+    with pytest.raises(vmcr2.InputError, match=message):
+        function(features, labels)
+
+
+def test_other_bad_input_is_named():
+    z, labels = unit_rows(10, 4), np.arange(10) % 2
+    for call, message in (
+        (lambda: vmcr2.report(z, labels, ["one"]), "class_names"),
+        (lambda: vmcr2.report(z, labels, eps_sq=0), "eps_sq"),
+        (lambda: vmcr2.label_quality(z, labels, 5), "n_components"),
+        (lambda: vmcr2.label_quality(z, np.zeros(10)), "2 classes"),
+    ):
+        with pytest.raises(vmcr2.InputError, match=message):
+            call()
+
+
+@pytest.mark.parametrize("share", [0.1, 0.3, 0.4])
+def test_wrong_labels_of_digits_are_found(share):
+    pixels, labels = load_digits(return_X_y=True)
+    given = broken(labels, share)
+    wrong = given != labels
+    found = vmcr2.label_quality(pixels, given)
+    assert found.scores.min() >= 0
+    assert found.scores.max() <= 1
+    assert roc_auc_score(wrong, -found.scores) > 0.99
+    assert wrong[found.order[: wrong.sum()]].mean() > 0.95
+    assert (found.suggested == labels)[wrong].mean() > 0.93
+    assert (found.suggested[found.suspects] != given[found.suspects]).all()
+    assert f"{len(found.suspects)} of 1797" in str(found)
+
+
+def test_subspaces_as_large_as_a_class_do_not_learn_wrong_labels_by_heart():
+    """Each class has fewer samples than its subspace could hold: judged by it, every label would look right."""
+    z, labels = orthogonal_classes([12] * 5, [3] * 5)
+    given = broken(labels, 0.15)
+    wrong = given != labels
+    found = vmcr2.label_quality(z + 0.02 * np.random.default_rng(0).standard_normal(z.shape), given, n_components=10)
+    assert roc_auc_score(wrong, -found.scores) > 0.9
+
+
+def test_classes_of_one_sample_are_judged_too():
+    z, labels = unit_rows(12, 6), np.concatenate([np.arange(2), np.full(10, 2)])
+    found = vmcr2.label_quality(z, labels)
+    assert np.isfinite(found.scores).all()

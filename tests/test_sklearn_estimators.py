@@ -1,0 +1,317 @@
+"""The estimators: scikit-learn's conventions, what they learn, streams, odd class sizes, pipelines and pickles."""
+
+import copy
+import pickle
+import subprocess
+import sys
+
+import joblib
+import numpy as np
+import pytest
+import torch
+from conftest import random_labels, unit_rows
+from sklearn.base import clone
+from sklearn.datasets import load_digits
+from sklearn.metrics import log_loss, roc_auc_score
+from sklearn.model_selection import GridSearchCV, cross_val_score, train_test_split
+from sklearn.neighbors import KNeighborsClassifier
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from sklearn.utils.estimator_checks import parametrize_with_checks
+
+import vmcr2
+
+SMALL = {"hidden": 32, "epochs": 3, "random_state": 0}
+
+
+@pytest.fixture(scope="module")
+def digits():
+    pixels, labels = load_digits(return_X_y=True)
+    return train_test_split(pixels, labels, test_size=0.3, random_state=0, stratify=labels)
+
+
+@pytest.fixture(scope="module")
+def fitted(digits):
+    train, _, labels, _ = digits
+    return vmcr2.CodingRateClassifier(random_state=0).fit(train, labels)
+
+
+@parametrize_with_checks(
+    [
+        vmcr2.NearestSubspaceClassifier(),
+        vmcr2.CodingRateTransformer(hidden=16, epochs=2),
+        vmcr2.CodingRateTransformer(hidden=16, epochs=2, objective="mcr2"),
+        vmcr2.CodingRateClassifier(hidden=32, epochs=12, feature_dim=16),
+    ]
+)
+def test_scikit_learn_conventions(estimator, check):
+    check(estimator)
+
+
+def test_defaults_learn_digits(digits, fitted):
+    train, test, _, expected = digits
+    assert fitted.score(test, expected) > 0.97
+    features = fitted.transform(test)
+    assert features.dtype == np.float32
+    np.testing.assert_allclose(np.linalg.norm(features, axis=1), 1, rtol=1e-5)
+    found, raw = vmcr2.report(features, expected), vmcr2.report(test - train.mean(0), expected)
+    assert found.reduction / found.maximum > 2 * raw.reduction / raw.maximum
+    assert len(fitted.history_) == 24  # 5 batches an epoch: what 120 steps take
+    assert fitted.feature_dim_ == 64
+
+
+def test_exact_objective_learns_digits(digits):
+    train, test, labels, expected = digits
+    found = vmcr2.CodingRateClassifier(objective="mcr2", epochs=10, random_state=0).fit(train, labels)
+    assert found.score(test, expected) > 0.95
+    assert isinstance(found.loss_, vmcr2.MCR2Loss)
+
+
+def test_probabilities_follow_predictions(digits, fitted):
+    _, test, _, expected = digits
+    chances = fitted.predict_proba(test)
+    np.testing.assert_allclose(chances.sum(1), 1)
+    assert (fitted.classes_[chances.argmax(1)] == fitted.predict(test)).all()
+    assert (fitted.decision_function(test).argmax(1) == chances.argmax(1)).all()
+    assert log_loss(expected, chances) < 0.3
+
+
+def test_temperature_makes_probabilities_honest(digits):
+    """Where subspaces overlap, a chance of 0.8 is right in about 8 of 10 cases."""
+    train, test, labels, expected = digits
+    found = vmcr2.NearestSubspaceClassifier(1).fit(train / 16, labels)
+    chances = found.predict_proba(test / 16)
+    right = found.predict(test / 16) == expected
+    assert abs(chances.max(1).mean() - right.mean()) < 0.05
+    sharper = chances**4 / (chances**4).sum(1, keepdims=True)
+    assert log_loss(expected, chances) < log_loss(expected, sharper)
+
+
+@pytest.mark.parametrize("kind", ["subspaces", "network"])
+def test_novel_samples_score_lower(digits, kind):
+    train, test, labels, expected = digits
+    known = labels < 8
+    if kind == "network":
+        estimator = vmcr2.CodingRateClassifier(random_state=0, epochs=10)
+    else:
+        estimator = vmcr2.NearestSubspaceClassifier(6)
+    scores = estimator.fit(train[known], labels[known]).score_samples(test)
+    assert scores.min() >= -1
+    assert scores.max() <= 0
+    assert roc_auc_score(expected < 8, scores) > 0.8
+
+
+def test_wrong_labels_are_found(digits):
+    train, _, labels, _ = digits
+    given = labels.copy()
+    given[::5] = (given[::5] + 1 + np.arange(len(given[::5])) % 9) % 10
+    found = vmcr2.CodingRateClassifier(random_state=0).fit(train, given).label_quality(train, given)
+    assert roc_auc_score(given != labels, -found.scores) > 0.98
+    assert (found.suggested == labels)[given != labels].mean() > 0.9
+
+
+def test_a_stream_of_batches_gives_the_subspaces_of_the_whole():
+    z, labels = unit_rows(90, 6).numpy(), random_labels(90, 4).numpy()
+    whole = vmcr2.NearestSubspaceClassifier(2).fit(z, labels)
+    streamed = vmcr2.NearestSubspaceClassifier(2)
+    for start in range(0, 90, 15):  # more samples than k d on the way
+        streamed.partial_fit(z[start : start + 15], labels[start : start + 15], classes=np.arange(4))
+    for ours, theirs in zip(streamed.components_, whole.components_, strict=True):
+        np.testing.assert_allclose(ours @ ours.T, theirs @ theirs.T, atol=1e-8)
+    again = pickle.loads(pickle.dumps(streamed)).partial_fit(z[:5], labels[:5])
+    assert np.isfinite(again.predict_proba(z)).all()
+
+
+def test_partial_fit_after_fit_says_that_it_starts_afresh():
+    z, labels = unit_rows(40, 6).numpy(), np.arange(40) % 2
+    found = vmcr2.NearestSubspaceClassifier(2).fit(z, labels)
+    with pytest.warns(UserWarning, match="afresh"):
+        found.partial_fit(z[:20], labels[:20])
+    expected = vmcr2.NearestSubspaceClassifier(2).fit(z[:20], labels[:20])
+    np.testing.assert_array_equal(found.predict(z), expected.predict(z))
+
+
+def test_a_network_learns_from_a_stream(digits):
+    train, test, labels, expected = digits
+    streamed = vmcr2.CodingRateClassifier(random_state=0, batch_size=64)
+    for part in np.array_split(np.arange(len(labels)), 4) * 4:
+        streamed.partial_fit(train[part], labels[part], classes=range(10))
+    assert streamed.score(test, expected) > 0.95
+    single = streamed.partial_fit(train[:1], labels[:1])  # BatchNorm alone could not
+    assert single.score(test, expected) > 0.9
+
+
+def test_partial_fit_tunes_what_fit_has_learnt(digits, fitted):
+    train, test, labels, expected = digits
+    tuned = copy.deepcopy(fitted)
+    chosen = labels < 5  # the other classes keep their subspaces
+    tuned.partial_fit(train[chosen], labels[chosen])
+    assert tuned.score(test, expected) > 0.9
+    assert fitted.score(test, expected) > 0.97
+
+
+def test_two_classes():
+    pixels, labels = load_digits(n_class=2, return_X_y=True)
+    found = vmcr2.CodingRateClassifier(random_state=0, epochs=5).fit(pixels[::2], np.array(["no", "yes"])[labels[::2]])
+    assert (found.predict(pixels[1::2]) == np.array(["no", "yes"])[labels[1::2]]).mean() > 0.98
+    assert found.decision_function(pixels).shape == (len(pixels),)
+    assert found.predict_proba(pixels).shape == (len(pixels), 2)
+
+
+def test_unbalanced_classes(digits):
+    """One class has half of the samples, another ten of them; the small ones are not given up."""
+    train, test, labels, expected = digits
+    sizes = np.array([120, 60, 60, 40, 40, 30, 30, 20, 15, 10])
+    chosen = np.concatenate([np.flatnonzero(labels == j)[:n] for j, n in enumerate(sizes)])
+    found = vmcr2.CodingRateClassifier(random_state=0).fit(train[chosen], labels[chosen])
+    right = found.predict(test) == expected
+    assert np.mean([right[expected == j].mean() for j in range(10)]) > 0.88
+    assert min(right[expected == j].mean() for j in range(10)) > 0.5
+
+
+def test_five_thousand_classes():
+    random = np.random.default_rng(0)
+    centres = random.standard_normal((5000, 24))
+    labels = np.repeat(np.arange(5000), 3)
+    samples = centres[labels] + 0.1 * random.standard_normal((15000, 24))
+    found = vmcr2.CodingRateClassifier(
+        random_state=0, hidden=64, epochs=1, feature_dim=32, batch_size=2048, learning_rate=3e-3
+    ).fit(samples, labels)
+    assert found.loss_.structure == "block"
+    assert found.subspaces_.components_.shape == (5000, 32, 1)
+    assert found.predict_proba(samples[:7]).shape == (7, 5000)
+    assert found.score(samples[::10], labels[::10]) > 0.3  # chance is 0.0002
+    direct = vmcr2.NearestSubspaceClassifier().fit(samples, labels)
+    assert direct.score(samples[::10], labels[::10]) > 0.9
+
+
+def test_equal_seeds_give_equal_features_and_leave_torch_alone(digits):
+    train, _, labels, _ = digits
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    first, second = (vmcr2.CodingRateTransformer(**SMALL).fit(train, labels).transform(train) for _ in range(2))
+    np.testing.assert_array_equal(first, second)
+    torch.testing.assert_close(torch.rand(3), expected)
+    other = vmcr2.CodingRateTransformer(**(SMALL | {"random_state": 1})).fit(train, labels).transform(train)
+    assert np.abs(other - first).max() > 0.1
+
+
+def test_pipeline_grid_search_and_cross_validation(digits):
+    train, test, labels, expected = digits
+    train, labels = train[:400], labels[:400]
+    line = make_pipeline(StandardScaler(), vmcr2.CodingRateTransformer(**SMALL), KNeighborsClassifier(3))
+    search = GridSearchCV(line, {"codingratetransformer__feature_dim": [16, 32]}, cv=2).fit(train, labels)
+    assert search.best_estimator_.score(test, expected) > 0.5
+    scores = cross_val_score(vmcr2.CodingRateClassifier(**SMALL), train, labels, cv=2, n_jobs=1)
+    assert scores.min() > 0.3
+
+
+def test_pickle_joblib_and_clone(digits, fitted, tmp_path):
+    _, test, _, _ = digits
+    joblib.dump(fitted, tmp_path / "fitted.joblib")
+    for again in (pickle.loads(pickle.dumps(fitted)), joblib.load(tmp_path / "fitted.joblib"), copy.deepcopy(fitted)):
+        np.testing.assert_array_equal(again.predict_proba(test), fitted.predict_proba(test))
+    fresh = clone(fitted)
+    assert not hasattr(fresh, "network_")
+    assert fresh.get_params() == fitted.get_params()
+
+
+def test_pandas_in_and_out(digits):
+    pandas = pytest.importorskip("pandas")
+    train, _, labels, _ = digits
+    frame = pandas.DataFrame(train, columns=[f"pixel{i}" for i in range(64)], index=np.arange(len(train))[::-1])
+    found = vmcr2.CodingRateClassifier(**SMALL, feature_dim=16).set_output(transform="pandas")
+    features = found.fit(frame, pandas.Series(labels, index=frame.index)).transform(frame)
+    assert list(features.columns) == [f"codingrateclassifier{i}" for i in range(16)]
+    assert (features.index == frame.index).all()
+    assert list(found.feature_names_in_[:2]) == ["pixel0", "pixel1"]
+    assert found.predict(frame).shape == labels.shape
+    assert found.label_quality(frame, labels).scores.shape == labels.shape
+
+
+class Convolutional(torch.nn.Module):
+    """Rows of 64 pixels as images."""
+
+    def __init__(self, feature_dim):
+        super().__init__()
+        self.conv = torch.nn.Conv2d(1, 8, 3)
+        self.drop = torch.nn.Dropout(0.1)
+        self.last = torch.nn.Linear(8 * 36, feature_dim)
+
+    def forward(self, rows):
+        return self.last(self.drop(self.conv(rows.view(-1, 1, 8, 8)).relu().flatten(1)))
+
+
+def convolutional(columns, feature_dim):
+    assert columns == 64
+    return Convolutional(feature_dim)
+
+
+def test_a_network_of_ones_own(digits):
+    train, test, labels, expected = digits
+    found = vmcr2.CodingRateClassifier(network=convolutional, random_state=0, feature_dim=32).fit(train, labels)
+    assert isinstance(found.network_, Convolutional)
+    assert found.score(test, expected) > 0.9
+    np.testing.assert_array_equal(pickle.loads(pickle.dumps(found)).predict(test), found.predict(test))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"feature_dim": 0}, "feature_dim"),
+        ({"epochs": 0}, "epochs"),
+        ({"batch_size": 1}, "batch_size"),
+        ({"learning_rate": -1.0}, "learning_rate"),
+        ({"objective": "ce"}, "objective"),
+        ({"network": 3}, "network must be"),
+        ({"network": lambda columns, d: None}, "network must return"),
+        ({"network": lambda columns, d: torch.nn.Linear(columns, d + 1)}, "network must map"),
+        ({"eps_sq": 0.0}, "eps_sq"),
+        ({"energy": 0.0}, "energy"),
+        ({"n_components": 33, "feature_dim": 32}, "n_components"),
+        ({"n_components": 70}, "n_components"),
+    ],
+)
+def test_wrong_parameters_are_named(settings, message):
+    with pytest.raises(vmcr2.InputError, match=message):
+        vmcr2.CodingRateClassifier(**settings).fit(unit_rows(20, 4).numpy(), np.arange(20) % 2)
+
+
+def test_wrong_labels_and_classes_are_named():
+    z, labels = unit_rows(20, 4).numpy(), np.arange(20) % 2
+    for estimator in (vmcr2.NearestSubspaceClassifier(1), vmcr2.CodingRateClassifier(**SMALL)):
+        with pytest.raises(vmcr2.InputError, match="2 classes"):
+            estimator.fit(z, np.zeros(20))
+        begun = clone(estimator).partial_fit(z, labels, classes=[0, 1])
+        with pytest.raises(vmcr2.InputError, match="among classes"):
+            begun.partial_fit(z, labels + 1)
+        with pytest.raises(vmcr2.InputError, match="first call"):
+            begun.partial_fit(z, labels, classes=[0, 1, 2])
+    with pytest.raises(vmcr2.InputError, match="must be given"):
+        vmcr2.NearestSubspaceClassifier().partial_fit(z, labels)
+    with pytest.raises(vmcr2.InputError, match="classes_"):
+        vmcr2.CodingRateClassifier(**SMALL).fit(z, labels).label_quality(z, labels + 1)
+
+
+@pytest.mark.parametrize("rich", [True, False])
+def test_verbose_shows_progress(rich, capsys, monkeypatch):
+    if not rich:
+        monkeypatch.setitem(sys.modules, "rich.progress", None)
+    vmcr2.CodingRateTransformer(**SMALL, verbose=True).fit(unit_rows(20, 4).numpy(), np.arange(20) % 2)
+    assert "loss" in capsys.readouterr().out
+    vmcr2.CodingRateTransformer(**SMALL).fit(unit_rows(20, 4).numpy(), np.arange(20) % 2)
+    assert capsys.readouterr().out == ""
+
+
+def test_a_missing_extra_is_named():
+    program = "import sys; sys.modules['sklearn'] = None; import vmcr2; vmcr2.CodingRateClassifier"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert "ImportError" in done.stderr
+    assert "pip install 'vmcr2[sklearn]'" in done.stderr
+
+
+def test_importing_vmcr2_imports_no_extra():
+    program = "import sys, vmcr2; print({'sklearn', 'matplotlib', 'pandas', 'rich'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
