@@ -50,7 +50,13 @@ except ModuleNotFoundError:
 _AT_ONCE = 256  # inputs sent through the network together
 
 
-class TrainedModel(nn.Module, PyTorchModelHubMixin, library_name="vmcr2", tags=["mcr2", "image-feature-extraction"]):
+# The mixin is one of two classes, which the type checker does not take as a base.
+class TrainedModel(
+    nn.Module,
+    PyTorchModelHubMixin,  # pyrefly: ignore[invalid-inheritance]
+    library_name="vmcr2",
+    tags=["mcr2", "image-feature-extraction"],
+):
     """A network, one subspace a class, and the names of the classes; in eval mode as `load` returns it.
 
     All arguments can be written as JSON, so that config.json holds them.
