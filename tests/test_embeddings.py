@@ -1,13 +1,14 @@
 """The report on embeddings, and the search for wrong labels."""
 
 import json
+import runpy
 import sys
 
 import numpy as np
 import pytest
 import reference
 import torch
-from conftest import random_labels, unit_rows
+from conftest import REPOSITORY, random_labels, unit_rows
 from sklearn.datasets import load_digits
 from sklearn.metrics import roc_auc_score
 
@@ -227,3 +228,12 @@ def test_classes_of_one_sample_are_judged_too():
     z, labels = unit_rows(12, 6), np.concatenate([np.arange(2), np.full(10, 2)])
     found = vmcr2.label_quality(z, labels)
     assert np.isfinite(found.scores).all()
+
+
+def test_the_example_finds_wrong_labels(capsys):
+    example = runpy.run_path(str(REPOSITORY / "examples" / "label_errors.py"))
+    example["main"](["--share", "0.2"])
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("of the 269 lowest scores 9") for line in lines)
+    accuracies = [float(line.split()[-1]) for line in lines if line.startswith("3 nearest")]
+    assert accuracies[2] > accuracies[0] + 0.05

@@ -10,13 +10,13 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from vmcr2.embeddings import LabelQuality, Report, label_quality, report
 from vmcr2.errors import InputError, NotLatchedError, NumericalError
 from vmcr2.losses import MCR2Loss, TotalCodingRateLoss, VMCR2Loss, balanced_mu
 from vmcr2.rates import RateReduction, coding_rate, rate_reduction, transrate
 from vmcr2.variational import VariationalRates, variational_logdet
 
 if TYPE_CHECKING:
+    from vmcr2.embeddings import LabelQuality, Report, label_quality, report
     from vmcr2.lab.trained import load
     from vmcr2.sampling import ClassBalancedBatchSampler
     from vmcr2.sklearn import CodingRateClassifier, CodingRateTransformer, NearestSubspaceClassifier
@@ -53,8 +53,12 @@ _LATE = {
     "ClassBalancedBatchSampler": "vmcr2.sampling",
     "CodingRateClassifier": "vmcr2.sklearn",
     "CodingRateTransformer": "vmcr2.sklearn",
+    "LabelQuality": "vmcr2.embeddings",
     "NearestSubspaceClassifier": "vmcr2.sklearn",
+    "Report": "vmcr2.embeddings",
+    "label_quality": "vmcr2.embeddings",
     "load": "vmcr2.lab.trained",
+    "report": "vmcr2.embeddings",
 }
 
 
