@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -155,9 +156,10 @@ class Report:
         self._draw_ranks(ranks)
         for axes in (rates, spectrum, ranks):
             axes.spines[["top", "right"]].set_visible(False)
-        figure.suptitle(
-            f"{self.num_samples} features of dimension {self.feature_dim} in {len(self.class_names)} classes"
-        )
+        figure.suptitle(f"{self.num_samples} features, {self.feature_dim} dimensions, {len(self.class_names)} classes")
+        if self.warnings:
+            text = "\n".join(textwrap.fill(f"Warning: {warning}", 130) for warning in self.warnings)
+            figure.supxlabel(text, x=0.01, ha="left", fontsize=9, color="#a02030")
         return figure
 
     def _draw_rates(self, axes: Any) -> None:
@@ -165,6 +167,7 @@ class Report:
         names = ["R\nall features", "R_c\nwithin classes", "ΔR\n= R − R_c", "largest\npossible ΔR"]
         bars = axes.bar(names, values, color=["#3a7d44", "#d1495b", "#0b6e99", "#cfd8dc"])
         axes.bar_label(bars, fmt="%.1f", padding=2)
+        axes.margins(y=0.1)
         axes.set_ylabel("coding rate (nats)")
         axes.set_title("How much room features take\nGood: ΔR close to the largest possible", fontsize=10)
 
@@ -210,10 +213,11 @@ class Report:
         axes.barh(range(len(order)), self.class_ranks[order], color="#0b6e99")
         axes.set_yticks(range(len(order)), [_short(self.class_names[j]) for j in order], fontsize=8)
         room = max(1.0, self.feature_dim / len(self.class_names))
-        axes.axvline(room, color="#7a7a7a", linestyle="--", linewidth=1)
-        axes.text(room, 0, f" {room:.1f} = d/k, an equal share", color="#555555", va="center")
-        axes.set(xlabel="effective rank", xlim=(0, max(1.7 * room, 1.1 * self.class_ranks[order].max())))
-        axes.set_title("How much variety each class has\nGood: near the dashed line; collapsed: 1", fontsize=10)
+        label = f"{room:.1f} = d/k, an equal share"
+        axes.axvline(room, color="#d1495b", linestyle="--", linewidth=1.5, label=label)
+        axes.legend(loc="lower right", fontsize=8)
+        axes.set(xlabel="effective rank", xlim=(0, max(1.2 * room, 1.1 * self.class_ranks[order].max())))
+        axes.set_title("How much variety each class has\nGood: about the dashed line; collapsed: 1", fontsize=10)
 
 
 def _short(name: str) -> str:
@@ -311,7 +315,9 @@ def _warnings(
     if share is not None and share < 0.1 and rank >= 2 and k > 1:
         found.append(f"classes are hardly apart: ΔR is {share:.0%} of what it could be")
     if pairs and pairs[0].overlap > 0.9 and rank >= 2:
-        found.append(f"{pairs[0].first} and {pairs[0].second} have nearly the same subspace: nothing linear parts them")
+        found.append(
+            f"{pairs[0].first} and {pairs[0].second} have nearly the same subspace: subspaces cannot tell them apart"
+        )
     if d < k:
         found.append(f"{k} classes cannot all be orthogonal in {d} dimensions")
     if not enough.all():
