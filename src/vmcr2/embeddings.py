@@ -27,6 +27,7 @@ _NAMED_PAIRS = 10
 _SHOWN_CLASSES = 20
 _MOMENT_ELEMENTS = 2**27  # entries of all classes' moments that are held at once
 _DIRECTIONS = 8  # of each class that overlaps are found from where the moments are too many to hold
+_ENERGIES = 2**23  # of samples in classes' subspaces, held at once
 _FOLDS = 5
 _ROUNDS = 5
 _SAMPLES_A_DIRECTION = 8  # fewer say little about a direction
@@ -486,16 +487,13 @@ def label_quality(
     check_count("n_components", n_components, at_most=d, limit="the number of features")
     folds = _places_in_class(places) % _FOLDS
     kept = torch.ones_like(places, dtype=torch.bool)
-    energies = _held_out_energies(unit, places, k, n_components, folds, kept)
+    own, best, other = _judged(unit, places, k, n_components, folds, kept)
     for _ in range(_ROUNDS - 1):
-        fits = energies.argmax(1) == places
+        fits = own >= best
         if torch.equal(fits, kept):
             break
         kept = fits
-        energies = _held_out_energies(unit, places, k, n_components, folds, kept)
-    own = energies.gather(1, places[:, None])[:, 0]
-    rivals = energies.scatter(1, places[:, None], -1.0)
-    best, other = rivals.max(1)
+        own, best, other = _judged(unit, places, k, n_components, folds, kept)
     suggested = torch.where(best > own, other, places)
     return LabelQuality(
         (0.5 * (1 + own - best)).clamp(0, 1).cpu().numpy(),
@@ -514,28 +512,34 @@ def _places_in_class(labels: Int[Tensor, " m"]) -> Int[Tensor, " m"]:
     return places
 
 
-def _held_out_energies(
+def _judged(
     unit: Float[Tensor, "m d"],
     labels: Int[Tensor, " m"],
     k: int,
     n_components: int,
     folds: Int[Tensor, " m"],
     kept: Bool[Tensor, " m"],
-) -> Float[Tensor, "m k"]:
-    """Returns each sample's energy in the classes' subspaces, found from the kept samples of the other folds.
+) -> tuple[Float[Tensor, " m"], Float[Tensor, " m"], Int[Tensor, " m"]]:
+    """Returns each sample's energy in its class's subspace, the largest in another's, and which other.
 
-    A class that keeps no more samples there than its subspace has dimensions is described by all it has.
+    The subspaces are found from the kept samples of the other folds. A class that keeps no more samples there than its
+    subspace has dimensions is described by all it has.
     """
-    energies = unit.new_zeros(len(unit), k)
+    own, best, other = unit.new_zeros(len(unit)), unit.new_zeros(len(unit)), torch.zeros_like(labels)
     for fold in folds.unique().tolist():
         inside = folds == fold
         chosen = kept & ~inside
         few = torch.bincount(labels[chosen], minlength=k) <= n_components
         chosen = chosen | (~inside & few[labels])
-        if chosen.any():
-            bases = class_subspaces(unit[chosen], labels[chosen], k, n_components)
-            energies[inside] = subspace_energies(unit[inside], bases.to(unit.dtype))
-    return energies
+        if not chosen.any():
+            continue
+        bases = class_subspaces(unit[chosen], labels[chosen], k, n_components)
+        for rows in inside.nonzero()[:, 0].split(max(1, _ENERGIES // k)):
+            energies = subspace_energies(unit[rows], bases)
+            held = labels[rows, None]
+            own[rows] = energies.gather(1, held)[:, 0]
+            best[rows], other[rows] = energies.scatter_(1, held, -1.0).max(1)
+    return own, best, other
 
 
 def _checked(features: Any, labels: Any) -> tuple[Tensor, Tensor, np.ndarray]:

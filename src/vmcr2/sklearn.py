@@ -118,8 +118,9 @@ class NearestSubspaceClassifier(ClassifierMixin, BaseEstimator):
         assert self._stream is not None
         features, held = _tensor(X.astype(np.float64)), torch.from_numpy(labels)
         if not first:
-            energies = subspace_energies(features, _tensor(self.components_.astype(np.float64)))
-            self.temperature_ = _temperature(features, energies, held)
+            part = _spread(len(features), k)
+            energies = subspace_energies(features[part], _tensor(self.components_.astype(np.float64)))
+            self.temperature_ = _temperature(features, energies, held[part])
         else:
             self.temperature_ = _fold_temperature(features, labels, k, self.n_components_)
         checked, _ = as_membership(features, held, k)
@@ -649,26 +650,32 @@ def _places_in_class(labels: np.ndarray) -> np.ndarray:
 
 def _fold_temperature(features: Tensor, labels: np.ndarray, k: int, n_components: int) -> float:
     """Returns the temperature that makes labels likeliest, each sample judged by subspaces found without it."""
-    folds = torch.from_numpy(_places_in_class(labels) % _FOLDS)
-    held, energies = torch.from_numpy(labels), torch.zeros(len(features), k, dtype=features.dtype)
+    folds, held = torch.from_numpy(_places_in_class(labels) % _FOLDS), torch.from_numpy(labels)
+    judged = torch.zeros(len(features), dtype=torch.bool)
+    judged[_spread(len(features), k)] = True
+    tables, owners = [features.new_zeros(0, k)], [held[:0]]
     for fold in folds.unique().tolist():
         inside = folds == fold
         if inside.all():
             break
         bases = class_subspaces(features[~inside], held[~inside], k, n_components)
-        energies[inside] = subspace_energies(features[inside], bases.to(features.dtype))
-    return _temperature(features, energies, held)
+        tables.append(subspace_energies(features[inside & judged], bases.to(features.dtype)))
+        owners.append(held[inside & judged])
+    return _temperature(features, torch.cat(tables), torch.cat(owners))
+
+
+def _spread(m: int, k: int) -> slice:
+    """Returns which of m samples to judge, so that the table of their energies in k subspaces stays small."""
+    return slice(None, None, max(1, m * k // _LIKELIHOODS))
 
 
 def _temperature(features: Tensor, energies: Tensor, labels: Tensor) -> float:
     """Returns τ at which the labels are likeliest, p_j ∝ exp(‖V^(j)ᵀ z‖²/τ); their log-likelihood is concave in 1/τ."""
     scale = float(features.double().square().sum(1).mean()) or 1.0
-    judged = energies.gather(1, labels[:, None])[:, 0] > 0  # the others' class has no subspace yet
-    places = judged.nonzero()[:, 0]
-    places = places[:: max(1, energies.numel() // _LIKELIHOODS)]
-    if not len(places):
+    known = energies.gather(1, labels[:, None])[:, 0] > 0  # the others' class has no subspace yet
+    if not known.any():
         return 0.1 * scale
-    table, own = energies[places].double() / scale, labels[places, None]
+    table, own = energies[known].double() / scale, labels[known, None]
     gains = table - table.gather(1, own)
     low, high = -2.0, 5.0  # of log10 1/τ
     for _ in range(30):
