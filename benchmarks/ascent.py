@@ -3,7 +3,7 @@
     python benchmarks/ascent.py          results/ascent.md
 
 1. On a fixed batch, 300 steps: the largest fall of eq. (7) in any step, and its value at the end, beside the best value
-   that the paper's steps reach with ν from 0.01 to 10 in any of as many steps, whether they got there by ascent or not.
+   that the paper's steps reach with ν of 0.1, 1 and 5 in any of as many steps, whether they got there by ascent or not.
 2. A second way to make the step ascend, to compare with: the paper's step halved until eq. (7) does not fall.
 3. ΔR that training reaches on digits of 2, 3, 5 and 10 classes with `energy=1`, beside exact MCR².
 """
@@ -80,14 +80,14 @@ def value(z: Tensor, membership: Membership, dictionary: Codes, mu: float) -> fl
 
 def fixed_batches() -> list[list[str]]:
     rows = []
-    sizes = ((1, 16, 4), (2, 64, 1), (2, 64, 32), (2, 64, 64), (10, 64, 1), (10, 64, 6), (20, 40, 40), (100, 200, 2))
+    sizes = ((1, 16, 4), (2, 64, 1), (2, 64, 32), (10, 64, 6), (20, 40, 40), (100, 200, 2))
     for (k, d, s), kind in itertools.product(sizes, ("balanced", "unbalanced", "soft", "parallel")):
         if k == 1 and kind != "balanced":
             continue
         z, pi = batch(k, d, max(200, 3 * k), kind)
         membership, _ = as_membership(z, pi, k)
         membership = membership.to(torch.float64)
-        for rho, energy in itertools.product((0.01, 0.05, 1.0, 10.0), (None, 1.0)):
+        for rho, energy in itertools.product((0.05, 1.0, 10.0), (None, 1.0)):
             mu = rho * d / (len(z) * EPS_SQ)
             start = scaled_to(latched(z, membership, s, "block"), energy)
             ours, halved, fall = start, start, 0.0
@@ -100,7 +100,7 @@ def fixed_batches() -> list[list[str]]:
             for _ in range(STEPS // 10):
                 halved = halved_step(z, membership, halved, mu, energy)
             best = -float("inf")
-            for nu in (0.01, 0.1, 1.0, 5.0, 10.0):
+            for nu in (0.1, 1.0, 5.0):
                 now = start
                 for _ in range(STEPS):
                     now = paper_step(
@@ -178,7 +178,7 @@ def main() -> None:
         + markdown_table(["classes", "MCR²", "V-MCR²", "ratio"], trained)
         + "\n## Eq. (7) on a fixed batch\n\nThe largest fall in a step is a share of the value. «halved» is the "
         "paper's step, ν = 5, halved until eq. (7) does not fall; «best of ν» the best value at any of 300 of the "
-        "paper's steps with ν = 0.01, 0.1, 1, 5 or 10, most of which do not ascend.\n\n"
+        "paper's steps with ν = 0.1, 1 or 5, most of which do not ascend.\n\n"
         + markdown_table(columns, rows)
     )  # fmt: skip
     (RESULTS / "ascent.md").write_text(text)

@@ -129,8 +129,8 @@ def run(data_root: Path | None, only: list[str], seeds: list[int]) -> None:
     done = {tuple(line[key] for key in KEYS) for line in lines()}
     for data in only:
         parts = split(data, data_root)
-        for seed, norms, optimiser, batch, objective in itertools.product(
-            seeds, (True, False), OPTIMISERS, BATCHES, OBJECTIVES
+        for seed, objective, norms, optimiser, batch in itertools.product(
+            seeds, OBJECTIVES, (True, False), OPTIMISERS, BATCHES
         ):
             if (objective, data, norms, optimiser, batch, seed) in done:
                 continue

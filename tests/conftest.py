@@ -1,32 +1,122 @@
-"""Fixtures: features and memberships, and the real data sets where they are present."""
+"""Features, memberships and dictionaries to test with, and the real data sets where they are present."""
 
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import settings
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import vmcr2
+from vmcr2.membership import as_membership
+from vmcr2.mismatch import BlockCodes, SharedCodes
 
 settings.register_profile("vmcr2", deadline=None, max_examples=25, derandomize=True)
 settings.load_profile("vmcr2")
 
 REPOSITORY = Path(__file__).parents[1]
+STRUCTURES = ["shared", "block"]
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=generator(seed), dtype=torch.float64)
 
 
 def unit_rows(m, d, *, seed=0, dtype=torch.float64):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.nn.functional.normalize(torch.randn(m, d, generator=generator, dtype=torch.float64), dim=1).to(dtype)
+    return torch.nn.functional.normalize(normal(m, d, seed=seed), dim=1).to(dtype)
+
+
+def random_rotation(d, *, seed=0):
+    return torch.linalg.qr(normal(d, d, seed=seed))[0]
 
 
 def random_labels(m, k, *, seed=0):
-    return torch.randint(k, (m,), generator=torch.Generator().manual_seed(seed))
+    return torch.randint(k, (m,), generator=generator(seed))
 
 
 def random_rows(m, k, *, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.softmax(2 * torch.randn(m, k, generator=generator, dtype=torch.float64), dim=1)
+    return torch.softmax(2 * normal(m, k, seed=seed), dim=1)
+
+
+def random_membership(m, k, kind, *, seed=0):
+    """Returns a membership of one of the kinds that need care: balanced, labels (the last class absent), soft."""
+    if kind == "balanced":
+        return torch.arange(m) % k
+    return random_rows(m, k, seed=seed) if kind == "soft" else random_labels(m, max(1, k - 1), seed=seed)
+
+
+def rows_of(membership, k):
+    """Returns Π as rows, float64."""
+    return membership.double() if membership.ndim == 2 else torch.nn.functional.one_hot(membership, k).double()
+
+
+def checked(z, membership, k):
+    return as_membership(z, membership, k)[0]
+
+
+def random_dictionary(d, k, s, structure="shared", *, seed=0):
+    atoms = unit_rows(k * s, d, seed=seed)
+    codes = torch.rand(k, s if structure == "block" else k * s, generator=generator(seed), dtype=torch.float64)
+    return (BlockCodes if structure == "block" else SharedCodes)(atoms, codes)
+
+
+def as_shared(dictionary):
+    """Returns the same dictionary in shared structure."""
+    if isinstance(dictionary, SharedCodes):
+        return dictionary
+    return SharedCodes(dictionary.atoms, torch.block_diag(*dictionary.codes[:, None]))
+
+
+def at_batch_scale(dictionary, pi):
+    """Returns the paper's Γ (d, q) and A = Ã Diag(n) (q, k) as NumPy arrays."""
+    shared = as_shared(dictionary)
+    return shared.atoms.T.detach().numpy(), shared.codes.T.detach().numpy() * np.asarray(pi).sum(0)
+
+
+def loss_at(z, membership, k, s, **settings):
+    """Returns a V-MCR² loss latched onto a batch, in the features' dtype."""
+    loss = vmcr2.VMCR2Loss(k, z.shape[1], atoms_per_class=s, **settings).to(z.dtype)
+    loss.latch(z, membership)
+    return loss
+
+
+def snapshot(loss):
+    return {name: tensor.clone() for name, tensor in loss.state_dict().items()}
+
+
+def assert_unchanged(loss, before):
+    after = loss.state_dict()
+    assert after.keys() == before.keys()
+    for name, tensor in after.items():
+        assert torch.equal(tensor, before[name]), name
+
+
+class LargestTensor(TorchDispatchMode):
+    """Notes how many entries the largest tensor has that is made while it is active; views do not count."""
+
+    def __init__(self):
+        super().__init__()
+        self.numel = 0
+        self.shape = ()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        held = {tensor.untyped_storage().data_ptr() for tensor in tree_leaves(args) if isinstance(tensor, torch.Tensor)}
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in held:
+                written = tensor.untyped_storage().nbytes() // tensor.element_size()
+                if written > self.numel:
+                    self.numel, self.shape = written, tuple(tensor.shape)
+        return result
 
 
 @pytest.fixture(scope="session")

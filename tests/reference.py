@@ -63,17 +63,52 @@ def numeric_gradient(function, point, step=1e-6):
     return gradient
 
 
-def proximal_step(z, pi, gamma, a, mu, eps_sq, step_atoms, step_codes):
-    """Algorithm 1, lines 5 to 10, by numeric gradients, for balanced classes."""
+def variational_objective(z, pi, gamma, a, mu, eps_sq):
+    """R^v − R_c^v − (µ/2m) M, which eq. (7) maximises: Algorithm 1, line 5."""
+    expansion, compression, penalty = variational(z, pi, gamma, a, mu, eps_sq)
+    return expansion - compression - penalty
 
-    def objective(g, codes):
-        expansion, compression, penalty = variational(z, pi, g, codes, mu, eps_sq)
-        return expansion - compression - penalty
 
-    bound_atoms, bound_codes = lipschitz(z, pi, gamma, a, mu)
-    new_gamma = gamma + step_atoms / bound_atoms * numeric_gradient(lambda g: objective(g, a), gamma)
-    new_a = a + step_codes / bound_codes * numeric_gradient(lambda codes: objective(gamma, codes), a)
-    return new_gamma / np.linalg.norm(new_gamma, axis=0), np.maximum(new_a, 0)
+def penalty_expanded(z, pi, gamma, a, mu):
+    """(µ/2m) M for balanced classes as the second line of eq. (9) has it."""
+    m, k = pi.shape
+    data = np.sum((pi @ pi.T) * (z.T @ z) ** 2)
+    cross = np.sum((a @ pi.T) * (gamma.T @ z) ** 2)
+    own = np.sum((a @ a.T) * (gamma.T @ gamma) ** 2)
+    return mu * k / (2 * m) * data - mu * k / m * cross + mu * k / (2 * m) * own
+
+
+def penalty_atom_gradient(z, pi, gamma, a, mu):
+    """∇_Γ of (µ/2m) M for balanced classes, eq. (10)."""
+    m, k = pi.shape
+    total = np.zeros_like(gamma)
+    for j in range(k):
+        code = np.diag(a[:, j])
+        total += z @ np.diag(pi[:, j]) @ z.T @ gamma @ code - gamma @ code @ gamma.T @ gamma @ code
+    return -2 * mu * k / m * total
+
+
+def penalty_code_gradient(z, pi, gamma, a, mu):
+    """∇_A of (µ/2m) M for balanced classes, eq. (11)."""
+    m, k = pi.shape
+    return mu * k / m * ((gamma.T @ gamma) ** 2 @ a - (gamma.T @ z) ** 2 @ pi)
+
+
+def move_atoms(z, pi, gamma, a, mu, eps_sq, nu):
+    """Algorithm 1, line 7, by a numeric gradient; balanced classes."""
+    gradient = numeric_gradient(lambda g: variational_objective(z, pi, g, a, mu, eps_sq), gamma)
+    return gamma + nu / lipschitz(z, pi, gamma, a, mu)[0] * gradient
+
+
+def move_codes(z, pi, gamma, a, mu, eps_sq, nu, bound):
+    """Algorithm 1, lines 8 and 9, by a numeric gradient, at the Γ given; L_A is that of line 6."""
+    gradient = numeric_gradient(lambda codes: variational_objective(z, pi, gamma, codes, mu, eps_sq), a)
+    return np.maximum(a + nu / bound * gradient, 0)
+
+
+def unit_columns(gamma):
+    """Algorithm 1, line 10."""
+    return gamma / np.linalg.norm(gamma, axis=0)
 
 
 def latch(z, pi, s):

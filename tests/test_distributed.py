@@ -1,52 +1,294 @@
-"""Two ranks give the losses, the dictionary and the gradients of one process."""
+"""Two ranks give the losses, the dictionary and the gradients of one process, whatever share each of them has."""
 
+import time
+import traceback
+from pathlib import Path
+
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from conftest import random_labels, unit_rows
+from conftest import checked, random_labels, random_rows, rows_of, unit_rows
+from torch.nn.functional import normalize
+from torch.nn.parallel import DistributedDataParallel
 
 import vmcr2
+from vmcr2.distributed import gather_membership, gather_rows, world_size
+from vmcr2.latching import latched_blocks
+
+K, D, M = 3, 8, 31
+SHARES = [slice(0, 20), slice(20, M)]
 
 
-def setup():
+def network():
     torch.manual_seed(0)
-    model = torch.nn.Linear(6, 8).double()
-    losses = [
-        vmcr2.VMCR2Loss(3, 8, atoms_per_class=2, structure=structure).double() for structure in ("shared", "block")
-    ]
-    return model, [*losses, vmcr2.MCR2Loss(3)]
+    return torch.nn.Linear(6, D).double()
 
 
-def steps(model, losses, inputs, labels):
-    """Latches and runs two steps of each loss; returns everything that must agree."""
+def batch(kind, seed=0):
+    return unit_rows(M, 6, seed=seed), random_labels(M, K, seed=seed) if kind == "labels" else random_rows(M, K)
+
+
+def losses_of(structure, step="ascent"):
+    if structure == "exact":
+        return vmcr2.MCR2Loss(K)
+    return vmcr2.VMCR2Loss(K, D, atoms_per_class=2, structure=structure, step=step).double()
+
+
+def train(model, loss, kind, share):
+    """Latches and takes two steps; returns all that must agree between ranks, and with one process."""
     results = []
-    for loss in losses:
-        if isinstance(loss, vmcr2.VMCR2Loss):
-            loss.latch(torch.nn.functional.normalize(model(inputs).detach(), dim=1), labels)
-        for _ in range(2):
-            model.zero_grad()
-            value = loss(torch.nn.functional.normalize(model(inputs), dim=1), labels)
-            value.backward()
-        results += [value.detach(), *(p.grad.clone() for p in model.parameters()), *loss.state_dict().values()]
-    return results
+    if isinstance(loss, vmcr2.VMCR2Loss):
+        inputs, membership = (each[share] for each in batch(kind))
+        loss.latch(normalize(model(inputs).detach(), dim=1), membership)
+    for seed in range(2):
+        inputs, membership = (each[share] for each in batch(kind, seed))
+        model.zero_grad()
+        value = loss(normalize(model(inputs), dim=1), membership)
+        value.backward()
+        results += [value.detach(), *(p.grad.clone() for p in model.parameters())]
+    if isinstance(loss, vmcr2.VMCR2Loss):
+        with torch.no_grad():
+            results += list(loss.rates(normalize(model(inputs), dim=1), membership))
+    return [*results, *loss.state_dict().values()]
 
 
-def worker(rank, rendezvous, out):
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
-    model, losses = setup()
-    wrapped = torch.nn.parallel.DistributedDataParallel(model)
-    inputs, labels = unit_rows(31, 6), random_labels(31, 3)
-    mine = slice(0, 20) if rank == 0 else slice(20, 31)  # unequal shares
-    results = steps(wrapped, losses, inputs[mine], labels[mine])
-    torch.save(results, f"{out}.{rank}")
+TRAINED = [
+    ("exact", "ascent", "labels"),
+    ("exact", "ascent", "soft"),
+    ("shared", "ascent", "labels"),
+    ("shared", "ascent", "soft"),
+    ("block", "ascent", "labels"),
+    ("block", "ascent", "soft"),
+    ("shared", "paper", "labels"),
+]
+
+
+def latch_batches(case):
+    """Returns the batches of each of two ranks: unequal numbers, none on one, a class on one rank alone, many."""
+    z, labels = unit_rows(60, D), random_labels(60, K)
+    pairs = list(zip(z.split(7), labels.split(7), strict=True))
+    if case == "unequal":
+        return [pairs[:6], pairs[6:]]
+    if case == "none on the first":
+        return [[], pairs]
+    if case == "none on the second":
+        return [pairs, []]
+    if case == "a class on one rank":
+        return [[(z[labels == 0], labels[labels == 0])], [(z[labels > 0], labels[labels > 0])]]
+    if case == "soft on one rank":
+        return [pairs[:6], [(each, rows_of(pi, K)) for each, pi in pairs[6:]]]
+    assert case == "folded"  # more than k d samples, of which one rank alone has folded its own
+    many = unit_rows(200, D, seed=5), random_labels(200, K, seed=5)
+    return [list(zip(many[0].split(50), many[1].split(50), strict=True)), pairs[:1]]
+
+
+LATCHED = ["unequal", "none on the first", "none on the second", "a class on one rank", "soft on one rank", "folded"]
+
+
+def latched_from(batches):
+    loss = losses_of("shared")
+    loss.latch_from(torch.nn.Identity(), batches)
+    # Were a rank out of step, its next collective would meet another's and give garbage.
+    value = loss(*(each[:9] for each in (unit_rows(60, D), random_labels(60, K))))
+    return [value.detach(), *loss.state_dict().values()]
+
+
+def wrapped_model_with_batch_statistics(rank):
+    """A function around a DistributedDataParallel with buffers, and a batch more on one rank than on the other."""
+    torch.manual_seed(0)
+    module = torch.nn.Sequential(torch.nn.Linear(D, D), torch.nn.BatchNorm1d(D)).double()
+    model = DistributedDataParallel(module)
+    batches = [(unit_rows(20, D, seed=seed), random_labels(20, K, seed=seed)) for seed in range(3)]
+    loss = losses_of("shared")
+    loss.latch_from(lambda x: normalize(model(x), dim=1), batches[:2] if rank == 0 else batches[2:])
+    return [loss.dictionary.codes.clone()]
+
+
+def source_of(seed, steps):
+    """Returns a loss that has been latched without its ranks meeting."""
+    z, labels = unit_rows(40, D, seed=seed), torch.arange(40) % K
+    loss = losses_of("shared")
+    loss.dictionary.latch(*latched_blocks(z, checked(z, labels, K), 2), torch.ones(K, dtype=torch.bool))
+    loss.dictionary.steps = steps
+    return loss
+
+
+def prepared(how, rank):
+    """Returns a loss whose dictionary one rank alone has been given."""
+    loss = losses_of("shared")
+    source = source_of(3, 70)  # past the first steps, in which µ is larger
+    if how == "loaded on the first" and rank == 0:
+        loss.load_state_dict(source.state_dict())
+    elif how == "written on the first" and rank == 0:
+        loss.dictionary.atoms.copy_(source.dictionary.atoms)
+        loss.dictionary.codes.copy_(source.dictionary.codes)
+        loss.dictionary.changed = True
+    elif how == "another on each":
+        loss.load_state_dict(source_of(3 + rank, 70 - 60 * rank).state_dict())
+    elif how == "nothing on the first":
+        if rank == 1:
+            loss.load_state_dict(source.state_dict())
+    elif how == "loaded later":  # after both have been in step
+        loss.load_state_dict(source_of(8, 0).state_dict())
+        z, labels = unit_rows(M, D), random_labels(M, K)
+        loss(z[SHARES[rank]], labels[SHARES[rank]])
+        if rank == 0:
+            loss.load_state_dict(source.state_dict())
+    return loss
+
+
+PREPARED = ["loaded on the first", "written on the first", "another on each", "nothing on the first", "loaded later"]
+
+
+def steps_of(loss, share):
+    z, labels = unit_rows(M, D, seed=4), random_labels(M, K, seed=4)
+    return [loss(z[share], labels[share]).detach() for _ in range(2)] + list(loss.state_dict().values())
+
+
+def gathered(rank):
+    z, labels = unit_rows(M, D), random_labels(M, K)
+    share = SHARES[rank]
+    (rows, pi), flag = gather_rows(z[share], labels[share], flag=rank == 1)
+    soft_here = rows_of(labels, K)[share] if rank else labels[share]
+    features, membership = gather_membership(z[share], checked(z[share], soft_here, K))
+    return [rows, pi, torch.tensor(flag), features, membership.rows(), membership.counts, membership.sizes]
+
+
+def errors(rank):
+    """A wrong batch on every rank, and ranks that never had a batch, are errors on every rank."""
+    said = []
+    for call in (
+        lambda: losses_of("shared")(2 * unit_rows(5, D), random_labels(5, K)),
+        lambda: losses_of("shared").latch_from(torch.nn.Identity(), []),
+    ):
+        try:
+            call()
+        except vmcr2.InputError as error:
+            said.append(str(error))
+    return said
+
+
+def worker(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    results = {}
+
+    def note(name, call):
+        try:
+            results[name] = call()
+        except Exception:
+            results[name] = traceback.format_exc()
+            raise
+        finally:
+            torch.save(results, f"{folder}/{rank}")
+
+    for structure, step, kind in TRAINED:
+        model, loss = DistributedDataParallel(network()), losses_of(structure, step)
+        note(f"{structure}-{step}-{kind}", lambda m=model, f=loss, k=kind: train(m, f, k, SHARES[rank]))
+    for case in LATCHED:
+        note(case, lambda case=case: latched_from(latch_batches(case)[rank]))
+    note("wrapped", lambda: wrapped_model_with_batch_statistics(rank))
+    for how in PREPARED:
+        note(how, lambda how=how: steps_of(prepared(how, rank), SHARES[rank]))
+    note("gathered", lambda: gathered(rank))
+    note("errors", lambda: errors(rank))
+    dist.barrier()
     dist.destroy_process_group()
 
 
-def test_two_ranks_equal_one(tmp_path):
-    mp.spawn(worker, (tmp_path / "rendezvous", tmp_path / "out"), nprocs=2)
-    expected = steps(*setup(), unit_rows(31, 6), random_labels(31, 3))
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """Returns what each of two processes came to, of all cases: they are started once."""
+    folder = tmp_path_factory.mktemp("ranks")
+    context = mp.spawn(worker, (str(folder),), nprocs=2, join=False)
+    deadline = time.monotonic() + 120
+    try:
+        while not context.join(timeout=5):  # returns as soon as one of them has ended, too
+            if time.monotonic() > deadline:
+                pytest.fail("the ranks wait for each other")
+    except mp.ProcessRaisedException:
+        pass  # the cases that were reached tell which one it was
+    finally:
+        for process in context.processes:
+            process.kill()
+    return [torch.load(Path(folder) / str(rank), weights_only=True) for rank in range(2)]
+
+
+def assert_both(ranks, name, expected):
     for rank in range(2):
-        got = torch.load(tmp_path / f"out.{rank}", weights_only=True)
+        got = ranks[rank][name]
+        assert isinstance(got, list), got
         assert len(got) == len(expected)
         for ours, theirs in zip(got, expected, strict=True):
             torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize(("structure", "step", "kind"), TRAINED)
+def test_two_ranks_with_unequal_shares_equal_one(ranks, structure, step, kind):
+    expected = train(network(), losses_of(structure, step), kind, slice(None))
+    assert_both(ranks, f"{structure}-{step}-{kind}", expected)
+
+
+@pytest.mark.parametrize("case", LATCHED)
+def test_latch_from_takes_unequal_numbers_of_batches_none_included(ranks, case):
+    first, second = latch_batches(case)
+    expected = losses_of("shared")
+    expected.latch_from(torch.nn.Identity(), first + second)
+    z, labels = unit_rows(60, D)[:9], random_labels(60, K)[:9]
+    # Both ranks then trained on the same nine samples: a batch of eighteen.
+    value = expected(torch.cat([z, z]), torch.cat([labels, labels]))
+    got = [ranks[rank][case] for rank in range(2)]
+    for each in got:
+        assert isinstance(each, list), each
+        torch.testing.assert_close(each[0], value.detach())
+        state = dict(zip(expected.state_dict(), each[1:], strict=True))
+        torch.testing.assert_close(state["dictionary.codes"], expected.dictionary.codes)
+        overlap = (state["dictionary.atoms"] * expected.dictionary.atoms).sum(0).abs()
+        torch.testing.assert_close(overlap, torch.ones_like(overlap))
+    for ours, theirs in zip(*got, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_latch_from_a_function_of_a_distributed_module_does_not_synchronise_it(ranks):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(D, D), torch.nn.BatchNorm1d(D)).double()
+    batches = [(unit_rows(20, D, seed=seed), random_labels(20, K, seed=seed)) for seed in range(3)]
+    loss = losses_of("shared")
+    loss.latch_from(lambda x: normalize(model(x), dim=1), batches)
+    assert_both(ranks, "wrapped", [loss.dictionary.codes])
+
+
+@pytest.mark.parametrize("how", PREPARED)
+def test_the_first_ranks_dictionary_is_given_to_all_at_the_next_call(ranks, how):
+    source = source_of(3, 0 if how == "written on the first" else 70)
+    if how == "nothing on the first":
+        source = losses_of("shared")
+    expected = steps_of(source, slice(None))
+    if how == "written on the first":  # by hand: `latched` says nothing of that
+        source.dictionary.latched[:] = False
+        expected = [*expected[:-2], source.dictionary.latched, expected[-1]]
+    assert_both(ranks, how, expected)
+
+
+def test_gathering_gives_rows_in_rank_order_and_any_flag(ranks):
+    z, labels = unit_rows(M, D), random_labels(M, K)
+    rows = rows_of(labels, K)
+    expected = [z, labels, torch.tensor(True), z, rows, rows.sum(0), labels.bincount(minlength=K)]
+    assert_both(ranks, "gathered", expected)
+
+
+def test_what_is_wrong_everywhere_is_an_error_everywhere(ranks):
+    for rank in range(2):
+        first, second = ranks[rank]["errors"]
+        assert "norm 1" in first
+        assert "batches must give at least one pair" in second
+
+
+def test_without_processes_nothing_is_gathered():
+    z, labels = unit_rows(5, D), random_labels(5, K)
+    (rows, pi), flag = gather_rows(z, labels, flag=True)
+    assert rows is z
+    assert pi is labels
+    assert flag
+    assert world_size() == 1

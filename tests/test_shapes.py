@@ -14,11 +14,16 @@ z = torch.nn.functional.normalize(torch.randn(30, 8), dim=1)
 labels = torch.arange(30) % 3
 for membership in (labels, torch.nn.functional.one_hot(labels, 3), torch.full((30, 3), 1 / 3)):
     vmcr2.rate_reduction(z, membership)
+    vmcr2.MCR2Loss(3)(z.clone().requires_grad_(), membership).backward()
     for structure in ("shared", "block"):
-        loss = vmcr2.VMCR2Loss(3, 8, atoms_per_class=2, structure=structure)
-        loss(z, membership)
-        loss.latch_from(torch.nn.Identity(), zip(z.split(6), membership.split(6)))
-        loss.rates(z, membership)
+        for step, energy in (("ascent", None), ("ascent", 1.0), ("paper", None), ("simultaneous", 1.0)):
+            loss = vmcr2.VMCR2Loss(3, 8, atoms_per_class=2, structure=structure, step=step, energy=energy)
+            loss(z.clone().requires_grad_(), membership).backward()
+            loss.latch_from(torch.nn.Identity(), zip(z.split(6), membership.split(6)))
+            loss.rates(z, membership)
+            loss.eval()(z, membership)
+vmcr2.coding_rate(z)
+vmcr2.variational_logdet(torch.randn(2, 5, 3))
 vmcr2.NearestSubspaceClassifier().fit(z.numpy(), labels.numpy()).predict(z.numpy())
 try:
     vmcr2.rates.expansion_rate(z[0], 0.5)

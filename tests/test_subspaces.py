@@ -1,35 +1,32 @@
-"""The nearest-subspace classifier, as functions and as a scikit-learn estimator."""
+"""Subspaces of classes, eq. (8), as functions on tensors. Against the paper: test_paper.py."""
 
-import pickle
-
-import numpy as np
 import pytest
-import reference
 import torch
-from conftest import random_labels, unit_rows
-from sklearn.utils.estimator_checks import parametrize_with_checks
+from conftest import normal, random_labels, random_rotation, rows_of, unit_rows
 
-import vmcr2
-from vmcr2.subspaces import class_subspaces, nearest_subspace
+from vmcr2.subspaces import class_subspaces, default_components, nearest_subspace, subspace_energies
 
 
-@pytest.mark.parametrize(("d", "k", "r"), [(12, 3, 4), (12, 3, 1), (5, 4, 2)])
-def test_equals_equation_8(d, k, r):
-    train, labels, test = unit_rows(80, d), random_labels(80, k), unit_rows(50, d, seed=1)
-    expected = reference.nearest_subspace(train.numpy().T, labels.numpy(), test.numpy().T, k, r)
-    bases = class_subspaces(train, labels, k, r)
-    assert nearest_subspace(test, bases).tolist() == expected.tolist()
-    estimator = vmcr2.NearestSubspaceClassifier(r).fit(train.numpy(), labels.numpy())
-    assert estimator.predict(test.numpy()).tolist() == expected.tolist()
-    assert estimator.predict(test.numpy().astype(np.float32)).tolist() == expected.tolist()
-    assert estimator.decision_function(test.numpy()).shape == (50, k)
+@pytest.mark.parametrize(("d", "k", "r"), [(12, 5, 2), (12, 20, 1), (12, 12, 1), (12, 1, 12)])
+def test_the_default_is_the_papers_number_of_components_and_1_at_least(d, k, r):
+    assert default_components(d, k) == r
+    assert class_subspaces(unit_rows(80, d), torch.arange(80) % k, k).shape == (k, d, r)
 
 
-def test_default_is_the_papers_number_of_components():
-    train, labels = unit_rows(80, 12), torch.arange(80) % 5
-    assert class_subspaces(train, labels, 5).shape == (5, 12, 2)
-    assert class_subspaces(train, torch.arange(80) % 20, 20).shape == (20, 12, 1)
-    assert vmcr2.NearestSubspaceClassifier().fit(train.numpy(), labels.numpy()).n_components_ == 2
+def test_bases_are_orthonormal_and_energies_are_squared_projections():
+    train, labels = unit_rows(60, 8), random_labels(60, 3)
+    bases = class_subspaces(train, labels, 3, 2)
+    torch.testing.assert_close(bases.mT @ bases, torch.eye(2).double().expand(3, 2, 2))
+    test = unit_rows(10, 8, seed=1)
+    expected = torch.stack([(test @ basis).square().sum(1) for basis in bases], 1)
+    torch.testing.assert_close(subspace_energies(test, bases), expected)
+
+
+def test_many_samples_come_in_parts(monkeypatch):
+    bases, test = class_subspaces(unit_rows(60, 8), random_labels(60, 3), 3, 2), unit_rows(1000, 8, seed=1)
+    expected = subspace_energies(test, bases)
+    monkeypatch.setattr("vmcr2.subspaces._CACHED", 600)
+    torch.testing.assert_close(subspace_energies(test, bases), expected)
 
 
 def test_a_class_of_low_rank_claims_only_what_it_spans():
@@ -45,21 +42,38 @@ def test_a_class_of_low_rank_claims_only_what_it_spans():
     assert nearest_subspace(mixed, bases).tolist()[1] != 2  # a class without samples wins nothing, not even a tie
 
 
-def test_soft_membership():
+def test_one_hot_rows_equal_labels():
     train, labels = unit_rows(40, 8), random_labels(40, 3)
-    rows = torch.nn.functional.one_hot(labels, 3).double()
-    by_labels, by_rows = (class_subspaces(train, membership, 3, 2) for membership in (labels, rows))
+    by_labels, by_rows = (class_subspaces(train, membership, 3, 2) for membership in (labels, rows_of(labels, 3)))
     torch.testing.assert_close(by_labels @ by_labels.mT, by_rows @ by_rows.mT)
 
 
-def test_any_labels_and_a_pickle():
-    train, names = unit_rows(60, 8).numpy(), np.array(["ash", "elm", "oak"])[random_labels(60, 3).numpy()]
-    estimator = vmcr2.NearestSubspaceClassifier(2).fit(train, names)
-    again = pickle.loads(pickle.dumps(estimator))
-    assert (again.predict(train) == estimator.predict(train)).all()
-    assert set(estimator.predict(train)) <= {"ash", "elm", "oak"}
+def test_predictions_do_not_depend_on_rotation_or_scale():
+    train, labels, test = unit_rows(60, 8), random_labels(60, 3), unit_rows(30, 8, seed=1)
+    expected = nearest_subspace(test, class_subspaces(train, labels, 3, 2))
+    turn = random_rotation(8)
+    assert torch.equal(nearest_subspace(test @ turn, class_subspaces(train @ turn, labels, 3, 2)), expected)
+    for scale in (1e-30, 1e-150, 1e20, 1e140):
+        assert torch.equal(nearest_subspace(scale * test, class_subspaces(scale * train, labels, 3, 2)), expected)
 
 
-@parametrize_with_checks([vmcr2.NearestSubspaceClassifier()])
-def test_scikit_learn_conventions(estimator, check):
-    check(estimator)
+def steep(m, d, *, seed=0):
+    """Returns rows whose directions have energies over ten orders of magnitude."""
+    return normal(m, d, seed=seed) * torch.logspace(0, -5, d, dtype=torch.float64)
+
+
+def test_small_directions_of_float32_features_count():
+    """Their energies lie below float32's eps times the largest, and still decide where the classes differ in them."""
+    d = 500
+    rows = steep(1200, d)
+    bases = class_subspaces(rows.float(), torch.zeros(1200, dtype=torch.long), 1, 50)
+    assert bases.dtype == torch.float64
+    torch.testing.assert_close(bases[0].square().sum(0), torch.ones(50, dtype=torch.float64))
+    one, two = torch.zeros(40, d), torch.zeros(40, d)
+    for each, own in ((one, 1), (two, 2)):
+        each[:, 0] = 1
+        each[:, own] = 1e-5 * torch.where(torch.arange(40) % 2 == 0, 1, -1)
+    labels = torch.arange(80) // 40
+    bases = class_subspaces(torch.cat([one, two]), labels, 2, 2)
+    torch.testing.assert_close(bases.square().sum(1), torch.ones(2, 2, dtype=torch.float64))
+    assert torch.equal(nearest_subspace(torch.cat([one, two]), bases), labels)

@@ -7,7 +7,7 @@ loss(model(inputs), labels).backward()       # as any criterion
 
 from __future__ import annotations
 
-from importlib import import_module
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from vmcr2.errors import InputError, NotLatchedError, NumericalError
@@ -17,11 +17,14 @@ from vmcr2.variational import VariationalRates, variational_logdet
 
 if TYPE_CHECKING:
     from vmcr2.embeddings import LabelQuality, Report, label_quality, report
+    from vmcr2.lab.trained import load
+    from vmcr2.sampling import ClassBalancedBatchSampler
     from vmcr2.sklearn import CodingRateClassifier, CodingRateTransformer, NearestSubspaceClassifier
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "ClassBalancedBatchSampler",
     "CodingRateClassifier",
     "CodingRateTransformer",
     "InputError",
@@ -38,34 +41,38 @@ __all__ = [
     "balanced_mu",
     "coding_rate",
     "label_quality",
+    "load",
     "rate_reduction",
     "report",
     "transrate",
     "variational_logdet",
 ]
 
-# What is not always used is imported when it is first asked for; scikit-learn alone takes seconds.
-_LATER = {
+# Imported when they are asked for: scikit-learn takes seconds, torch.utils.data tenths of one.
+_LATE = {
+    "ClassBalancedBatchSampler": "vmcr2.sampling",
     "CodingRateClassifier": "vmcr2.sklearn",
     "CodingRateTransformer": "vmcr2.sklearn",
-    "NearestSubspaceClassifier": "vmcr2.sklearn",
     "LabelQuality": "vmcr2.embeddings",
+    "NearestSubspaceClassifier": "vmcr2.sklearn",
     "Report": "vmcr2.embeddings",
     "label_quality": "vmcr2.embeddings",
+    "load": "vmcr2.lab.trained",
     "report": "vmcr2.embeddings",
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _LATER:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    try:
-        module = import_module(_LATER[name])
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.split(".")[0] != "sklearn":
-            raise
-        raise ImportError(f"vmcr2.{name} needs scikit-learn: pip install 'vmcr2[sklearn]'") from error
-    return getattr(module, name)
+    if name in _LATE:
+        try:
+            return getattr(importlib.import_module(_LATE[name]), name)
+        except ModuleNotFoundError as error:
+            if error.name is None or error.name.split(".")[0] == "vmcr2":
+                raise
+            extra = _LATE[name].split(".")[1]
+            text = f"vmcr2.{name} needs {error.name}, which is missing: pip install 'vmcr2[{extra}]'"
+            raise ModuleNotFoundError(text, name=error.name) from error
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

@@ -121,7 +121,7 @@ def _ascended_atoms(
     attraction = dictionary.atom_gradient(features, projections, dictionary.overlap(), membership)
     gradient = expansion_atom_gradient(dictionary, solved_atoms(dictionary, weights, eps_sq), weights, eps_sq)
     moved = torch.addcmul(dictionary.atoms, gradient.sub_(attraction, alpha=mu), length)
-    return nn.functional.normalize(moved, dim=1)
+    return torch.where(length > 0, nn.functional.normalize(moved, dim=1), dictionary.atoms)
 
 
 def _ascended_codes(
@@ -186,7 +186,7 @@ def _ascended_codes(
         moves = moves & (sums > 0)
     found = codes + _CODE_SHARE * (found - codes)
     # A code that goes to 0 gets there, rather than halving down to where its square underflows.
-    found = torch.where(found > _NEGLIGIBLE * shift, found, 0)
+    found = torch.where(found <= _NEGLIGIBLE * shift, 0, found)  # NaN stays, to be found
     return torch.where(moves, found, codes), exposed.max()
 
 
@@ -239,7 +239,8 @@ def paper_step(
     rise = rise + mu * (energies - here.respond(overlap, here.codes * counts[:, None]))
     codes = (dictionary.codes + step_codes * _over(rise, bound_codes)).clamp_min(0)  # lines 8 and 9
     codes = torch.where(counts[:, None] > 0, codes, dictionary.codes)
-    atoms = nn.functional.normalize(moved.atoms, dim=1)  # line 10
+    used = dictionary.by_atom(dictionary.codes * counts[:, None])[:, None] > 0
+    atoms = torch.where(used, nn.functional.normalize(moved.atoms, dim=1), dictionary.atoms)  # line 10
     return scaled_to(dictionary.moved(atoms, codes), energy)
 
 

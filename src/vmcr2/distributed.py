@@ -16,6 +16,11 @@ def world_size(group: Any = None) -> int:
     return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
 
 
+def process_rank(group: Any = None) -> int:
+    """Returns this process's rank in a group (None: among all), 0 where torch.distributed is not in use."""
+    return dist.get_rank(group) if dist.is_available() and dist.is_initialized() else 0
+
+
 def sum_over_ranks(tensor: Tensor, group: Any = None) -> Tensor:
     """Returns the sum of a tensor over ranks."""
     total = tensor.clone()
@@ -68,18 +73,21 @@ def gather_rows(*tensors: Tensor, group: Any = None, flag: bool = False) -> tupl
 
 def gather_membership(features: Tensor, membership: Membership, group: Any = None) -> tuple[Tensor, Membership]:
     """Returns features and membership that have been checked, those of all ranks; where one has soft rows, all do."""
-    soft = sum_over_ranks(torch.tensor([int(membership.labels is None)]), group).item() > 0
+    # On the features' device, the only one that every backend is sure to take.
+    kind = torch.tensor([int(membership.labels is None)], device=features.device)
+    soft = sum_over_ranks(kind, group).item() > 0
     held = membership.rows() if soft else membership.rows_or_labels
     (features, held), _ = gather_rows(features, held, group=group)
     counts = sum_over_ranks(membership.counts, group)
-    sizes = sum_over_ranks(membership.sizes, group)
+    sizes = sum_over_ranks(membership.sizes.to(counts.device), group).cpu()
     return features, Membership(None if soft else held, held if soft else None, counts, sizes)
 
 
 def broadcast(module: nn.Module, group: Any = None) -> None:
-    """Gives every rank the buffers of the first."""
+    """Gives every rank the state of the first: buffers, and what else `state_dict` holds."""
     source = 0 if group is None else dist.get_global_rank(group, 0)
-    for buffer in module.buffers():
-        held = buffer.contiguous()
-        dist.broadcast(held, source, group=group)
-        buffer.copy_(held)
+    device = next(module.buffers()).device
+    state = {name: value.to(device).clone() for name, value in module.state_dict().items()}
+    for value in state.values():
+        dist.broadcast(value, source, group=group)
+    module.load_state_dict(state)

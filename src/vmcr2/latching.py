@@ -6,6 +6,7 @@ many samples there are, and `batch_statistics` decides which of a network's feat
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -134,9 +135,8 @@ class MomentStream:
         The ranks may have had any number of batches, none included: they meet here alone.
         """
         if world_size(self.group) > 1:
-            folded = sum_over_ranks(
-                torch.tensor([float(self.sums is not None), float(self.kept)], dtype=torch.float64), self.group
-            ).tolist()
+            held = torch.tensor([int(self.sums is not None), self.kept], device=self.empty.device)
+            folded = sum_over_ranks(held, self.group).tolist()
             if folded[0] or folded[1] > self.num_classes * self.feature_dim:
                 self._fold()
                 assert self.sums is not None
@@ -158,38 +158,74 @@ class MomentStream:
 
 
 @contextmanager
-def batch_statistics() -> Iterator[None]:
-    """Runs whatever modules are called inside on the batch's own statistics and without noise; all is put back after.
+def batch_statistics(model: Callable[[Tensor], Tensor]) -> Iterator[Callable[[Tensor], Tensor]]:
+    """Lends a model that runs on each batch's own statistics and without noise; all is put back after.
 
     Normalisation layers that would use batch statistics in training use them here, and leave their running ones alone;
-    one that is frozen (in eval mode inside of a model in training mode) stays frozen. Everything else, dropout say, is
-    in eval mode. Modules are met as they are called, so that it does not matter how they are wrapped: by functions,
-    methods, partial or compiled ones.
+    one that is frozen (in eval mode while something else of the model is in training mode) stays frozen. Everything
+    else, dropout say, is in eval mode. Of a Module, or a method of one, the modules are known; those that any other
+    function calls are met on its first batch, which therefore runs once more, in eval mode, before it counts.
+
+    Args:
+        model: a Module, or any function that calls some, however they are wrapped.
     """
-    met: dict[nn.Module, bool] = {}
-    lent: list[tuple[nn.Module, dict[str, Tensor | None]]] = []
-    depth_training: list[bool] = []
+    modes: dict[nn.Module, bool] = {}
+    lent: list[tuple[dict[str, Any], dict[str, Any]]] = []
+    settled = False
 
-    def enter(module: nn.Module, _: Any) -> None:
-        for inner in module.modules():
-            if inner in met:
-                continue
-            if not depth_training:
-                depth_training.append(module.training)
-            met[inner] = inner.training
-            if isinstance(inner, _NormBase) and (inner.training or not depth_training[0]):
-                # Without running statistics a layer has only the batch's, in any mode, and none to change.
-                names = ("running_mean", "running_var")
-                lent.append((inner, {name: inner._buffers[name] for name in names}))
-                inner._buffers.update(dict.fromkeys(names))
+    def lend(held: dict[str, Any], **values: Any) -> None:
+        lent.append((held, {name: held[name] for name in values}))
+        held.update(values)
+
+    def settle(module: nn.Module) -> None:
+        if isinstance(module, _NormBase) and (modes[module] or not any(modes.values())):
+            # Without running statistics a layer has only the batch's, in any mode, and none to change.
+            lend(module._buffers, running_mean=None, running_var=None)
+            lend(module.__dict__, track_running_stats=False)
+
+    def enter(module: nn.Module, _: Any = None) -> None:
+        new = [inner for inner in module.modules() if inner not in modes]
+        modes.update({inner: inner.training for inner in new})  # all before any: a compiled module passes its mode on
+        for inner in new:
             inner.training = False
+            if isinstance(inner, nn.parallel.DistributedDataParallel):
+                # Its forward would synchronise ranks that may have unequal numbers of batches.
+                lend(inner.__dict__, require_forward_param_sync=False)
+            if settled:
+                settle(inner)
 
-    handle = register_module_forward_pre_hook(enter)
+    def run(inputs: Tensor) -> Tensor:
+        nonlocal settled
+        if not settled:
+            if handle is not None:
+                model(inputs)
+            settled = True
+            for module in list(modes):
+                settle(module)
+        return model(inputs)
+
+    known, all_known = _modules_of(model)
+    handle = None if all_known else register_module_forward_pre_hook(enter)
     try:
-        yield
+        for module in known:
+            enter(module)
+        yield run
     finally:
-        handle.remove()
-        for module, buffers in lent:
-            module._buffers.update(buffers)
-        for module, mode in met.items():
+        if handle is not None:
+            handle.remove()
+        for held, values in reversed(lent):
+            held.update(values)
+        for module, mode in modes.items():
             module.training = mode
+
+
+def _modules_of(function: Any) -> tuple[list[nn.Module], bool]:
+    """Returns the modules that a function is, belongs to or is given, and whether it can be taken to call no others."""
+    given: list[nn.Module] = []
+    while isinstance(function, functools.partial):
+        given += [each for each in (*function.args, *function.keywords.values()) if isinstance(each, nn.Module)]
+        function = function.func
+    owner = getattr(function, "__self__", function)
+    if isinstance(owner, nn.Module):
+        return [owner, *given], True
+    return given, False

@@ -133,10 +133,10 @@ class _HalfLogdet(Function):
         return 0.5 * grad_outputs[0][..., None, None] * inverse
 
     @staticmethod
-    def jvp(ctx: Any, *grad_inputs: Tensor) -> tuple[Tensor, Tensor]:
-        matrix, factor = ctx.saved_tensors
+    def jvp(ctx: Any, *grad_inputs: Tensor) -> tuple[Tensor, None]:
+        matrix, _ = ctx.saved_tensors
         solved = torch.linalg.solve(_shifted(matrix), grad_inputs[0])
-        return 0.5 * solved.diagonal(dim1=-2, dim2=-1).sum(-1), torch.zeros_like(factor)
+        return 0.5 * solved.diagonal(dim1=-2, dim2=-1).sum(-1), None
 
 
 def half_logdet(matrix: Float[Tensor, "*b n n"]) -> Float[Tensor, "*b"]:

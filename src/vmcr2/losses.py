@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int, Shaped
@@ -333,7 +333,9 @@ class VMCR2Loss(nn.Module):
         if not bool(self.dictionary.known().any()):
             raise NotLatchedError(
                 "the dictionary was never latched, and no step is taken here (eval mode, or gradients are off): call "
-                "loss.latch_from(model, batches) or loss.latch(features, membership) before evaluating, or train first"
+                "loss.latch_from(model, batches) or loss.latch(features, membership) before evaluating, or train "
+                "first. Where a trainer validates before it trains (Lightning's sanity check), skip that "
+                "(num_sanity_val_steps=0) or latch before it"
             )
         dictionary, among = self.dictionary.read(membership, dtype)
         # Copies, since the buffers may move on before the backward pass.
@@ -403,7 +405,7 @@ class VMCR2Loss(nn.Module):
         """Returns R^v, R_c^v and the residual (µ/2m) M of eq. (7), for logging; changes nothing, in either mode.
 
         R^v and R_c^v are those of the dictionary at the batch's class weights. Their difference is not ΔR of the
-        features: for that, see `vmcr2.rate_reduction`.
+        features: for that, see `vmcr2.rate_reduction`. Under torch.distributed every rank must call it.
 
         Args:
             features: Z, (m, d), finite, rows of norm 1.
@@ -427,7 +429,7 @@ class VMCR2Loss(nn.Module):
         """Sets the dictionary to each class's top singular vectors and values (Alg. 2).
 
         A class that is absent keeps what it had. A class of rank below s is completed by orthonormal directions with
-        code 0.
+        code 0. Under torch.distributed every rank must call it, each with its share.
 
         Args:
             features: Z, (m, d), finite, rows of norm 1; of as many samples as there are, as training sees them.
@@ -465,19 +467,18 @@ class VMCR2Loss(nn.Module):
             batches: pairs (inputs, membership), one pass over the training set. Tensors are moved to the loss's device.
 
         Raises:
-            InputError: no batch on any rank, or a batch that is wrong (a ValueError).
+            InputError: no batch on any rank, or a batch that is wrong or no pair (a ValueError).
             NumericalError: a decomposition did not converge.
         """
-        if isinstance(model, nn.parallel.DistributedDataParallel):
-            model = model.module  # whose forward would synchronise ranks that may have unequal numbers of batches
         atoms = self.dictionary.atoms
         dtype = rate_dtype(self.feature_dim, self.eps_sq, atoms)
         stream = MomentStream(self.num_classes, self.feature_dim, dtype, atoms.device)
-        with batch_statistics():
-            for inputs, membership in batches:
-                features, held = model(inputs.to(atoms.device)), membership.to(atoms.device)
+        with batch_statistics(model) as run:
+            for inputs, membership in map(_pair, batches):
+                features, held = run(inputs.to(atoms.device)), membership.to(atoms.device)
                 checked, _ = as_membership(features, held, self.num_classes, feature_dim=self.feature_dim, unit=True)
-                stream.add(features.to(dtype), checked.to(dtype))
+                with torch.autocast(atoms.device.type, enabled=False):
+                    stream.add(features.to(dtype), checked.to(dtype))
         with torch.autocast(atoms.device.type, enabled=False):
             blocks, energies, counts = stream.blocks(self.atoms_per_class)
         if not bool((counts > 0).any()):
@@ -494,6 +495,17 @@ class VMCR2Loss(nn.Module):
             f"reduction={self.reduction!r}, structure={self.structure!r}, balance={self.balance}, "
             f"energy={self.energy}, step={self.step!r}{steps}"
         )
+
+
+def _pair(batch: Any) -> tuple[Tensor, Tensor]:
+    """Returns a batch of `latch_from`, which must be a pair; a dict of two would unpack into its keys."""
+    if isinstance(batch, tuple | list) and len(batch) == 2:
+        return batch[0], batch[1]
+    got = f"a dict of {', '.join(map(repr, batch))}" if isinstance(batch, dict) else f"a {type(batch).__name__}"
+    raise InputError(
+        f"batches must give pairs (inputs, membership), got {got}; of dicts make pairs: "
+        "((batch['pixel_values'], batch['labels']) for batch in loader)"
+    )
 
 
 class _CollapseWatch:
@@ -513,9 +525,13 @@ class _CollapseWatch:
         self.steps += 1
         if self.warned or self.steps % _WATCH_EVERY != 1:
             return
+        if membership.soft is not None:
+            # By the largest entry: with a share of every class in every sample there were k determinants of d×d.
+            membership, _ = as_membership(features, membership.soft.argmax(1), membership.num_classes)
         reduction = float(checked_rates(features, membership, loss.eps_sq).reduction)
         self.best = max(self.best, reduction)
-        self.low = self.low + 1 if reduction < _COLLAPSED * self.best else 0
+        # Of a single class, and of features that are all alike from the start, ΔR is 0 but for rounding.
+        self.low = self.low + 1 if self.best > 1e-3 and reduction < _COLLAPSED * self.best else 0
         if self.low < 3:
             return
         self.warned = True
@@ -529,5 +545,5 @@ class _CollapseWatch:
                 if balance > 0.5
                 else ""
             ),
-            stacklevel=3,
+            stacklevel=5,  # the call of the loss, past Module's own two
         )

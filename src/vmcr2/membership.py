@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from vmcr2.checks import Condition, check_count, feature_conditions, read
 from vmcr2.errors import InputError
-from vmcr2.linalg import is_batched, wide_dtype
+from vmcr2.linalg import is_batched, product, wide_dtype
 
 _ABSENT = 1e-15  # a class with a smaller share of the samples counts as absent: its part in any rate is below rounding
 _LARGEST_LABEL = 10_000_000  # beyond this a forgotten num_classes is likelier than so many classes
@@ -47,8 +47,8 @@ class ClassGroup:
 
     @property
     def shares(self) -> Float[Tensor, "b n c"]:
-        """Π_ij / n_j."""
-        return self.weights / self.counts[:, None]
+        """Π_ij / n_j, and 0 for a class without a sample, which only `torch.vmap` lets in."""
+        return self.weights / torch.where(self.counts > 0, self.counts, 1)[:, None]
 
     def take(self, values: Float[Tensor, "m d"]) -> Float[Tensor, "b n d"]:
         """Returns each set's rows. Differentiable."""
@@ -106,14 +106,14 @@ class Membership:
         if self.labels is not None:
             return values.index_select(0, self.labels)
         assert self.soft is not None
-        return self.soft @ values
+        return product(self.soft, values)
 
     def collect(self, values: Float[Tensor, "m q"]) -> Float[Tensor, "k q"]:
         """Returns Πᵀ V: the sum over each class's samples."""
         if self.labels is not None:
             return values.new_zeros(self.num_classes, values.shape[1]).index_add(0, self.labels, values)
         assert self.soft is not None
-        return self.soft.mT @ values
+        return product(self.soft.mT, values)
 
     def to(self, dtype: torch.dtype) -> Membership:
         """Returns the membership with its weights in a dtype."""
@@ -257,6 +257,8 @@ def _from_labels(
             f"membership as labels must be of an integer dtype, got {labels.dtype}; "
             "soft membership has shape (m, k), one row a sample"
         )
+    if is_batched(labels):
+        raise InputError("membership must be the same for all that torch.vmap runs over, got labels that differ")
     labels = labels.long()
     lowest, highest = labels.min(), labels.max()
     limit = _LARGEST_LABEL if num_classes is None else num_classes
@@ -275,8 +277,6 @@ def _from_labels(
         conditions, num_classes = [], int(highest) + 1
     sizes = torch.zeros(num_classes, dtype=torch.long, device=labels.device)
     sizes.index_add_(0, labels.clamp(0, num_classes - 1), torch.ones_like(labels))
-    if is_batched(sizes):
-        raise InputError("membership must be the same for all that torch.vmap runs over, got labels that differ")
     held, beside = _read_sizes(conditions, sizes, beside)
     assert held is not None
     return Membership(labels, None, sizes.to(dtype), held), beside

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from vmcr2.checks import check_number
+from vmcr2.checks import Condition, check_number, read
 from vmcr2.errors import InputError
 from vmcr2.linalg import half_logdet, inverse_shifted, wide_dtype
 from vmcr2.membership import Membership
@@ -143,6 +143,5 @@ def variational_logdet(factor: Float[Tensor, "*b d r"], *, scale: float = 1.0) -
             f"factor must be floating point of shape (..., d, r), got {factor.dtype} {tuple(factor.shape)}"
         )
     check_number("scale", scale)
-    if not bool(factor.detach().isfinite().all()):
-        raise InputError("factor must be finite, got NaN or infinite entries")
+    read([Condition(~factor.detach().isfinite().all(), "factor must be finite", lambda: "NaN or infinite entries")])
     return torch.log1p(scale * factor.to(wide_dtype(factor)).square().sum(-2)).sum(-1)

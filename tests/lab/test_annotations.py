@@ -10,16 +10,17 @@ from pathlib import Path
 from jaxtyping import install_import_hook
 
 with install_import_hook("vmcr2", "beartype.beartype"):
-    from vmcr2.lab import evaluate, sources, train
+    from vmcr2.lab import evaluate, sources, train, trained
     from vmcr2.lab.sources import DataSettings
     from vmcr2.lab.recipes import OBJECTIVES, RECIPES, VMCR2Settings
 
 small = replace(RECIPES["digits"], epochs=1, data=DataSettings(train_size=200), vmcr2=VMCR2Settings(atoms_per_class=2))
 for objective in OBJECTIVES:
     run = train.start(replace(small, objective=objective), Path(sys.argv[1]) / objective)
-    trained = train.load_trained(run)
+    loaded = trained.load(run)
     dataset = sources.load(small.data)
-    features = evaluate.extract(trained.model, dataset, small.augmentation, 100)
+    features = evaluate.extract(loaded.model, dataset, small.augmentation, 100)
+    loaded.scores(dataset.test_inputs[:5])
     evaluate.accuracy_by_components(features, dataset, [1, 2])
 print("done")
 """

@@ -4,9 +4,16 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
 
+import vmcr2
 from vmcr2 import __main__, __version__
 from vmcr2.lab.cli import main
 
@@ -30,6 +37,7 @@ def test_train_evaluate_plot(tmp_path, capsys):
         figure.unlink()
     assert main(["plot", out]) == 0
     assert {path.name for path in (tmp_path / "run" / "figures").iterdir()} == {
+        "confusion.png",
         "rates.png",
         "similarity.png",
         "spectra.png",
@@ -65,8 +73,8 @@ def test_compare_goes_on_where_it_was(tmp_path, capsys):
     [
         (
             ["trian"],
-            "command must be one of train, compare, evaluate, plot, reproduce, bench, recipes, got 'trian'; did "
-            "you mean train?",
+            "command must be one of train, compare, evaluate, plot, predict, audit, export, report, reproduce, bench, "
+            "recipes, got 'trian'; did you mean train?",
         ),
         (["train"], "takes a recipe first"),
         (["train", "digit"], "did you mean digits?"),
@@ -160,3 +168,115 @@ def test_a_missing_extra_is_named(monkeypatch, capsys):
 def test_warnings_are_one_line(tmp_path, capsys):
     assert main(["train", "digits", *QUICK, "--augmentation.crop", "6", "--out", str(tmp_path / "run")]) == 0
     assert "vmcr2: augmentation.crop 6 is smaller than the images of 8×8 pixels" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def leaves(tmp_path_factory):
+    """A folder of images, and a run on it by the recipe chosen for it."""
+    root = tmp_path_factory.mktemp("cli")
+    for part, count in (("train", 8), ("test", 3)):
+        for name, colour in (("ash", (250, 0, 0)), ("oak", (0, 0, 250))):
+            (root / "leaves" / part / name).mkdir(parents=True)
+            for i in range(count):
+                shade = tuple(max(0, value - 9 * i) for value in colour)
+                Image.new("RGB", (10 + i, 10), shade).save(root / "leaves" / part / name / f"{i}.png")
+    command = ["train", str(root / "leaves"), "--epochs", "3", "--device", "cpu", "--out", str(root / "run")]
+    assert main(command) == 0
+    return root
+
+
+def test_a_folder_is_trained_on_by_itself(leaves, capsys):
+    out = str(leaves / "again")
+    assert main(["train", str(leaves / "leaves"), "--epochs", "1", "--feature-dim", "16", "--out", out]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "chosen for leaves: 2 classes, 16 training samples; network mlp, feature_dim 16, images scaled to 10" in said
+    assert main(["train", "--resume", out]) == 0
+    assert "nothing to do" in capsys.readouterr().out
+
+
+def test_predict_names_files_and_folders(leaves, tmp_path, capsys):
+    test = leaves / "leaves" / "test"
+    given = [str(test / "ash"), str(test / "oak" / "0.png")]
+    assert main(["predict", str(leaves / "run"), *given, "--out", str(tmp_path / "p.csv")]) == 0
+    lines = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
+    assert [(Path(file).name, name) for file, name, _ in lines] == [
+        ("0.png", "ash"),
+        ("1.png", "ash"),
+        ("2.png", "ash"),
+        ("0.png", "oak"),
+    ]
+    assert all(0 <= float(margin) <= 1 for *_, margin in lines)
+    rows = (tmp_path / "p.csv").read_text().splitlines()
+    assert rows[0] == "file,class,margin"
+    assert len(rows) == 5
+    assert main(["predict", str(leaves / "run"), given[1], "--out", str(tmp_path / "no" / "p.csv")]) == 2
+    assert "out must lie in a folder that exists" in capsys.readouterr().err
+    (tmp_path / "empty").mkdir()
+    assert main(["predict", str(leaves / "run"), str(tmp_path / "empty")]) == 2
+    assert "files must name at least one image" in capsys.readouterr().err
+
+
+def test_export_predicts_as_the_run_does(leaves, tmp_path, capsys):
+    assert main(["export", str(leaves / "run"), str(tmp_path / "model")]) == 0
+    assert "loads it" in capsys.readouterr().out
+    file = str(leaves / "leaves" / "test" / "oak" / "1.png")
+    assert main(["predict", str(tmp_path / "model"), file]) == 0
+    exported = capsys.readouterr().out
+    assert main(["predict", str(leaves / "run"), file]) == 0
+    assert capsys.readouterr().out == exported
+    assert main(["export", str(leaves / "run"), str(tmp_path / "model")]) == 2
+    assert "must be new or empty" in capsys.readouterr().err
+
+
+def test_audit_lists_suspects(leaves, monkeypatch, capsys):
+    def label_quality(features, labels):
+        scores = torch.linspace(1, 0, len(labels))
+        suggested = labels.clone()
+        suggested[-2:] = 0
+        return SimpleNamespace(scores=scores, suggested=suggested)
+
+    monkeypatch.setattr(vmcr2, "label_quality", label_quality, raising=False)
+    assert main(["audit", str(leaves / "run"), "--top", "1"]) == 0
+    said = capsys.readouterr().out
+    assert "1 of 2 suspects" in said
+    assert "train/oak/7.png" in said
+    rows = (leaves / "run" / "suspects.csv").read_text().splitlines()
+    assert rows[1:] == ["train/oak/7.png,oak,ash,0.0000", "train/oak/6.png,oak,ash,0.0667"]
+    assert (leaves / "run" / "figures" / "suspects.png").is_file()
+    monkeypatch.setattr(vmcr2, "label_quality", lambda z, y: SimpleNamespace(scores=torch.ones(len(y)), suggested=y))
+    assert main(["audit", str(leaves / "run")]) == 0
+    assert "no suspects" in capsys.readouterr().out
+
+
+class StandInReport:
+    def __init__(self, features, labels, class_names):
+        self.shape, self.names = list(features.shape), list(class_names)
+
+    def __str__(self):
+        return f"a report on {self.shape}"
+
+    def as_dict(self):
+        return {"shape": self.shape, "class_names": self.names}
+
+    def figure(self):
+        return Figure()
+
+
+def test_report_prints_and_writes_what_embeddings_are_like(tmp_path, monkeypatch, capsys):
+    if not hasattr(vmcr2, "report"):
+        monkeypatch.setattr(vmcr2, "report", StandInReport, raising=False)
+    z = np.random.default_rng(0).normal(size=(60, 8))
+    np.savez(
+        tmp_path / "mine.npz", features=z / np.linalg.norm(z, axis=1, keepdims=True), labels=100 + np.arange(60) % 3
+    )
+    assert main(["report", str(tmp_path / "mine.npz")]) == 0
+    assert len(capsys.readouterr().out.splitlines()) >= 2
+    assert json.loads((tmp_path / "mine.report.json").read_text())
+    assert (tmp_path / "mine.report.png").stat().st_size > 1000
+    assert main(["report", str(tmp_path / "mine.npz"), "--out", str(tmp_path / "there")]) == 0
+    assert (tmp_path / "there" / "mine.report.png").is_file()
+    np.savez(tmp_path / "images.npz", x_train=np.zeros((4, 8, 8), np.uint8), y_train=np.arange(4))
+    assert main(["report", str(tmp_path / "images.npz")]) == 2
+    assert "must hold embeddings (m, d), got images" in capsys.readouterr().err
+    assert main(["report", str(tmp_path / "gone.npz")]) == 2
+    assert "there is no file" in capsys.readouterr().err

@@ -8,6 +8,7 @@ from vmcr2.lab import train
 from vmcr2.lab.augmentation import Augmentation
 from vmcr2.lab.recipes import RECIPES, Recipe, VMCR2Settings
 from vmcr2.lab.sources import DataSettings
+from vmcr2.lab.trained import load
 
 
 def test_omniglot_many_classes_few_samples(data_root, tmp_path):
@@ -37,6 +38,6 @@ def test_the_papers_networks_on_their_data(data_root, tmp_path, source, network,
     )
     run = train.start(recipe, tmp_path / "run", data_root)
     if network == "cnn":
-        assert train.load_trained(run).model[7].in_features == 12544
+        assert load(run).model[7].in_features == 12544
     summary = run.summary()
     assert 0 <= summary["train_reduction"] <= summary["train_expansion"]

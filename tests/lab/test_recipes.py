@@ -1,14 +1,19 @@
 """Recipes: how they are written, read and refused."""
 
 import json
+import warnings
 from dataclasses import replace
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
 from small import SMALL
 
 from vmcr2.errors import InputError
-from vmcr2.lab import recipes
-from vmcr2.lab.recipes import Recipe
+from vmcr2.lab import recipes, sources
+from vmcr2.lab.augmentation import Augmentation, augmented, warn_of_lost_borders
+from vmcr2.lab.recipes import CESettings, Recipe
 
 
 @pytest.mark.parametrize(
@@ -69,7 +74,7 @@ def test_choices_are_checked_without_json_too():
 
 
 def test_the_learning_rate_at_every_moment():
-    drops = replace(SMALL, objective="ce", epochs=4, lr_drops=(0.5, 0.75))
+    drops = replace(SMALL, objective="ce", epochs=4, lr_drops=(0.5, 0.75), ce=CESettings(lr=0.1))
     assert [drops.lr_at(epoch) for epoch in (0.5, 2, 2.5, 4)] == pytest.approx([0.1, 0.1, 0.01, 0.001])
     cosine = replace(drops, lr_drops=(), schedule="cosine", warmup_epochs=2)
     assert [cosine.lr_at(epoch) for epoch in (0.5, 1, 2, 3, 4)] == pytest.approx([0.025, 0.05, 0.1, 0.05, 0])
@@ -77,3 +82,46 @@ def test_the_learning_rate_at_every_moment():
     assert [warm.lr_at(epoch) for epoch in (1, 2, 4)] == pytest.approx([0.05, 0.1, 0.1])
     with pytest.raises(InputError, match="lr_drops must be shares of the epochs, between 0 and 1, got 100"):
         replace(drops, lr_drops=(100.0,))
+
+
+def write_images(root, sizes, parts=("train", "test")):
+    for part in parts:
+        for name in ("ash", "oak"):
+            (root / part / name).mkdir(parents=True)
+            for i, size in enumerate(sizes):
+                Image.new("RGB", size, (9 * i, 0, 0)).save(root / part / name / f"{i}.png")
+    return root
+
+
+@pytest.mark.parametrize(
+    ("sizes", "network", "image_size", "crop"),
+    [
+        ([(8, 8)] * 3, "mlp", None, 8),
+        ([(32, 32)] * 3, "conv4", None, 32),
+        ([(32, 20)] * 3, "conv4", None, None),  # a square crop would lose borders
+        ([(300, 200), (50, 90)], "resnet18", 50, 50),
+        ([(300, 200)] * 2, "resnet18", 64, 64),
+    ],
+)
+def test_a_recipe_is_chosen_for_a_folder(tmp_path, sizes, network, image_size, crop):
+    recipe = recipes.find(str(write_images(tmp_path / "my leaves", sizes)))
+    assert (recipe.name, recipe.network, recipe.data.image_size) == ("my-leaves", network, image_size)
+    assert (recipe.augmentation.crop, recipe.data.validation) == (crop, 0)
+    dataset = sources.load(recipe.data)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_of_lost_borders(tuple(dataset.train_inputs.shape[2:]), recipe.augmentation)
+    assert augmented(dataset.train_inputs, recipe.augmentation, torch.Generator()).shape == dataset.train_inputs.shape
+
+
+def test_a_recipe_is_chosen_for_a_file(tmp_path):
+    labels = np.arange(900) // 3 + 100
+    np.savez(tmp_path / "e.npz", features=np.ones((900, 5)), labels=labels)
+    recipe = recipes.find(str(tmp_path / "e.npz"))
+    assert (recipe.network, recipe.feature_dim, recipe.data.validation) == ("mlp", 600, 0.2)
+    assert "300 classes, 900 training samples, a fifth held out" in recipe.about
+    assert recipe.augmentation == Augmentation()
+    with pytest.raises(InputError, match="there is no file"):
+        recipes.find("gone.npz")
+    with pytest.raises(InputError, match="it has no train/"):
+        recipes.find(str(tmp_path))

@@ -10,11 +10,11 @@ from small import SMALL
 import vmcr2
 from vmcr2.errors import InputError, NumericalError
 from vmcr2.lab import figures, networks, objectives, recipes, sources, train
-from vmcr2.lab.augmentation import Augmentation, plain
+from vmcr2.lab.augmentation import Augmentation
 from vmcr2.lab.recipes import RECIPES
 from vmcr2.lab.run import RunFolder
 from vmcr2.lab.sources import DataSettings
-from vmcr2.subspaces import nearest_subspace
+from vmcr2.lab.trained import load
 
 
 @pytest.mark.parametrize("objective", recipes.OBJECTIVES)
@@ -38,7 +38,8 @@ def test_a_run_leaves_what_it_promises(tmp_path, objective):
     state = torch.load(run.checkpoint_file, weights_only=True)
     assert state["epoch"] == 3
     drawn = {path.name for path in figures.draw_run(run)}
-    assert drawn == {"rates.png", "similarity.png", "spectra.png"} | ({"codes.png"} if objective == "vmcr2" else set())
+    expected = {"rates.png", "similarity.png", "spectra.png", "confusion.png"}
+    assert drawn == expected | ({"codes.png"} if objective == "vmcr2" else set())
     assert summary["evaluated_on"] == "test"
 
 
@@ -148,25 +149,6 @@ def test_every_line_reaches_the_hook(tmp_path):
 def test_paths_may_be_text(tmp_path):
     run = train.start(replace(SMALL, epochs=1), str(tmp_path / "run"), str(tmp_path))
     assert RunFolder.open(str(run.path)).is_complete()
-    assert train.load_trained(str(run.path)).recipe == run.recipe()
-
-
-def test_a_trained_run_is_loaded_without_its_data(tmp_path):
-    digits = sources.load(DataSettings(train_size=300))
-    arrays = {"x_train": digits.train_inputs[:, 0], "y_train": digits.train_labels + 100}
-    arrays |= {"x_test": digits.test_inputs[:, 0], "y_test": digits.test_labels + 100}
-    np.savez(tmp_path / "data.npz", **{name: tensor.numpy() for name, tensor in arrays.items()})
-    recipe = replace(SMALL, epochs=3, evaluate_every=2, data=DataSettings(source=str(tmp_path / "data.npz")))
-    run = train.start(recipe, tmp_path / "run")
-    (tmp_path / "data.npz").unlink()
-    trained = train.load_trained(run)
-    assert not trained.model.training
-    assert trained.class_names == tuple(str(j) for j in range(100, 110))
-    assert trained.input_shape == (1, 8, 8)
-    with torch.no_grad():
-        features = trained.model(plain(digits.test_inputs, trained.recipe.augmentation))
-    predicted = nearest_subspace(features, trained.bases)
-    assert float((predicted == digits.test_labels).double().mean()) == run.summary()["test_accuracy"]
 
 
 def test_a_validation_share_takes_the_place_of_the_test_set(tmp_path):
@@ -223,7 +205,7 @@ def test_gradients_are_clipped(tmp_path):
     settings = replace(SMALL.vmcr2, lr=0.1, gradient_clip=1e-3)
     recipe = replace(SMALL, momentum=0.0, batch_size=300, epochs=1, vmcr2=settings)
     run = train.start(recipe, tmp_path / "run")
-    trained = train.load_trained(run).model
+    trained = load(run).model
     before, _ = train.build(recipe, (1, 8, 8), 10)
     pairs = zip(trained.parameters(), before.parameters(), strict=True)
     length = float(torch.cat([(a - b).detach().flatten() for a, b in pairs]).norm())

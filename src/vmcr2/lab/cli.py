@@ -15,7 +15,7 @@ import tyro
 from rich.console import Console
 
 from vmcr2.errors import InputError, NumericalError
-from vmcr2.lab.recipes import OBJECTIVES, RECIPES, ObjectiveName, Recipe, find, named, nearest, to_json
+from vmcr2.lab.recipes import CHOSEN_FOR, OBJECTIVES, RECIPES, ObjectiveName, Recipe, find, named, nearest, to_json
 
 USAGE = """\
 vmcr2: maximal coding rate reduction by variational forms
@@ -25,11 +25,16 @@ vmcr2: maximal coding rate reduction by variational forms
   vmcr2 compare RECIPE [flags]     V-MCR², MCR² and cross-entropy side by side
   vmcr2 evaluate RUN               measure a trained run again, in more detail
   vmcr2 plot RUN                   draw the figures of a run or a comparison again
+  vmcr2 predict RUN FILES          name the classes of images
+  vmcr2 audit RUN                  list the training samples whose label looks wrong
+  vmcr2 export RUN DIR             write the model as safetensors with a model card
+  vmcr2 report FILE.npz            say what embeddings are like, by their coding rates
   vmcr2 reproduce TABLE [flags]    table1 … table3, figure1, figure2 of the paper, or label noise
   vmcr2 bench                      time the objectives, as the paper's Table 1
   vmcr2 recipes [RECIPE]           list the recipes, or show one
 
-RECIPE is a name from the list or a recipe.json. Every field is a flag: vmcr2 train RECIPE --help shows them."""
+RECIPE is a name from the list, a recipe.json, or data: a .npz file or a folder of images by class, for which one is
+chosen (docs/data.md). Every field is a flag: vmcr2 train RECIPE --help shows them."""
 
 
 _Given = TypeVar("_Given")
@@ -113,7 +118,8 @@ def _compare(arguments: list[str]) -> None:
     seeds = options.seeds if deciding.seed is None else (deciding.seed,)
     out = options.out or Path("runs") / recipe.name
     runs = compare(recipe, objectives, seeds, out, options.data_root, _console())
-    _show(f"{recipe.name}, {recipe.epochs} epochs, seeds {seeds}", [run.summary() for run in runs])
+    named_seeds = ", ".join(map(str, seeds))
+    _show(f"{recipe.name}, {recipe.epochs} epochs, seeds {named_seeds}", [run.summary() for run in runs])
     _say(f"table, figures and runs: {out}")
 
 
@@ -125,18 +131,18 @@ def evaluate(run: tyro.conf.Positional[Path], data_root: Path | None = None, com
         data_root: folder of named data sets; also $VMCR2_DATA_ROOT. By default ./data.
         components: dimensions of the subspaces to try; by default 1, 2, 4, … and ⌊d/k⌋.
     """
-    from vmcr2.lab import sources, train
+    from vmcr2.lab import sources
     from vmcr2.lab.evaluate import accuracy_by_components, extract, measure, subspaces
     from vmcr2.lab.report import table
     from vmcr2.lab.run import RunFolder, write_json
+    from vmcr2.lab.trained import load, load_objective
     from vmcr2.subspaces import default_components
 
     folder = RunFolder.open(run)
-    trained = train.load_trained(folder)
-    recipe = trained.recipe
+    trained, recipe = load(folder), folder.recipe()
     dataset = sources.load(recipe.data, data_root)
     features = extract(trained.model, dataset, recipe.augmentation, recipe.batch_size, recipe.precision)
-    predict = trained.objective.predict
+    predict = load_objective(folder).predict
     measured = asdict(measure(features, dataset, subspaces(features, dataset), recipe.eps_sq, predict))
     usual = default_components(recipe.feature_dim, dataset.num_classes)
     tried = components or tuple(sorted({r for r in (1, 2, 4, 8) if r <= recipe.feature_dim} | {usual}))
@@ -167,6 +173,99 @@ def plot(run: tyro.conf.Positional[Path]) -> None:
         drawn = figures.draw_run(RunFolder.open(run))
     for path in drawn:
         _say(str(path))
+
+
+def predict(
+    run: tyro.conf.Positional[Path], files: tyro.conf.Positional[tuple[Path, ...]], out: Path | None = None
+) -> None:
+    """Names the classes of images: a line a file, with its class and the margin to the next one.
+
+    The margin, from 0 to 1, is how much more of the sample's energy lies in the subspace of its class than in the next.
+
+    Args:
+        run: a run folder, or a folder that export wrote.
+        files: images, or folders of them.
+        out: a .csv file to write the same to.
+    """
+    from vmcr2.lab.run import write_csv
+    from vmcr2.lab.sources import image_files
+    from vmcr2.lab.trained import load
+
+    images = [file for given in files for file in (image_files(given) if given.is_dir() else [given])]
+    if not images:
+        raise InputError("files must name at least one image, got none")
+    if out is not None and not out.resolve().parent.is_dir():
+        raise InputError(f"out must lie in a folder that exists, got {out}")
+    trained = load(run)
+    best = trained.scores(images).topk(min(2, len(trained.classes)))
+    margins = (best.values[:, 0] - best.values[:, -1]).tolist()
+    names = [trained.classes[j] for j in best.indices[:, 0].tolist()]
+    rows = [(str(file), name, f"{gap:.3f}") for file, name, gap in zip(images, names, margins, strict=True)]
+    for row in rows:
+        print("\t".join(row))
+    if out is not None:
+        write_csv(out, [("file", "class", "margin"), *rows])
+
+
+def audit(run: tyro.conf.Positional[Path], data_root: Path | None = None, top: int = 20) -> None:
+    """Lists the training samples whose label looks wrong, and writes them all, with a contact sheet, into the run.
+
+    Args:
+        run: the run folder.
+        data_root: folder of named data sets; also $VMCR2_DATA_ROOT. By default ./data.
+        top: how many to print, the most suspect first.
+    """
+    from vmcr2.checks import check_count
+    from vmcr2.lab import audit
+    from vmcr2.lab.report import table
+    from vmcr2.lab.run import RunFolder
+
+    check_count("top", top)
+    suspects, written = audit.audit(RunFolder.open(run), data_root)
+    if suspects:
+        rows = [(one.sample, one.given, one.suggested, f"{one.score:.3f}") for one in suspects[:top]]
+        title = f"{len(rows)} of {len(suspects)} suspects, most suspect first"
+        _console().print(table(title, ("sample", "given label", "suggested", "score"), rows))
+    else:
+        _say("no suspects: every training sample fits its label best")
+    for path in written:
+        _say(str(path))
+
+
+def export(run: tyro.conf.Positional[Path], folder: tyro.conf.Positional[Path]) -> None:
+    """Writes a trained run as config.json, model.safetensors and a model card, to load or to share.
+
+    Args:
+        run: the run folder.
+        folder: where to, new or empty.
+    """
+    from vmcr2.lab import trained
+
+    trained.export(trained.load(run), folder)
+    _say(f"{folder}: vmcr2.load({str(folder)!r}) loads it")
+
+
+def report(file: tyro.conf.Positional[Path], out: Path | None = None) -> None:
+    """Says what embeddings are like by their coding rates, and writes it as JSON and as a figure.
+
+    Args:
+        file: a .npz with features (m, d) and labels (m,), or with x_train and y_train; class_names may be there too.
+        out: the folder to write to; by default the file's.
+    """
+    import vmcr2
+    from vmcr2.lab.run import write_json
+    from vmcr2.lab.sources import read_npz
+
+    dataset = read_npz(file, needs_test=False)
+    if dataset.train_inputs.ndim != 2:
+        raise InputError(f"{file} must hold embeddings (m, d), got images of shape {tuple(dataset.train_inputs.shape)}")
+    made = vmcr2.report(dataset.train_inputs, dataset.train_labels, class_names=dataset.class_names)
+    print(made)
+    stem = (file.parent if out is None else out) / f"{file.stem}.report"
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    write_json(stem.with_name(f"{stem.name}.json"), made.as_dict())
+    made.figure().savefig(stem.with_name(f"{stem.name}.png"), dpi=150)
+    _say(f"written: {stem}.json, {stem}.png")
 
 
 def bench(
@@ -240,6 +339,10 @@ _COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "compare": _compare,
     "evaluate": _typed(evaluate),
     "plot": _typed(plot),
+    "predict": _typed(predict),
+    "audit": _typed(audit),
+    "export": _typed(export),
+    "report": _typed(report),
     "reproduce": _reproduce,
     "bench": _typed(bench),
     "recipes": _typed(recipes),
@@ -259,7 +362,7 @@ def _recipe(name: str | None, command: str, flags: list[str]) -> Recipe:
         return find(name)
     if {"-h", "--help"} & set(flags):
         return RECIPES["digits"]
-    raise InputError(f"vmcr2 {command} takes a recipe first: one of {', '.join(named())} or a .json file")
+    raise InputError(f"vmcr2 {command} takes a recipe first: one of {', '.join(named())}, a .json file, or your data")
 
 
 def _parse(command: str, default: Recipe, kind: type[_Given], flags: list[str]) -> tuple[Recipe, _Given]:
@@ -271,6 +374,10 @@ def _parse(command: str, default: Recipe, kind: type[_Given], flags: list[str]) 
     ]
     both = dataclasses.make_dataclass("both", fields)
     parsed = tyro.cli(both, args=flags, prog=f"vmcr2 {command} {default.name}")
+    chosen: Recipe = parsed.recipe
+    if chosen.about.startswith(CHOSEN_FOR):
+        size = "" if chosen.data.image_size is None else f", images scaled to {chosen.data.image_size} a side"
+        _say(f"{chosen.about}; network {chosen.network}, feature_dim {chosen.feature_dim}{size}")
     return parsed.recipe, parsed.options
 
 

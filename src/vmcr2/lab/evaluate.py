@@ -111,8 +111,10 @@ def accuracy_by_components(features: Features, dataset: Dataset, components: lis
 
 
 @torch.no_grad()
-def for_figures(features: Features, dataset: Dataset, shown_classes: int = 10) -> dict[str, np.ndarray]:
-    """Returns what the figures need: features of a few classes sorted by class, and every class's spectrum.
+def for_figures(
+    features: Features, dataset: Dataset, bases: Float[Tensor, "k d r"], shown_classes: int = 10
+) -> dict[str, np.ndarray]:
+    """Returns what the figures need: features of a few classes sorted by class, spectra, and the confusion matrix.
 
     Of more than ten classes ten are shown, evenly spread; of each at most 50 samples.
     """
@@ -126,9 +128,12 @@ def for_figures(features: Features, dataset: Dataset, shown_classes: int = 10) -
         own = features.train[dataset.train_labels == j]
         values = torch.linalg.svdvals(own).square() / max(1, len(own))
         spectra[j, : len(values)] = values
+    pairs = dataset.test_labels * k + nearest_subspace(features.test, bases)
+    counts = torch.bincount(pairs, minlength=k * k)
     return {
         "features": features.train[picked].cpu().numpy().astype(np.float16),
         "labels": dataset.train_labels[picked].cpu().numpy(),
         "spectra": spectra.cpu().numpy().astype(np.float32),
+        "confusion": counts.view(k, k).cpu().numpy().astype(np.int32),  # true classes down, predicted ones across
         "class_names": np.asarray(dataset.class_names),
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,20 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis, XAxis
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from vmcr2.lab.recipes import OBJECTIVES, ObjectiveName
 from vmcr2.lab.run import RunFolder
+from vmcr2.lab.sources import Dataset
 
+_NAMED_CLASSES = 20  # named on an axis at most
+_SHEET_ROWS, _SHEET_COLUMNS = 10, 8  # of a contact sheet
+_SIMILARITY_NOTE = (
+    "Good: light but for the blocks on the diagonal, the classes; dark elsewhere: classes share directions. A block "
+    "that is dark all over: the class has lost its variety."
+)
 _COLOURS = {"vmcr2": "#0b6e99", "mcr2": "#d1495b", "ce": "#7a7a7a"}
 _STYLE: dict[str, Any] = {
     "figure.dpi": 150,
@@ -30,20 +40,46 @@ _STYLE: dict[str, Any] = {
 
 def draw_rates(axes: Axes, metrics: Sequence[dict[str, Any]]) -> Axes:
     """Draws exact R, R_c and ΔR of the training set over epochs (the paper's Figure 1)."""
-    measured = [line for line in metrics if "train_reduction" in line]
-    epochs = [line["epoch"] for line in measured]
-    marker = "o" if len(measured) < 2 else None
     styles: tuple[tuple[str, str, dict[str, Any]], ...] = (
         ("train_expansion", "expansion R", {"color": "#3a7d44", "linestyle": "--"}),
         ("train_compression", "compression $R_c$", {"color": "#d1495b", "linestyle": ":"}),
         ("train_reduction", "reduction ΔR = R − $R_c$", {"color": "#0b6e99", "linewidth": 2.2}),
     )
-    for key, label, style in styles:
-        axes.plot(epochs, [line[key] for line in measured], label=label, marker=marker, **style)
-    axes.set(xlabel="epoch", ylabel="rate of the training set (nats)")
-    axes.set_ylim(bottom=0)
-    axes.legend(loc="best")
+    _draw_over_epochs(axes, metrics, styles)
+    axes.set(ylabel="rate of the training set (nats)")
+    axes.set_ylim(bottom=0, top=1.3 * axes.get_ylim()[1])  # room for the legend
+    axes.legend(loc="upper left", ncols=3, fontsize=7, columnspacing=1, handlelength=1.5)
     return axes
+
+
+def draw_accuracy(axes: Axes, metrics: Sequence[dict[str, Any]], part: str = "test") -> Axes:
+    """Draws the accuracy of nearest subspaces over epochs, and that of cross-entropy's own head where there is one."""
+    styles: tuple[tuple[str, str, dict[str, Any]], ...] = (
+        ("test_accuracy", "nearest subspace (eq. 8)", {"color": "#0b6e99", "linewidth": 2.2}),
+        ("head_accuracy", "own linear head", {"color": "#7a7a7a", "linestyle": "--"}),
+    )
+    _draw_over_epochs(axes, metrics, styles)
+    axes.set(ylabel=f"{part} accuracy")
+    axes.set_ylim(top=1)
+    if len(axes.lines) > 1:
+        axes.legend(loc="best")
+    return axes
+
+
+def _draw_over_epochs(
+    axes: Axes, metrics: Sequence[dict[str, Any]], styles: Sequence[tuple[str, str, dict[str, Any]]]
+) -> None:
+    for key, label, style in styles:
+        points = [(line["epoch"], line[key]) for line in metrics if line.get(key) is not None]
+        if points:
+            marker = "o" if len(points) < 2 else None
+            axes.plot(*zip(*points, strict=True), label=label, marker=marker, clip_on=False, **style)
+    _count_epochs(axes)
+
+
+def _count_epochs(axes: Axes) -> None:
+    axes.set(xlabel="epoch")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def draw_similarity(axes: Axes, features: np.ndarray, labels: np.ndarray, names: np.ndarray) -> Axes:
@@ -53,7 +89,7 @@ def draw_similarity(axes: Axes, features: np.ndarray, labels: np.ndarray, names:
     axes.imshow(np.round(20 * np.abs(z @ z.T)) / 20, vmin=0, vmax=1, cmap="magma_r", interpolation="nearest")
     edges = np.flatnonzero(np.diff(labels)) + 0.5
     bounds = np.concatenate([[-0.5], edges, [len(labels) - 0.5]])
-    shown = [_short(names[j]) for j in labels[np.concatenate([[0], (edges + 0.5).astype(int)])]]
+    shown = [_readable(names[j]) for j in labels[np.concatenate([[0], (edges + 0.5).astype(int)])]]
     middles = (bounds[1:] + bounds[:-1]) / 2
     axes.set_xticks(middles, shown if max(map(len, shown)) <= 2 else [""] * len(shown))
     axes.set_yticks(middles, shown)
@@ -66,12 +102,10 @@ def draw_similarity(axes: Axes, features: np.ndarray, labels: np.ndarray, names:
     return axes
 
 
-def _short(name: str) -> str:
-    """Returns a class name that fits an axis: alphabets are cut to their first letters."""
-    if len(name) <= 12:
-        return name
-    head, _, tail = name.rpartition("/")
-    return f"{head[:6]}…{tail.removeprefix('character')}" if head else f"{name[:11]}…"
+def _readable(name: str, width: int = 32) -> str:
+    """Returns a class name for a figure: words apart, on as many lines as it needs."""
+    words = str(name).replace("/character", " ").replace("_", " ")
+    return textwrap.fill(words, width)
 
 
 def draw_spectra(axes: Axes, spectra: np.ndarray, components: int) -> Axes:
@@ -80,24 +114,71 @@ def draw_spectra(axes: Axes, spectra: np.ndarray, components: int) -> Axes:
     ranks = np.arange(1, shown + 1)
     floor = 1e-5
     clipped = np.maximum(spectra[:, :shown], floor)
-    axes.plot(ranks, clipped.T, color="#0b6e99", alpha=max(0.08, min(0.5, 5 / len(spectra))), linewidth=0.8)
+    lines = axes.plot(ranks, clipped.T, color="#0b6e99", alpha=max(0.08, min(0.5, 5 / len(spectra))), linewidth=0.8)
+    lines[0].set_label("one line a class")
     axes.plot(ranks, np.exp(np.log(clipped).mean(0)), color="black", label="geometric mean over classes")
     axes.axvline(components + 0.5, color="#d1495b", linestyle="--", linewidth=1, label=f"⌊d/k⌋ = {components}")
-    axes.set(yscale="log", xlabel="component", ylabel="share of the class's energy")
+    axes.set(yscale="log", xlabel="component, the strongest first", ylabel="share of the class's energy")
     axes.set_ylim(floor, 1.3)
+    axes.set_xlim(left=1)
     axes.legend(loc="upper right")
     return axes
 
 
-def draw_codes(axes: Axes, codes: np.ndarray) -> Axes:
-    """Draws the codes Ã, atoms down and classes across."""
+def draw_codes(axes: Axes, codes: np.ndarray, names: np.ndarray | None = None) -> Axes:
+    """Draws the codes Ã, atoms down and classes across; names are shown where there are few."""
     shown = np.sqrt(codes)
     image = axes.imshow(shown, aspect="auto", cmap="magma_r", interpolation="nearest", vmin=0)
-    axes.set(xlabel="class", ylabel="atom")
+    axes.set(xlabel=f"class (all {codes.shape[1]}, in the order of their labels)", ylabel="atom")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(integer=True))
+    if names is not None and len(names) <= _NAMED_CLASSES:
+        _name(axes.xaxis, names)
     figure = axes.get_figure()
     assert figure is not None
     figure.colorbar(image, ax=axes, label="√(energy of the atom in the class)", shrink=0.8)
     return axes
+
+
+def draw_confusion(axes: Axes, counts: np.ndarray, names: np.ndarray) -> Axes:
+    """Draws how often each class was taken for each, with the counts in the cells.
+
+    Of many classes those with the most errors are shown, the others together as one more column.
+
+    Args:
+        axes: to draw into.
+        counts: (k, k), true classes down, predicted ones across.
+        names: of the k classes.
+    """
+    k = len(names)
+    wrong = counts * (1 - np.eye(k, dtype=int))
+    chosen = np.arange(k)
+    if k > _NAMED_CLASSES:
+        errors = wrong.sum(0) + wrong.sum(1)
+        chosen = np.sort(np.argsort(-errors, kind="stable")[:_NAMED_CLASSES])
+    shown = counts[np.ix_(chosen, chosen)]
+    labels = names[chosen]
+    if len(chosen) < k:
+        shown = np.column_stack([shown, counts[chosen].sum(1) - shown.sum(1)])
+        labels = np.append(labels, "any other")
+    shares = shown / np.maximum(1, counts[chosen].sum(1, keepdims=True))
+    axes.imshow(shares, vmin=0, vmax=1, cmap="Blues", interpolation="nearest")
+    for i, j in zip(*shown.nonzero(), strict=True):
+        colour = "white" if shares[i, j] > 0.6 else "black"
+        axes.text(j, i, str(shown[i, j]), ha="center", va="center", fontsize=6.5, color=colour)
+    _name(axes.yaxis, names[chosen])
+    _name(axes.xaxis, labels)
+    axes.set(xlabel="predicted class", ylabel="true class")
+    axes.tick_params(length=0)
+    return axes
+
+
+def _name(axis: Axis, names: Sequence[str] | np.ndarray) -> None:
+    """Writes class names along an axis, upright where they are long."""
+    shown = [_readable(name) for name in names]
+    axis.set_ticks(range(len(shown)), shown, fontsize=7 if len(shown) <= 12 else 6)
+    if isinstance(axis, XAxis) and max(map(len, shown)) > 2:
+        axis.set_tick_params(labelrotation=90)
 
 
 def draw_run(run: RunFolder) -> list[Path]:
@@ -108,26 +189,96 @@ def draw_run(run: RunFolder) -> list[Path]:
     """
     recipe, arrays, metrics = run.recipe(), run.features(), run.metrics()
     name = f"{recipe.name}, {OBJECTIVES[recipe.objective]}, seed {recipe.seed}"
-    k = len(arrays["class_names"])
+    names, part = arrays["class_names"], "validation" if recipe.data.validation else "test"
+    k = len(names)
     drawn = []
     with mpl.rc_context(_STYLE):
-        figure, axes = _figure(4.8, 3.4)
-        draw_rates(axes, metrics).set_title(f"Coding rates\n{name}", loc="left")
-        drawn.append(_save(figure, run.figures / "rates.png"))
-        figure, axes = _figure(4.8, 4.6)
-        draw_similarity(axes, arrays["features"], arrays["labels"], arrays["class_names"])
-        axes.set_title(f"|cosine| between training samples, by class\n{name}", loc="left")
+        figure = Figure(figsize=(8, 3.6))
+        left, right = figure.subplots(1, 2)
+        draw_rates(left, metrics).set_title(f"Coding rates\n{name}", loc="left")
+        draw_accuracy(right, metrics, part).set_title("Accuracy of nearest subspaces (eq. 8)", loc="left")
+        note = (
+            "Good: ΔR rises and levels off, and $R_c$ stays far below R. ΔR near 0 means that the features collapsed."
+        )
+        drawn.append(_save(figure, run.figures / "rates.png", note))
+        figure, axes = _figure(5.4, 4.5)
+        draw_similarity(axes, arrays["features"], arrays["labels"], names)
+        of = _shown_classes(arrays)
+        _title(figure, f"|cosine| between training samples, {of}\n{name}")
         figure.colorbar(axes.images[0], ax=axes, shrink=0.7)
-        drawn.append(_save(figure, run.figures / "similarity.png"))
-        figure, axes = _figure(4.8, 3.4)
+        drawn.append(_save(figure, run.figures / "similarity.png", _SIMILARITY_NOTE))
+        figure, axes = _figure(5.4, 3.8)
         draw_spectra(axes, arrays["spectra"], max(1, recipe.feature_dim // k))
-        axes.set_title(f"Spectrum of each class's features\n{name}", loc="left")
-        drawn.append(_save(figure, run.figures / "spectra.png"))
+        _title(figure, f"Spectrum of each class's features, all {k} classes\n{name}")
+        note = (
+            "Good: several strong components, then a fall: classes keep their variety. A fall after the first: each "
+            "class is pressed to one direction."
+        )
+        drawn.append(_save(figure, run.figures / "spectra.png", note))
+        if "confusion" in arrays:
+            figure, axes = _figure(5.4, 5.4)
+            counts = arrays["confusion"]
+            draw_confusion(axes, counts, names)
+            of = f"the {_NAMED_CLASSES} of {k} classes with the most errors" if k > _NAMED_CLASSES else of
+            right = f"{np.trace(counts)} of {counts.sum()} {part} samples right"
+            _title(figure, f"Confusion, {of}\n{name}: {right}")
+            note = "Good: all on the diagonal. Numbers are samples, shades the share of the true class."
+            drawn.append(_save(figure, run.figures / "confusion.png", note))
         if "codes" in arrays:
-            figure, axes = _figure(4.8, 4.2)
-            draw_codes(axes, arrays["codes"]).set_title(f"Codes of the dictionary\n{name}", loc="left")
-            drawn.append(_save(figure, run.figures / "codes.png"))
+            figure, axes = _figure(5.4, 4.6)
+            draw_codes(axes, arrays["codes"], names)
+            _title(figure, f"Codes of the dictionary\n{name}")
+            note = "Good: each class has atoms of its own. An atom dark in many classes is a direction that they share."
+            drawn.append(_save(figure, run.figures / "codes.png", note))
     return drawn
+
+
+def _shown_classes(arrays: dict[str, np.ndarray]) -> str:
+    """Returns how many classes of how many the similarity figure shows."""
+    k, shown = len(arrays["class_names"]), len(np.unique(arrays["labels"]))
+    return f"{shown} of {k} classes" if shown < k else f"all {k} classes"
+
+
+def draw_suspects(
+    dataset: Dataset, order: np.ndarray, scores: np.ndarray, suggested: np.ndarray, path: Path, title: str
+) -> Path:
+    """Draws a contact sheet of samples whose label looks wrong, a row for each given label.
+
+    Args:
+        dataset: with images.
+        order: the suspects, most suspect first.
+        scores: of all training samples, from 0 (surely wrong) to 1.
+        suggested: their suggested labels.
+        path: where to save.
+        title: what the data is called.
+    """
+    labels, names = dataset.train_labels.numpy(), dataset.class_names
+    counts = np.bincount(labels[order], minlength=len(names))
+    classes = np.argsort(-counts, kind="stable")[: min(_SHEET_ROWS, int((counts > 0).sum()))]
+    width = 1 + min(_SHEET_COLUMNS, int(counts.max()))
+    images = dataset.train_inputs.permute(0, 2, 3, 1).numpy()
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(max(6.5, 0.95 * width + 2.0), 1.15 * len(classes) + 0.9))
+        for cells, j in zip(figure.subplots(len(classes), width, squeeze=False), classes, strict=True):
+            members = order[labels[order] == j][: width - 1]
+            own = np.flatnonzero(labels == j)
+            for axes, sample in zip(cells, [own[scores[own].argmax()], *members], strict=False):
+                axes.imshow(images[sample].squeeze(), cmap="gray" if images.shape[3] == 1 else None)
+                wrapped = _readable(names[suggested[sample]], 16)
+                said = "fits best" if axes is cells[0] else f"{wrapped}?\n{scores[sample]:.2f}"
+                axes.set_title(said, fontsize=6.5)
+            for axes in cells:
+                axes.set(xticks=[], yticks=[])
+                axes.set_frame_on(False)
+            label = f"labelled\n{_readable(names[j])}\n({counts[j]} suspects)"
+            cells[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=7)
+        of = f"; shown: the {len(classes)} labels with the most" if len(classes) < (counts > 0).sum() else ""
+        _title(figure, f"{title}: {len(order)} labels that look wrong{of}")
+        note = (
+            "First in each row: the sample that fits its label best, for comparison. Then the suspects, most suspect "
+            "first: the label suggested instead, and the score (0: surely wrong)."
+        )
+        return _save(figure, path, note)
 
 
 def draw_comparison(runs: Sequence[RunFolder], folder: Path) -> list[Path]:
@@ -154,14 +305,16 @@ def draw_comparison(runs: Sequence[RunFolder], folder: Path) -> list[Path]:
         ):
             for objective, members in by_objective.items():
                 _draw_seeds(axes, [run.metrics() for run in members], key, objective)
-            axes.set(xlabel="epoch", ylabel=label)
+            axes.set(ylabel=label)
+            _count_epochs(axes)
             if key == "test_accuracy":
-                axes.set_ylim(top=1.005)
+                axes.set_ylim(top=1)
             else:
                 axes.set_ylim(bottom=0)
-        panels[0].set_title(f"{title}: three objectives, same network and data", loc="left")
+        panels[0].set_title(f"{title}: same network and data", loc="left")
         panels[1].legend(loc="best")
-        drawn.append(_save(figure, folder / "curves.png"))
+        note = "Good: both rise and level off. A high ΔR beside a low accuracy: the features expand and never compress."
+        drawn.append(_save(figure, folder / "curves.png", note))
         figure = Figure(figsize=(3.1 * len(by_objective), 3.3))
         panels = figure.subplots(1, len(by_objective), squeeze=False)[0]
         for axes, (objective, members) in zip(panels, by_objective.items(), strict=True):
@@ -170,9 +323,9 @@ def draw_comparison(runs: Sequence[RunFolder], folder: Path) -> list[Path]:
             axes.set_title(OBJECTIVES[objective], loc="left")
             if axes is not panels[0]:
                 axes.set_yticklabels([])
-        figure.suptitle(f"{title}: |cosine| between training samples, sorted by class")
+        _title(figure, f"{title}: |cosine| between training samples by class, {_shown_classes(runs[0].features())}")
         figure.colorbar(panels[0].images[0], ax=list(panels), shrink=0.6)
-        drawn.append(_save(figure, folder / "similarity.png"))
+        drawn.append(_save(figure, folder / "similarity.png", _SIMILARITY_NOTE))
     return drawn
 
 
@@ -202,7 +355,7 @@ def draw_convergence(runs: Mapping[tuple[str, ObjectiveName], RunFolder], path: 
                 for key, style in (("train_expansion", "--"), ("train_compression", ":")):
                     axes.plot(epochs, [line[key] for line in measured], style, color=colour, linewidth=0.8)
             axes.set_title(name, loc="left")
-            axes.set(xlabel="epoch")
+            _count_epochs(axes)
             axes.set_ylim(bottom=0)
         for axes in panels[len(names) :]:
             axes.set_visible(False)
@@ -210,8 +363,8 @@ def draw_convergence(runs: Mapping[tuple[str, ObjectiveName], RunFolder], path: 
         panels[0].plot([], [], "--", color="black", linewidth=0.8, label="R")
         panels[0].plot([], [], ":", color="black", linewidth=0.8, label="$R_c$")
         panels[0].legend(loc="best", fontsize=7)
-        figure.suptitle(title, x=0.01, ha="left")
-        return _save(figure, path)
+        _title(figure, title)
+        return _save(figure, path, "Good: ΔR rises and levels off, and $R_c$ stays far below R.")
 
 
 def draw_similarities(runs: Mapping[tuple[str, ObjectiveName], RunFolder], path: Path, title: str) -> Path:
@@ -239,13 +392,14 @@ def draw_similarities(runs: Mapping[tuple[str, ObjectiveName], RunFolder], path:
                 axes.set_xticklabels([])
                 axes.set_yticklabels([])
                 if i == 0:
-                    axes.set_title(f"{name}, {runs[name, objective].recipe().epochs} epochs")
+                    epochs = runs[name, objective].recipe().epochs
+                    axes.set_title(f"{name}, {epochs} epochs,\n{_shown_classes(arrays)}")
                 if j == 0:
                     axes.set_ylabel(OBJECTIVES[objective])
         shown = next(axes for line in panels for axes in line if axes.images)
         figure.colorbar(shown.images[0], ax=list(panels.flatten()), shrink=0.7)
-        figure.suptitle(title, x=0.01, ha="left")
-        return _save(figure, path)
+        _title(figure, title)
+        return _save(figure, path, _SIMILARITY_NOTE)
 
 
 def draw_noise(records: Sequence[dict[str, Any]], path: Path, title: str) -> Path:
@@ -273,11 +427,12 @@ def draw_noise(records: Sequence[dict[str, Any]], path: Path, title: str) -> Pat
                         means = [float(np.mean(by_share[share])) for share in shares]
                         own = ", own head" if key == "head_accuracy" else ""
                         axes.plot(shares, means, style, color=_COLOURS[objective], marker="o", label=label + own)
+                        axes.set_xticks(shares)
             axes.set_title(name, loc="left")
             axes.set(xlabel="wrong training labels (%)", ylabel="test accuracy")
         panels[0].legend(loc="best")
-        figure.suptitle(title, x=0.01, ha="left")
-        return _save(figure, path)
+        _title(figure, title)
+        return _save(figure, path, "Good: a line that stays high as labels get worse.")
 
 
 def _draw_seeds(axes: Axes, seeds: list[list[dict[str, Any]]], key: str, objective: ObjectiveName) -> None:
@@ -286,7 +441,7 @@ def _draw_seeds(axes: Axes, seeds: list[list[dict[str, Any]]], key: str, objecti
         axes.plot(*zip(*curve, strict=True), color=_COLOURS[objective], alpha=0.25, linewidth=0.8)
     epochs = [epoch for epoch, _ in curves[0]]
     mean = np.mean([[value for _, value in curve] for curve in curves], axis=0)
-    axes.plot(epochs, mean, color=_COLOURS[objective], label=OBJECTIVES[objective])
+    axes.plot(epochs, mean, color=_COLOURS[objective], label=OBJECTIVES[objective], clip_on=False)
 
 
 def _figure(width: float, height: float) -> tuple[Figure, Axes]:
@@ -294,7 +449,15 @@ def _figure(width: float, height: float) -> tuple[Figure, Axes]:
     return figure, figure.subplots()
 
 
-def _save(figure: Figure, path: Path) -> Path:
+def _title(figure: Figure, title: str) -> None:
+    figure.suptitle(title, x=0.01, ha="left", fontsize=10)
+
+
+def _save(figure: Figure, path: Path, note: str = "") -> Path:
+    """Saves a figure with one line under it, on what good looks like."""
+    if note:
+        wide = int(figure.get_figwidth() * 17)
+        figure.supxlabel(textwrap.fill(note, wide), x=0.01, ha="left", fontsize=7.5, color="#555555")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
     return path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable
 from itertools import pairwise
 
@@ -134,22 +135,52 @@ NETWORKS: dict[str, Callable[[tuple[int, ...], int], nn.Module]] = {
 }
 
 
+TIMM = "timm:"
+
+
+def _timm(name: str, input_shape: tuple[int, ...], feature_dim: int) -> nn.Module:
+    """A network of the package timm by its name there, from random weights, and the reshaping head."""
+    channels = _channels(input_shape)
+    import_torchvision()  # timm imports it, and would fail beside a torch it was not built for
+    try:
+        import timm  # pyrefly: ignore[missing-import]
+    except ModuleNotFoundError as error:
+        raise InputError(f"network {TIMM}{name} needs the package timm: pip install timm") from error
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models(), n=1)
+        hint = f"; did you mean {TIMM}{near[0]}?" if near else ""
+        raise InputError(f"network must be a name that timm.list_models() has, got {TIMM}{name}{hint}")
+    given = {"pretrained": False, "in_chans": channels, "num_classes": 0}
+    try:
+        body = timm.create_model(name, img_size=input_shape[1:], **given)
+    except TypeError:  # a convolutional one, which takes any size
+        body = timm.create_model(name, **given)
+    return nn.Sequential(body, *_head_for([body], input_shape, feature_dim))
+
+
+def check_network(network: str) -> None:
+    """Raises InputError unless the name is one of `NETWORKS` or timm:NAME (timm itself is not looked into)."""
+    if network not in NETWORKS and not (network.startswith(TIMM) and len(network) > len(TIMM)):
+        raise InputError(f"network must be one of {', '.join(NETWORKS)}, or {TIMM}NAME, got {network!r}")
+
+
 def build(network: str, input_shape: tuple[int, ...], feature_dim: int) -> nn.Module:
     """Returns a freshly initialised featurizer.
 
     Args:
-        network: one of `NETWORKS`.
+        network: one of `NETWORKS`, or timm:NAME.
         input_shape: of one input: (c, h, w) or (d,).
         feature_dim: d, the dimension of the features.
 
     Raises:
         InputError: the network is unknown or does not take such inputs (a ValueError).
     """
-    if network not in NETWORKS:
-        raise InputError(f"network must be one of {', '.join(NETWORKS)}, got {network!r}")
+    check_network(network)
     try:
+        if network.startswith(TIMM):
+            return _timm(network.removeprefix(TIMM), input_shape, feature_dim)
         return NETWORKS[network](input_shape, feature_dim)
-    except RuntimeError as error:
+    except (RuntimeError, AssertionError) as error:
         raise InputError(f"network {network} cannot take inputs of shape {input_shape}: {error}") from error
 
 

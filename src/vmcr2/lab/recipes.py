@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,8 +17,9 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from vmcr2.checks import check_count, check_number
 from vmcr2.errors import InputError
+from vmcr2.lab import sources
 from vmcr2.lab.augmentation import Augmentation
-from vmcr2.lab.networks import NETWORKS
+from vmcr2.lab.networks import check_network
 from vmcr2.lab.sources import DataSettings
 
 ObjectiveName = Literal["vmcr2", "mcr2", "ce"]
@@ -122,7 +124,7 @@ class Recipe:
         seed: of the initial weights, the order of the data, augmentation and dropout.
         epochs: passes over the training set. A run may get more later, but for one whose learning rate depends on them.
         batch_size: at most so many samples a step; the batches of an epoch are as equal as can be.
-        network: mlp, conv4, cnn, resnet18 or preact_resnet18.
+        network: mlp, conv4, cnn, resnet18, preact_resnet18, or timm:NAME for one of the package timm.
         feature_dim: d.
         eps_sq: the squared precision ε² of the coding rates.
         momentum: of SGD.
@@ -169,8 +171,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         _check_choices("", self)
-        if self.network not in NETWORKS:
-            raise InputError(f"network must be one of {', '.join(NETWORKS)}, got {self.network!r}")
+        check_network(self.network)
         check_count("seed", self.seed, at_least=0, at_most=2**40)
         if not self.name or not self.name.replace("-", "").replace("_", "").replace(".", "").isalnum():
             raise InputError(f"name must be letters, digits, '-', '_' and '.', got {self.name!r}")
@@ -230,9 +231,11 @@ _OURS = (
         evaluate_every=5,
         data=DataSettings(source="omniglot", classes=100),
         augmentation=Augmentation(padding=2, crop=28),
-        ce=CESettings(lr=1.0),
+        ce=CESettings(lr=2.0),
     ),
 )
+CHOSEN_FOR = "chosen for"  # how `about` begins where `for_data` made the recipe
+_LARGEST_SIDE = 64  # to which `for_data` scales a folder's images down
 RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in _OURS}
 
 
@@ -250,7 +253,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def find(name: str) -> Recipe:
-    """Returns a recipe by name, or from a .json file such as a run folder's recipe.json.
+    """Returns a recipe by name, from a .json file such as a run folder's recipe.json, or one chosen for data.
 
     Raises:
         InputError: there is no such recipe, or the file is no recipe (a ValueError).
@@ -260,8 +263,45 @@ def find(name: str) -> Recipe:
         return known[name]
     if name.endswith(".json"):
         return from_json(Path(name))
+    if name.endswith(".npz") or Path(name).is_dir():
+        return for_data(Path(name))
     hint = nearest(name, known)
-    raise InputError(f"recipe must be one of {', '.join(known)} or a .json file, got {name!r}{hint}")
+    raise InputError(
+        f"recipe must be one of {', '.join(known)}, a .json file, or data: a .npz file or a folder of images by class; "
+        f"got {name!r}{hint}"
+    )
+
+
+def for_data(path: Path) -> Recipe:
+    """Returns a recipe to begin with for a .npz file or a folder of images by class (docs/data.md).
+
+    Args:
+        path: of the file or folder.
+
+    Raises:
+        InputError: it is not of the right form (a ValueError).
+    """
+    found = sources.outline(path)
+    k, image_size, shape = found.num_classes, None, found.shapes[0]
+    if path.is_dir() and (len(found.shapes) > 1 or max(shape[1:]) > _LARGEST_SIDE):
+        image_size = min(_LARGEST_SIDE, *(min(one[1:]) for one in found.shapes))
+        shape = (shape[0], image_size, image_size)
+    # A crop of the images' own size; of those that are not square it would lose the borders.
+    crops = len(shape) == 3 and shape[1] == shape[2]
+    side = min(shape[1:], default=0)
+    network = "mlp" if side < 16 else "conv4" if side <= 48 else "resnet18"
+    name = re.sub(r"[^\w.-]", "-", path.resolve().stem, flags=re.ASCII).strip("-") or "data"
+    about = f"{CHOSEN_FOR} {path.name}: {k} classes, {found.samples} training samples"
+    about += "" if found.has_test else ", a fifth held out for want of a test part"
+    return Recipe(
+        name=name,
+        about=about,
+        network=network,
+        feature_dim=max(128, 2 * k if k <= 500 else k),
+        batch_size=min(500, max(2, found.samples // 3)),
+        data=DataSettings(source=str(path), image_size=image_size, validation=0.0 if found.has_test else 0.2),
+        augmentation=Augmentation(crop=side, padding=max(1, side // 14)) if crops else Augmentation(),
+    )
 
 
 def to_json(recipe: Recipe) -> str:

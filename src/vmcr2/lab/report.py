@@ -4,16 +4,28 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
 
 import torch
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 _PLAIN_SECONDS = 10.0
+
+
+class _Bar(Progress):
+    """A progress bar with the figures on a line below, so that nothing is cut at 80 columns."""
+
+    figures = ""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        """Returns the bar and the figures."""
+        yield from super().get_renderables()
+        yield Text(self.figures)
 
 
 class EpochProgress:
@@ -25,18 +37,18 @@ class EpochProgress:
         self.epochs = epochs
         self.start_epoch = done
         self.started = self.said = time.monotonic()
-        self.figures: dict[str, str] = {}
-        self.bar: Progress | None = None
+        self.figures: dict[str, tuple[int, str]] = {}
+        self.bar: _Bar | None = None
         if self.console.is_terminal:
-            self.bar = Progress(
+            self.bar = _Bar(
                 TextColumn("{task.description}"),
-                BarColumn(),
+                BarColumn(bar_width=None),
                 MofNCompleteColumn(),
-                TextColumn("{task.fields[figures]}"),
                 TimeRemainingColumn(),
                 console=self.console,
+                expand=True,
             )
-            self.task = self.bar.add_task(title, total=epochs, completed=done, figures="")
+            self.task = self.bar.add_task(title, total=epochs, completed=done)
 
     def __enter__(self) -> EpochProgress:
         if self.bar is not None:
@@ -50,11 +62,17 @@ class EpochProgress:
             self.bar.stop()
 
     def update(self, epoch: int, figures: dict[str, str]) -> None:
-        """Reports that an epoch has passed; figures not named keep their last value."""
-        self.figures.update(figures)
-        text = "  ".join(f"{name} {value}" for name, value in self.figures.items())
+        """Reports that an epoch has passed; figures not named keep their last value, and say which epoch it is from."""
+        self.figures |= {name: (epoch, value) for name, value in figures.items()}
+        parts = [f"{name} {value}" for name, (_, value) in self.figures.items()]
+        for i, (measured, _) in enumerate(self.figures.values()):
+            last_of_its_epoch = i + 1 == len(parts) or list(self.figures.values())[i + 1][0] != measured
+            if measured != epoch and last_of_its_epoch:
+                parts[i] += f" (epoch {measured})"
+        text = "  ".join(parts)
         if self.bar is not None:
-            self.bar.update(self.task, completed=epoch, figures=text)
+            self.bar.figures = text
+            self.bar.update(self.task, completed=epoch)
             return
         now = time.monotonic()
         if epoch in (self.start_epoch + 1, self.epochs) or now - self.said >= _PLAIN_SECONDS:
@@ -69,7 +87,7 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> 
     """Returns a table for the terminal, the first column to the left and the others to the right."""
     made = Table(title=title, title_justify="left")
     for place, column in enumerate(columns):
-        made.add_column(column, justify="left" if place == 0 else "right")
+        made.add_column(column, justify="left" if place == 0 else "right", overflow="fold")
     for row in rows:
         made.add_row(*row)
     return made

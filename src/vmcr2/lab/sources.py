@@ -7,9 +7,7 @@ tiny-imagenet                                <data root>/tiny-imagenet-200, as i
 a folder                                     train/<class>/*.png and test/<class>/*.png
 a .npz file                                  x_train, y_train, x_test, y_test: images or ready embeddings
 
-The labels of a file may be any integers, such as 100 to 119: they become 0 to k − 1 in their order, and the class names
-keep the originals. Where the file has `class_names`, its labels are places in them instead. A file or folder without a
-test part serves where `validation` holds a share of the training set out.
+docs/data.md describes files and folders.
 """
 
 from __future__ import annotations
@@ -24,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Int, Shaped
+from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
 
 from vmcr2.checks import check_count, check_number
@@ -74,13 +72,30 @@ class DataSettings:
 
 @dataclass(frozen=True)
 class Dataset:
-    """A data set as tensors: images are uint8 (n, c, h, w), embeddings float32 (n, d); labels are int64."""
+    """A data set as tensors: images are uint8 (n, c, h, w), embeddings float32 (n, d); labels are int64.
+
+    Attributes:
+        train_inputs: of the training samples.
+        train_labels: in [0, k).
+        test_inputs: of the test samples.
+        test_labels: in [0, k).
+        class_names: of the k classes.
+        train_rows: where each training sample was in the source, before a part of it was chosen.
+        train_files: the files of a folder's training images, before a part was chosen; empty for other sources.
+    """
 
     train_inputs: Shaped[Tensor, "m ..."]
     train_labels: Int[Tensor, " m"]
     test_inputs: Shaped[Tensor, "t ..."]
     test_labels: Int[Tensor, " t"]
     class_names: tuple[str, ...]
+    train_rows: Int[Tensor, " m"] | None = None
+    train_files: tuple[str, ...] = ()
+
+    def train_name(self, sample: int) -> str:
+        """Returns the file of a training sample, or its index in the source."""
+        row = sample if self.train_rows is None else int(self.train_rows[sample])
+        return self.train_files[row] if self.train_files else str(row)
 
     @property
     def num_classes(self) -> int:
@@ -114,7 +129,7 @@ def load(settings: DataSettings, data_root: str | Path | None = None) -> Dataset
         dataset = _NAMED[settings.source](root)
     elif path.suffix == ".npz":
         path = path if path.is_file() or path.is_absolute() else root / path
-        dataset = _npz(path, needs_test=not settings.validation)
+        dataset = read_npz(path, needs_test=not settings.validation)
     elif path.is_dir():
         dataset = _folder(path, settings.image_size, needs_test=not settings.validation)
     else:
@@ -122,7 +137,7 @@ def load(settings: DataSettings, data_root: str | Path | None = None) -> Dataset
             f"data.source must be one of {', '.join(_NAMED)}, a .npz file or a folder of images by class, "
             f"got {settings.source!r}, which is neither"
         )
-    dataset = _subset(dataset, settings)
+    dataset = _subset(replace(dataset, train_rows=torch.arange(len(dataset.train_labels))), settings)
     for part, labels in (("training", dataset.train_labels), ("test", dataset.test_labels)):
         if not len(labels):
             raise InputError(f"{settings.source} must have {part} samples of the classes chosen, it has none")
@@ -150,12 +165,11 @@ def _subset(dataset: Dataset, settings: DataSettings) -> Dataset:
     if settings.classes is not None:
         check_count("data.classes", settings.classes, at_most=dataset.num_classes, limit=f"in {settings.source}")
         train, test = dataset.train_labels < settings.classes, dataset.test_labels < settings.classes
-        dataset = Dataset(
-            dataset.train_inputs[train],
-            dataset.train_labels[train],
-            dataset.test_inputs[test],
-            dataset.test_labels[test],
-            dataset.class_names[: settings.classes],
+        dataset = replace(
+            _kept(dataset, train),
+            test_inputs=dataset.test_inputs[test],
+            test_labels=dataset.test_labels[test],
+            class_names=dataset.class_names[: settings.classes],
         )
     for part, size in (("train", settings.train_size), ("test", settings.test_size)):
         if size is not None:
@@ -168,6 +182,8 @@ def _subset(dataset: Dataset, settings: DataSettings) -> Dataset:
                     f"have none of {len(lost)} classes (label {lost[0]} is the first): take more, or fewer data.classes"
                 )
             kept = {f"{part}_inputs": inputs[:size].clone(), f"{part}_labels": labels[:size].clone()}
+            if part == "train" and dataset.train_rows is not None:
+                kept["train_rows"] = dataset.train_rows[:size]
             dataset = replace(dataset, **kept)
     if settings.validation:
         dataset = _held_out(dataset, settings.validation)
@@ -188,7 +204,13 @@ def _held_out(dataset: Dataset, share: float) -> Dataset:
     if not held.any():
         raise InputError(f"data.validation must hold out a sample of some class, {share} of each class is none")
     inputs, labels = dataset.train_inputs, dataset.train_labels
-    return Dataset(inputs[~held], labels[~held], inputs[held], labels[held], dataset.class_names)
+    return replace(_kept(dataset, ~held), test_inputs=inputs[held], test_labels=labels[held])
+
+
+def _kept(dataset: Dataset, chosen: Bool[Tensor, " m"]) -> Dataset:
+    """Returns the data set with some of its training samples."""
+    names = ("train_inputs", "train_labels", "train_rows")
+    return replace(dataset, **{name: getattr(dataset, name)[chosen] for name in names})
 
 
 def _mislabelled(dataset: Dataset, share: float) -> Int[Tensor, " m"]:
@@ -251,14 +273,14 @@ def _present_or_downloaded(name: str, kind: Callable[..., Any], root: Path, **wh
 def _omniglot(root: Path) -> Dataset:
     packed = root / "omniglot.npz"
     if packed.is_file():
-        return _npz(packed)
+        return read_npz(packed)
     datasets = import_torchvision().datasets
     source = _present_or_downloaded("omniglot", datasets.Omniglot, root, background=True)
     arrays = _pack_omniglot(Path(source.target_folder))
     part = packed.with_suffix(f".{os.getpid()}.part.npz")
     np.savez_compressed(part, allow_pickle=False, **arrays)
     part.replace(packed)
-    return _npz(packed)
+    return read_npz(packed)
 
 
 def _pack_omniglot(folder: Path) -> dict[str, np.ndarray]:
@@ -288,7 +310,7 @@ def _tiny_imagenet(root: Path) -> Dataset:
     """Reads the folder of the original archive, where a label is a WordNet id: once, then from the cache beside it."""
     folder, cached = root / "tiny-imagenet-200", root / f"tiny-imagenet-{_TINY_SIDE}.npz"
     if cached.is_file():
-        return _npz(cached)
+        return read_npz(cached)
     if not folder.is_dir():
         raise InputError(
             f"tiny-imagenet: there is no folder {folder}; unpack tiny-imagenet-200.zip of the Stanford course CS231n "
@@ -326,7 +348,7 @@ def _tiny_imagenet(root: Path) -> Dataset:
     part = cached.with_suffix(f".{os.getpid()}.part.npz")
     np.savez(part, allow_pickle=False, **arrays)
     part.replace(cached)
-    return _npz(cached)
+    return read_npz(cached)
 
 
 def _tiny_lines(file: Path) -> list[str]:
@@ -347,13 +369,22 @@ def _decode_all(files: list[Path], side: int, title: str) -> np.ndarray:
     images = np.empty((len(files), side, side, 3), dtype=np.uint8)
     # Pillow gives the interpreter lock back while it decodes.
     with ThreadPoolExecutor() as pool:
-        decoded = pool.map(lambda file: _decode(file, side), files)
+        decoded = pool.map(lambda file: decode(file, (side, side)), files)
         for i, image in enumerate(track(decoded, title, len(files), console=Console(stderr=True))):
             images[i] = image
     return images
 
 
-def _npz(path: Path, *, needs_test: bool = True) -> Dataset:
+def read_npz(path: Path, *, needs_test: bool = True) -> Dataset:
+    """Returns the data set in a .npz file (docs/data.md); without a test part its test samples are none.
+
+    Args:
+        path: of the file.
+        needs_test: whether it must have a test part.
+
+    Raises:
+        InputError: it is missing, damaged or not of the right form (a ValueError).
+    """
     if not path.is_file():
         raise InputError(f"data.source: there is no file {path}")
     try:
@@ -363,6 +394,9 @@ def _npz(path: Path, *, needs_test: bool = True) -> Dataset:
             raise ValueError("it holds no arrays")
     except Exception as error:  # NumPy passes on whatever the zip, the header or the decompression stumbled over
         raise InputError(f"{path} is no readable .npz file (truncated or damaged?): {error}") from error
+    for name, same in (("x_train", "features"), ("y_train", "labels")):
+        if same in held and name not in held:
+            held[name] = held.pop(same)
     missing = [name for name in ("x_train", "y_train", "x_test", "y_test") if name not in held]
     if missing == ["x_test", "y_test"] and not needs_test:
         held |= {"x_test": held["x_train"][:0], "y_test": held["y_train"][:0]}
@@ -373,9 +407,10 @@ def _npz(path: Path, *, needs_test: bool = True) -> Dataset:
     return _from_arrays(str(path), held["x_train"], held["y_train"], held["x_test"], held["y_test"], names)
 
 
-def _folder(root: Path, image_size: int | None, *, needs_test: bool) -> Dataset:
-    parts: dict[str, dict[str, Path]] = {"train": {}, "test": {}}
-    for part, classes in parts.items():
+def _listed(root: Path, *, needs_test: bool) -> tuple[list[str], dict[str, list[tuple[Path, int]]]]:
+    """Returns the classes of a folder, and its images with their labels by part."""
+    folders: dict[str, dict[str, Path]] = {"train": {}, "test": {}}
+    for part, classes in folders.items():
         if (root / part).is_dir():
             found = sorted(path for path in (root / part).iterdir() if path.is_dir() and path.name[0] != ".")
             classes |= {path.name: path for path in found}
@@ -385,47 +420,100 @@ def _folder(root: Path, image_size: int | None, *, needs_test: bool) -> Dataset:
             raise InputError(
                 f"{root} has no test/<class> beside train/; set data.validation to hold a share of train/ out instead"
             )
-    names = list(parts["train"])
-    unknown = sorted(set(parts["test"]) - set(names))
+    names = list(folders["train"])
+    unknown = sorted(set(folders["test"]) - set(names))
     if not names or unknown:
         raise InputError(
             f"{root}: test/ has classes that train/ lacks: {unknown}" if names else f"{root}/train is empty"
         )
+    parts = {
+        part: [(file, j) for j, name in enumerate(names) if name in classes for file in image_files(classes[name])]
+        for part, classes in folders.items()
+    }
+    filled = {label for _, label in parts["train"]}
+    if len(filled) < len(names):
+        empty = ", ".join(name for j, name in enumerate(names) if j not in filled)
+        raise InputError(f"{root}/train must hold an image of every class, it has none of {empty}")
+    return names, parts
+
+
+def _folder(root: Path, image_size: int | None, *, needs_test: bool) -> Dataset:
+    names, parts = _listed(root, needs_test=needs_test)
+    size = None if image_size is None else (image_size, image_size)
     arrays: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-    for part, classes in parts.items():
-        files = [
-            (file, label)
-            for label, name in enumerate(names)
-            if name in classes
-            for file in sorted(classes[name].iterdir())
-            if file.suffix.lower() in _IMAGE_ENDINGS and file.name[0] != "."
-        ]
-        empty = [] if part == "test" else [name for j, name in enumerate(names) if all(j != y for _, y in files)]
-        if empty:
-            raise InputError(f"{root}/train must hold an image of every class, it has none of {', '.join(empty)}")
-        if part == "test" and not classes and not needs_test:
+    for part, files in parts.items():
+        if not files and not needs_test:
             arrays[part] = arrays["train"][0][:0], arrays["train"][1][:0]
             continue
-        images = [_decode(file, image_size) for file, _ in files]
+        images = [np.asarray(decode(file, size)) for file, _ in files]
         sizes = {image.shape for image in images}
         if len(sizes) != 1:
             found_sizes = f"sizes {sorted(sizes)[:3]}; set data.image_size" if sizes else "no image"
             raise InputError(f"{root}/{part} must hold images of one size, got {found_sizes}")
         arrays[part] = np.stack(images), np.asarray([label for _, label in files])
-    return _from_arrays(str(root), *arrays["train"], *arrays["test"], names)
+    relative = tuple(file.relative_to(root).as_posix() for file, _ in parts["train"])
+    return replace(_from_arrays(str(root), *arrays["train"], *arrays["test"], names), train_files=relative)
 
 
-def _decode(file: Path, image_size: int | None) -> np.ndarray:
+@dataclass(frozen=True)
+class Outline:
+    """What can be said of a file or folder before it is trained on.
+
+    Attributes:
+        shapes: of its inputs, (c, h, w) or (d,); several where a folder's images differ in size.
+        num_classes: k.
+        samples: in its training part.
+        has_test: whether it has a test part.
+    """
+
+    shapes: tuple[tuple[int, ...], ...]
+    num_classes: int
+    samples: int
+    has_test: bool
+
+
+def outline(path: Path) -> Outline:
+    """Returns the outline of a .npz file or a folder of images by class, whose images are not decoded.
+
+    Raises:
+        InputError: it is not of the right form (a ValueError).
+    """
+    if path.suffix == ".npz":
+        dataset = read_npz(path, needs_test=False)
+        shape = tuple(dataset.train_inputs.shape[1:])
+        return Outline((shape,), dataset.num_classes, len(dataset.train_labels), len(dataset.test_labels) > 0)
+    from PIL import Image
+
+    names, parts = _listed(path, needs_test=False)
+    shapes = set()
+    for file, _ in [*parts["train"], *parts["test"]]:
+        try:
+            with Image.open(file) as image:
+                shapes.add((3, image.height, image.width))
+        except Exception as error:  # Pillow's decoders raise what they like
+            raise InputError(f"{file} is no readable image (truncated or damaged?): {error}") from error
+    return Outline(tuple(sorted(shapes)), len(names), len(parts["train"]), bool(parts["test"]))
+
+
+def image_files(folder: Path) -> list[Path]:
+    """Returns the image files in a folder, sorted; hidden ones are none."""
+    return sorted(file for file in folder.iterdir() if file.suffix.lower() in _IMAGE_ENDINGS and file.name[0] != ".")
+
+
+def decode(source: Any, size: tuple[int, int] | None = None, mode: str = "RGB") -> Any:
+    """Returns a file or a PIL image as a PIL image of a size (width, height) and mode; None keeps its size.
+
+    Raises:
+        InputError: it is no readable image (a ValueError).
+    """
     from PIL import Image
 
     try:
-        with Image.open(file) as image:
-            colour = image.convert("RGB")
+        with source if isinstance(source, Image.Image) else Image.open(source) as image:
+            read = image.convert(mode)
     except Exception as error:  # Pillow's decoders raise what they like
-        raise InputError(f"{file} is no readable image (truncated or damaged?): {error}") from error
-    if image_size is not None:
-        colour = colour.resize((image_size, image_size), Image.Resampling.BILINEAR)
-    return np.asarray(colour)
+        raise InputError(f"{source} is no readable image (truncated or damaged?): {error}") from error
+    return read if size is None or size == read.size else read.resize(size, Image.Resampling.BILINEAR)
 
 
 def _from_arrays(

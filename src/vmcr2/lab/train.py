@@ -14,12 +14,11 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from rich.console import Console
 from torch import Tensor, nn
 
 from vmcr2.errors import InputError, NumericalError
-from vmcr2.lab import networks, objectives, recipes, sources
+from vmcr2.lab import networks, objectives, recipes, sources, trained
 from vmcr2.lab.augmentation import augmented, plain, warn_of_lost_borders
 from vmcr2.lab.evaluate import Features, Measures, extract, for_figures, measure, subspaces
 from vmcr2.lab.objectives import Objective
@@ -406,8 +405,10 @@ class _Run:
     def __init__(self, prepared: _Prepared, run: RunFolder, state: dict[str, Any] | None) -> None:
         recipe, model, criterion = prepared.recipe, prepared.model, prepared.objective.criterion
         self.prepared, self.run = prepared, run
-        self.measured: tuple[Features, Measures] | None = None
-        self.bases: Tensor | None = None
+        self.measured: tuple[Features, Measures, Tensor] | None = None
+        # What prediction needs without the training data.
+        self.trained: dict[str, Any] = {"config": trained.config(recipe, prepared.dataset)}
+        self.trained |= {"bases": None, "measured_at": 0}
         self.seconds = 0.0
         self.optimizer = torch.optim.SGD(
             [*model.parameters(), *criterion.parameters()],
@@ -417,7 +418,8 @@ class _Run:
         )
         torch.manual_seed(recipe.seed)
         if state is not None:
-            self.seconds, self.bases = state["seconds"], state["trained"]["bases"]
+            self.seconds = state["seconds"]
+            self.trained |= {name: state["trained"].get(name) for name in ("bases", "measured_at")}
             model.load_state_dict(state["model"])
             criterion.load_state_dict(state["criterion"])
             self.optimizer.load_state_dict(state["optimizer"])
@@ -425,19 +427,18 @@ class _Run:
             if prepared.device.type == "cuda" and "cuda_rng" in state:
                 torch.cuda.set_rng_state(state["cuda_rng"], prepared.device)
 
-    def measure(self) -> Measures:
+    def measure(self, epoch: int) -> Measures:
         """Measures the network on the whole data set, and keeps what the summary and a checkpoint need of it."""
         recipe, dataset, objective = self.prepared.recipe, self.prepared.dataset, self.prepared.objective
         features = extract(self.prepared.model, dataset, recipe.augmentation, recipe.batch_size, recipe.precision)
         bases = subspaces(features, dataset)
         measures = measure(features, dataset, bases, recipe.eps_sq, objective.predict)
-        self.measured, self.bases = (features, measures), bases.cpu()
+        self.measured = (features, measures, bases)
+        self.trained |= {"bases": bases.cpu(), "measured_at": epoch}
         return measures
 
     def save(self, epoch: int) -> None:
         """Writes a checkpoint: the state to go on from, and what prediction needs without the training data."""
-        recipe, dataset = self.prepared.recipe, self.prepared.dataset
-        example = plain(dataset.train_inputs[:1], recipe.augmentation)
         state = {
             "epoch": epoch,
             "seconds": self.seconds,
@@ -445,17 +446,9 @@ class _Run:
             "criterion": self.prepared.objective.criterion.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "rng": torch.get_rng_state(),
-            "recipe": _identity(recipe),
+            "recipe": _identity(self.prepared.recipe),
             "data": self.prepared.fingerprint,
-            "trained": {
-                "network": recipe.network,
-                "feature_dim": recipe.feature_dim,
-                "input_shape": list(example.shape[1:]),
-                "augmentation": asdict(recipe.augmentation),
-                "image_size": recipe.data.image_size,
-                "class_names": list(dataset.class_names),
-                "bases": self.bases,
-            },
+            "trained": self.trained,
         }
         if self.prepared.device.type == "cuda":
             state["cuda_rng"] = torch.cuda.get_rng_state(self.prepared.device)
@@ -464,11 +457,11 @@ class _Run:
     def finish(self) -> None:
         """Writes what the figures need and, last, the summary, whose presence says that the run is complete."""
         if self.measured is None:  # the run was broken off after its last epoch
-            self.measure()
+            self.measure(self.prepared.recipe.epochs)
         assert self.measured is not None
-        (features, measures), recipe = self.measured, self.prepared.recipe
+        (features, measures, bases), recipe = self.measured, self.prepared.recipe
         objective = self.prepared.objective
-        self.run.save_features(for_figures(features, self.prepared.dataset) | objective.arrays())
+        self.run.save_features(for_figures(features, self.prepared.dataset, bases) | objective.arrays())
         self.run.save_summary(
             {
                 "recipe": recipe.name,
@@ -509,7 +502,7 @@ def _train(
             kept.seconds += line["seconds"]
             if epoch % recipe.evaluate_every == 0 or epoch == recipe.epochs:
                 try:
-                    line |= asdict(kept.measure())
+                    line |= asdict(kept.measure(epoch))
                 except (InputError, NumericalError) as error:
                     raise _diverged(objective, epoch, error) from error
             run.add_metrics(line)
@@ -549,43 +542,3 @@ def _figures(line: dict[str, Any]) -> dict[str, str]:
         shown["accuracy"] = f"{line['test_accuracy']:.4f}"
     name = "residual" if "residual" in line else "loss"
     return shown | {name: f"{line[name]:.3g}"}
-
-
-@dataclass(frozen=True)
-class Trained:
-    """A trained run, read from its folder alone, on the CPU and in eval mode.
-
-    Attributes:
-        recipe: what was trained; its augmentation says how images are cut.
-        model: the network: inputs (m, *input_shape) to features (m, d).
-        objective: with the dictionary or the classifier that was trained beside it.
-        input_shape: of one input of the network.
-        class_names: names of the classes, in the order of the labels.
-        bases: V^(j) of eq. (8), (k, d, r), at the last evaluation; None where there was none yet.
-    """
-
-    recipe: Recipe
-    model: nn.Module
-    objective: Objective
-    input_shape: tuple[int, ...]
-    class_names: tuple[str, ...]
-    bases: Float[Tensor, "k d r"] | None
-
-
-def load_trained(run: RunFolder | str | Path) -> Trained:
-    """Returns a run as its last checkpoint has it; the data it was trained on is not needed.
-
-    Raises:
-        InputError: the run has no checkpoint, or a damaged one (a ValueError).
-    """
-    run = run if isinstance(run, RunFolder) else RunFolder.open(run)
-    recipe, state = run.recipe(), run.load_checkpoint()
-    if state is None:
-        raise InputError(f"{run.path} has no checkpoint yet; --resume it")
-    trained = state["trained"]
-    shape, names = tuple(trained["input_shape"]), tuple(trained["class_names"])
-    model, objective = build(recipe, shape, len(names))
-    model.load_state_dict(state["model"])
-    objective.criterion.load_state_dict(state["criterion"])
-    objective.criterion.eval()
-    return Trained(recipe, model.eval(), objective, shape, names, trained["bases"])

@@ -1,13 +1,12 @@
 """Every wrong argument is a ValueError that names it, before anything is computed or overwritten."""
 
-import copy
-
 import numpy as np
 import pytest
 import torch
-from conftest import random_labels, unit_rows
+from conftest import assert_unchanged, random_labels, snapshot, unit_rows
 
 import vmcr2
+from vmcr2.checks import Condition, read
 from vmcr2.subspaces import class_subspaces
 
 Z = unit_rows(12, 6)
@@ -41,7 +40,7 @@ BATCHES = [
 def test_batches(message, features, membership):
     variational = vmcr2.VMCR2Loss(3, 6, atoms_per_class=2).double()
     variational.latch(Z, LABELS)
-    state = copy.deepcopy(variational.state_dict())
+    state = snapshot(variational)
     calls = [
         lambda: vmcr2.rate_reduction(features, membership, num_classes=3),
         lambda: vmcr2.MCR2Loss(3)(features, membership),
@@ -53,8 +52,7 @@ def test_batches(message, features, membership):
     for call in calls:
         with pytest.raises(ValueError, match=message):
             call()
-    for name, tensor in variational.state_dict().items():
-        assert torch.equal(tensor, state[name]), name
+    assert_unchanged(variational, state)
 
 
 def test_numpy_numbers_are_numbers():
@@ -92,7 +90,7 @@ def test_eps_sq(value):
             call()
 
 
-@pytest.mark.parametrize("name", ["mu", "step_atoms", "step_codes"])
+@pytest.mark.parametrize("name", ["mu", "step_atoms", "step_codes", "balance", "energy"])
 @pytest.mark.parametrize("value", [0, -1.0, float("nan")])
 def test_step_sizes_and_penalty(name, value):
     with pytest.raises(ValueError, match=f"{name} must be a finite number > 0, got"):
@@ -107,7 +105,10 @@ def test_step_sizes_and_penalty(name, value):
         ("feature_dim must be an integer >= 1, got -3", {"feature_dim": -3}),
         ("atoms_per_class must be an integer >= 1, got 0", {"atoms_per_class": 0}),
         (r"atoms_per_class must be at most 6 \(feature_dim\), got 7", {"atoms_per_class": 7}),
-        ('structure must be "shared" or "block", got \'dense\'', {"structure": "dense"}),
+        ("structure must be one of 'shared', 'block', got 'dense'", {"structure": "dense"}),
+        ("reduction must be one of 'mean', 'sum', got 'none'", {"reduction": "none"}),
+        ("step must be one of 'ascent', 'paper', 'simultaneous', got None", {"step": None}),
+        ("energy must be a finite number > 0, got 0", {"energy": 0}),
     ],
 )
 def test_sizes(message, arguments):
@@ -122,24 +123,42 @@ def test_features_of_another_dimension():
             call(Z, LABELS)
 
 
-def test_before_latching():
-    """Training latches a class when it first sees it; eval mode and `rates` have nothing to compare with."""
-    loss = vmcr2.VMCR2Loss(3, 6, atoms_per_class=2).double()
-    for call in (loss.eval(), loss.rates):
-        with pytest.raises(vmcr2.NotLatchedError, match="never latched: call loss.latch"):
-            call(Z, LABELS)
-    with pytest.raises(ValueError, match="never latched"):
-        loss(Z, LABELS)
-    with pytest.raises(ValueError, match="batches must give at least one pair"):
-        loss.latch_from(torch.nn.Identity(), [])
+@pytest.mark.parametrize("wrong", [0, -1, 2.5, True, None, "3"])
+def test_num_classes_of_the_exact_objective(wrong):
+    with pytest.raises(ValueError, match="num_classes must be an integer >= 1"):
+        vmcr2.MCR2Loss(wrong)
 
 
-def test_latch_from_restores_the_model_after_an_error():
-    model = torch.nn.Sequential(torch.nn.Linear(6, 6), torch.nn.BatchNorm1d(6), torch.nn.Dropout(0.5))
-    with pytest.raises(ValueError, match="norm 1"):
-        vmcr2.VMCR2Loss(3, 6, atoms_per_class=2).latch_from(model, [(Z.float(), LABELS)])
-    assert all(module.training for module in model.modules())
-    assert model[1].momentum == 0.1
+def test_features_and_membership_on_different_devices():
+    for call in (vmcr2.rate_reduction, vmcr2.MCR2Loss(3)):
+        with pytest.raises(ValueError, match="membership must be on the features' device meta, got cpu"):
+            call(Z.to("meta"), LABELS)
+    with pytest.raises(ValueError, match="features must be on the loss's device cpu, got meta"):
+        vmcr2.VMCR2Loss(3, 6)(Z.to("meta"), LABELS.to("meta"))
+
+
+def test_balanced_mu():
+    for wrong in ({"feature_dim": 0}, {"batch_size": 2.5}, {"eps_sq": -1.0}, {"balance": 0.0}):
+        with pytest.raises(vmcr2.InputError, match=next(iter(wrong))):
+            vmcr2.balanced_mu(**({"feature_dim": 8, "batch_size": 4} | wrong))
+
+
+def test_every_error_is_a_value_error_or_says_that_the_computation_broke_down():
+    assert issubclass(vmcr2.InputError, ValueError)
+    assert issubclass(vmcr2.NotLatchedError, vmcr2.InputError)
+    assert issubclass(vmcr2.NumericalError, ArithmeticError)
+
+
+def test_all_conditions_are_read_in_one_transfer_and_the_first_that_fails_is_named():
+    right, wrong = torch.tensor(False), torch.tensor(True)
+
+    def condition(flag, name):
+        return Condition(flag, f"{name} must hold", lambda: f"{name}'s value")
+
+    assert read([condition(right, "a")]) is None
+    assert read([condition(right, "a")], torch.tensor([3, 4])).tolist() == [3, 4]
+    with pytest.raises(vmcr2.InputError, match="^b must hold, got b's value$"):
+        read([condition(right, "a"), condition(wrong, "b"), condition(wrong, "c")])
 
 
 @pytest.mark.parametrize("r", [0, -1, 7, 2.0])

@@ -1,0 +1,69 @@
+"""Suspects in a run's training set: samples whose features lie in the subspace of another class than their label's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+import vmcr2
+from vmcr2.lab import figures, sources
+from vmcr2.lab.evaluate import extract
+from vmcr2.lab.run import RunFolder, write_csv
+from vmcr2.lab.trained import load
+
+
+@dataclass(frozen=True)
+class Suspect:
+    """A training sample with a label that does not fit.
+
+    Attributes:
+        sample: its file in the folder, or its index in the source's training part.
+        given: the label it has.
+        suggested: the label that fits.
+        score: from 0, surely wrong, to 1.
+    """
+
+    sample: str
+    given: str
+    suggested: str
+    score: float
+
+
+def audit(run: RunFolder, data_root: str | Path | None = None) -> tuple[list[Suspect], list[Path]]:
+    """Finds the training samples that another label would suit better, as `vmcr2.label_quality` judges.
+
+    Writes suspects.csv, all of them, most suspect first, and for images figures/suspects.png into the run folder.
+
+    Args:
+        run: with a checkpoint.
+        data_root: where named data sets lie.
+
+    Returns:
+        The suspects, most suspect first, and the files written.
+
+    Raises:
+        InputError: the run has no checkpoint, or its data is not there or has changed (a ValueError).
+    """
+    trained, recipe = load(run), run.recipe()
+    dataset = sources.load(recipe.data, data_root)
+    if dataset.class_names != trained.classes or dataset.train_inputs.shape[1:] != trained.image_shape:
+        raise vmcr2.InputError(f"{recipe.data.source} has other classes or sizes than {run.path} was trained on")
+    features = extract(trained.model, dataset, recipe.augmentation, recipe.batch_size).train
+    judged = vmcr2.label_quality(features, dataset.train_labels)
+    scores, suggested = np.asarray(judged.scores), np.asarray(judged.suggested)
+    given = dataset.train_labels.numpy()
+    order = np.argsort(scores, kind="stable")
+    order = order[suggested[order] != given[order]]
+    names = dataset.class_names
+    suspects = [
+        Suspect(dataset.train_name(i), names[given[i]], names[suggested[i]], float(scores[i])) for i in order.tolist()
+    ]
+    written = [run.path / "suspects.csv"]
+    lines = [(one.sample, one.given, one.suggested, f"{one.score:.4f}") for one in suspects]
+    write_csv(written[0], [("sample", "given", "suggested", "score"), *lines])
+    if suspects and dataset.train_inputs.ndim == 4:
+        path = run.figures / "suspects.png"
+        written.append(figures.draw_suspects(dataset, order, scores, suggested, path, recipe.name))
+    return suspects, written

@@ -1,0 +1,326 @@
+"""A trained network with its subspaces and class names: loaded from a run in one line, exported, shared.
+
+    trained = vmcr2.load("runs/digits-vmcr2-seed0")
+    trained.predict(["a.png", "b.png"])          # class names
+    trained.embed(images)                        # features (m, d) of uint8 images (m, c, h, w)
+
+`export` writes config.json, model.safetensors and README.md, the layout of Hugging Face's hub: `load` reads that folder
+too, and with the extra `hub` there are `TrainedModel.from_pretrained(…)` and `trained.push_to_hub("me/name")`.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Shaped
+from torch import Tensor, nn
+
+from vmcr2.errors import InputError
+from vmcr2.lab import networks, objectives
+from vmcr2.lab.augmentation import Augmentation, plain
+from vmcr2.lab.objectives import Objective
+from vmcr2.lab.recipes import OBJECTIVES, Recipe
+from vmcr2.lab.run import RunFolder, is_free, write_atomically, write_json
+from vmcr2.lab.sources import Dataset, decode
+from vmcr2.subspaces import subspace_energies
+
+try:
+    from huggingface_hub import PyTorchModelHubMixin  # pyrefly: ignore[missing-import]
+except ModuleNotFoundError:
+
+    class PyTorchModelHubMixin:
+        """Stands in for the mixin of huggingface_hub where that is not installed."""
+
+        def __init_subclass__(cls, **_: Any) -> None: ...
+
+        @classmethod
+        def from_pretrained(cls, *_: Any, **__: Any) -> Any:
+            """Says which extra is missing."""
+            raise InputError("from_pretrained needs huggingface_hub: pip install 'vmcr2[hub]'")
+
+        save_pretrained = push_to_hub = from_pretrained
+
+
+_AT_ONCE = 256  # inputs sent through the network together
+
+
+# The mixin is one of two classes, which the type checker does not take as a base.
+class TrainedModel(
+    nn.Module,
+    PyTorchModelHubMixin,  # pyrefly: ignore[invalid-inheritance]
+    library_name="vmcr2",
+    tags=["mcr2", "image-feature-extraction"],
+):
+    """A network, one subspace a class, and the names of the classes; in eval mode as `load` returns it.
+
+    All arguments can be written as JSON, so that config.json holds them.
+
+    Args:
+        network: a name in `vmcr2.lab.networks`, or timm:NAME.
+        feature_dim: d.
+        input_shape: of one input of the network, after cropping: (c, h, w) or (d,).
+        image_shape: of one input as the data has it, before cropping.
+        classes: the names of the k classes, in the order of the labels.
+        components: r, the dimension of the subspaces.
+        crop: the side of the square that is cut from the middle of an image; None for all of it.
+        padding: zeros that may be put around an image before.
+        about: what is known of the training, for the model card.
+
+    Attributes:
+        model: the network, from inputs (m, *input_shape) to features (m, d) of norm 1.
+        subspaces: V^(j) of eq. (8), a buffer (k, d, r).
+        classes: as given.
+
+    Raises:
+        InputError: the network is unknown or does not take such inputs (a ValueError).
+    """
+
+    subspaces: Tensor
+
+    def __init__(
+        self,
+        *,
+        network: str,
+        feature_dim: int,
+        input_shape: Sequence[int],
+        image_shape: Sequence[int],
+        classes: Sequence[str],
+        components: int,
+        crop: int | None = None,
+        padding: int = 0,
+        about: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.classes = tuple(classes)
+        self.image_shape = tuple(image_shape)
+        self.augmentation = Augmentation(crop, padding)
+        self.about = about or {}
+        self.model = networks.build(network, tuple(input_shape), feature_dim)
+        self.register_buffer("subspaces", torch.zeros(len(self.classes), feature_dim, components))
+        self.config = {
+            "network": network,
+            "feature_dim": feature_dim,
+            "input_shape": list(input_shape),
+            "image_shape": list(image_shape),
+            "classes": list(classes),
+            "components": components,
+            "crop": crop,
+            "padding": padding,
+            "about": self.about,
+        }
+
+    def forward(self, inputs: Float[Tensor, "m ..."]) -> Float[Tensor, "m d"]:
+        """Returns the features of inputs that are cropped and scaled to [0, 1] already."""
+        return self.model(inputs)
+
+    @torch.no_grad()
+    def embed(self, images: Any) -> Float[Tensor, "m d"]:
+        """Returns features of norm 1, on the model's device.
+
+        Args:
+            images: uint8 images (m, c, h, w), or (m, h, w) where c = 1, of the size of the training data, as a tensor
+                or an array; or a path or PIL image, or a sequence of these, which are converted to the number of
+                channels and scaled to the size of the training data. For a run on embeddings: floats (m, d).
+
+        Raises:
+            InputError: images are not of that kind or size, or a file cannot be read (a ValueError).
+        """
+        given, device = self._inputs(images), self.subspaces.device
+        return torch.cat([self.model(plain(batch.to(device), self.augmentation)) for batch in given.split(_AT_ONCE)])
+
+    @torch.no_grad()
+    def scores(self, images: Any) -> Float[Tensor, "m k"]:
+        """Returns the share in [0, 1] of each sample's energy that lies in each class's subspace.
+
+        Args:
+            images: as `embed` takes.
+
+        Raises:
+            InputError: as `embed`.
+        """
+        return subspace_energies(self.embed(images), self.subspaces)
+
+    def predict(self, images: Any) -> list[str]:
+        """Returns the name of the class whose subspace is nearest to each sample, eq. (8), whatever the objective was.
+
+        `trained.scores(images).argmax(1)` are the places of these names in `classes`.
+
+        Args:
+            images: as `embed` takes.
+
+        Raises:
+            InputError: as `embed`.
+        """
+        return [self.classes[j] for j in self.scores(images).argmax(1).tolist()]
+
+    def _inputs(self, images: Any) -> Shaped[Tensor, "m ..."]:
+        shape = self.image_shape
+        if isinstance(images, Tensor | np.ndarray):
+            given = torch.as_tensor(images)
+            if len(shape) == 3 and shape[0] == 1 and given.shape[1:] == shape[1:]:
+                given = given[:, None]
+            fits = given.is_floating_point() if len(shape) == 1 else given.dtype == torch.uint8
+            if given.shape[1:] == shape and fits:
+                return given.float() if len(shape) == 1 else given
+            kind = "floats" if len(shape) == 1 else "uint8 images"
+            sizes = ", ".join(map(str, shape))
+            got = f"{str(given.dtype).removeprefix('torch.')} {tuple(given.shape)}"
+            raise InputError(f"images must be {kind} (m, {sizes}) as in training, got {got}")
+        several = [images] if isinstance(images, str | Path) or hasattr(images, "convert") else list(images)
+        if len(shape) == 1 or not several:
+            what = "an array of embeddings (this run has no images)" if len(shape) == 1 else "at least one image"
+            raise InputError(f"images must be {what}, got {'files' if several else 'none'}")
+        mode, size = "L" if shape[0] == 1 else "RGB", (shape[2], shape[1])
+        arrays = [np.array(decode(image, size, mode)) for image in several]
+        return torch.from_numpy(np.stack(arrays)).view(len(arrays), *shape[1:], shape[0]).permute(0, 3, 1, 2)
+
+    def card(self) -> str:
+        """Returns the model card, Markdown with the hub's front matter."""
+        k, names = len(self.classes), ", ".join(self.classes[:20])
+        known = "\n".join(f"| {name.replace('_', ' ')} | {value} |" for name, value in self.about.items())
+        kind = "images" if len(self.image_shape) == 3 else "embeddings"
+        return f"""---
+library_name: vmcr2
+tags: [mcr2, image-feature-extraction]
+---
+# {self.about.get("recipe", "A vmcr2 model")}
+
+Maps {kind} of shape {self.image_shape} to features of norm 1 in {self.config["feature_dim"]} dimensions, and to one of
+{k} classes by the nearest of {k} subspaces of dimension {self.config["components"]}. Network: {self.config["network"]}.
+
+```python
+import vmcr2
+trained = vmcr2.load("THIS FOLDER")
+trained.embed(images), trained.predict(images)
+```
+
+| training | |
+| --- | --- |
+{known}
+
+Classes: {names}{f", … ({k} in all)" if k > 20 else ""}.
+
+It knows these classes only and names one of them for any input; the largest of `trained.scores(images)` is low for
+inputs that are like none. Inputs must be prepared as in training: same size, same meaning of light and dark.
+"""
+
+    def generate_model_card(self, *_: Any, **__: Any) -> Any:
+        """Returns the card as huggingface_hub wants it."""
+        from huggingface_hub import ModelCard  # pyrefly: ignore[missing-import]
+
+        return ModelCard(self.card())
+
+
+def config(recipe: Recipe, dataset: Dataset) -> dict[str, Any]:
+    """Returns what a checkpoint keeps of a recipe and its data, so that prediction needs neither."""
+    example = plain(dataset.train_inputs[:1], recipe.augmentation)
+    return {
+        "network": recipe.network,
+        "feature_dim": recipe.feature_dim,
+        "input_shape": list(example.shape[1:]),
+        "image_shape": list(dataset.train_inputs.shape[1:]),
+        "classes": list(dataset.class_names),
+        "crop": recipe.augmentation.crop,
+        "padding": recipe.augmentation.padding,
+    }
+
+
+def load(path: RunFolder | str | Path) -> TrainedModel:
+    """Returns a trained model on the CPU, in eval mode; the data it was trained on is not needed.
+
+    Args:
+        path: a run folder, whose last checkpoint is taken, or a folder that `vmcr2 export` wrote.
+
+    Raises:
+        InputError: there is neither, the run was never measured yet, or a file is damaged (a ValueError).
+    """
+    if not isinstance(path, RunFolder) and (Path(path) / "model.safetensors").is_file():
+        return _load_exported(Path(path))
+    run, recipe, state = _open(path)
+    kept = state["trained"]
+    if kept["bases"] is None:
+        raise InputError(f"{run.path} was never measured yet, so it has no subspaces; --resume it")
+    if kept["measured_at"] != state["epoch"]:
+        warnings.warn(
+            f"the subspaces of {run.path} are those of epoch {kept['measured_at']}, its network that of epoch "
+            f"{state['epoch']}: --resume it to have both at its end",
+            stacklevel=2,
+        )
+    about: dict[str, Any] = {"recipe": recipe.name, "objective": OBJECTIVES[recipe.objective], "epochs": state["epoch"]}
+    if run.is_complete():
+        summary = run.summary()
+        about |= {name: round(summary[name], 4) for name in ("train_reduction", "test_accuracy")}
+        about["evaluated_on"] = summary["evaluated_on"]
+    trained = TrainedModel(**kept["config"], components=kept["bases"].shape[2], about=about)
+    trained.model.load_state_dict(state["model"])
+    trained.subspaces.copy_(kept["bases"])
+    return trained.eval()
+
+
+def load_objective(path: RunFolder | str | Path) -> Objective:
+    """Returns what a run was trained on, with the dictionary or classifier of its last checkpoint, in eval mode.
+
+    Raises:
+        InputError: the run has no checkpoint, or a damaged one (a ValueError).
+    """
+    _, recipe, state = _open(path)
+    objective = objectives.build(recipe, len(state["trained"]["config"]["classes"]))
+    objective.criterion.load_state_dict(state["criterion"])
+    objective.criterion.eval()
+    return objective
+
+
+def _open(path: RunFolder | str | Path) -> tuple[RunFolder, Recipe, dict[str, Any]]:
+    run = path if isinstance(path, RunFolder) else RunFolder.open(path)
+    recipe, state = run.recipe(), run.load_checkpoint()
+    if state is None:
+        raise InputError(f"{run.path} has no checkpoint yet; --resume it")
+    if "config" not in state["trained"]:
+        raise InputError(f"{run.checkpoint_file} was written by an earlier version; train it again")
+    return run, recipe, state
+
+
+def export(trained: TrainedModel, folder: str | Path) -> None:
+    """Writes a model as config.json, model.safetensors and its card README.md.
+
+    Args:
+        trained: from `load`.
+        folder: new or empty.
+
+    Raises:
+        InputError: the folder is taken, or safetensors is not installed (a ValueError).
+    """
+    folder = Path(folder)
+    if not is_free(folder):
+        raise InputError(f"the folder to export to must be new or empty, got {folder}")
+    save_model = _safetensors().save_model
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "config.json", trained.config)
+    write_atomically(folder / "README.md", trained.card().encode())
+    save_model(trained, str(folder / "model.safetensors"))
+
+
+def _load_exported(folder: Path) -> TrainedModel:
+    load_model = _safetensors().load_model
+    try:
+        trained = TrainedModel(**json.loads((folder / "config.json").read_text(encoding="utf-8")))
+        load_model(trained, str(folder / "model.safetensors"))
+    except InputError:
+        raise
+    except Exception as error:  # safetensors has errors of its own
+        raise InputError(f"{folder} holds no readable model: {error}") from error
+    return trained.eval()
+
+
+def _safetensors() -> Any:
+    try:
+        import safetensors.torch
+    except ModuleNotFoundError as error:
+        raise InputError("exported models need safetensors: pip install 'vmcr2[hub]'") from error
+    return safetensors.torch

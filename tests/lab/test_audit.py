@@ -1,0 +1,77 @@
+"""Wrong labels in a run's training set are found, named and shown."""
+
+import csv
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+from PIL import Image
+from small import SMALL
+
+import vmcr2
+from vmcr2.errors import InputError
+from vmcr2.lab import sources, train
+from vmcr2.lab.audit import audit
+from vmcr2.lab.recipes import RECIPES
+from vmcr2.lab.sources import DataSettings
+from vmcr2.subspaces import class_subspaces, subspace_energies
+
+
+@pytest.fixture(autouse=True)
+def judged(monkeypatch):
+    """A judge of labels where this version has none."""
+
+    def label_quality(features, labels):
+        energies = subspace_energies(features, class_subspaces(features, labels, int(labels.max()) + 1, 1))
+        own = energies.gather(1, labels[:, None])[:, 0]
+        return SimpleNamespace(scores=own.clamp(0, 1).numpy(), suggested=energies.argmax(1).numpy())
+
+    if not hasattr(vmcr2, "label_quality"):
+        monkeypatch.setattr(vmcr2, "label_quality", label_quality, raising=False)
+
+
+def test_labels_broken_on_purpose_are_found_and_mended(tmp_path):
+    broken = DataSettings(label_noise=0.1)
+    run = train.start(replace(RECIPES["digits"], epochs=8, data=broken, device="cpu"), tmp_path / "run")
+    suspects, written = audit(run)
+    right = sources.load(DataSettings()).train_labels
+    wrong = {i for i, label in enumerate(sources.load(broken).train_labels) if label != right[i]}
+    first = suspects[: len(wrong)]
+    assert [one.score for one in suspects] == sorted(one.score for one in suspects)
+    assert sum(int(one.sample) in wrong for one in first) >= 0.6 * len(wrong)
+    mended = [one for one in first if int(one.sample) in wrong]
+    assert sum(int(one.suggested) == right[int(one.sample)] for one in mended) >= 0.75 * len(mended)
+    assert written == [run.path / "suspects.csv", run.figures / "suspects.png"]
+    with written[0].open(encoding="utf-8", newline="") as file:
+        rows = list(csv.reader(file))
+    assert rows[0] == ["sample", "given", "suggested", "score"]
+    assert [row[0] for row in rows[1:]] == [one.sample for one in suspects]
+    assert written[1].stat().st_size > 10_000
+
+
+def test_suspects_of_a_folder_are_files_whatever_part_of_it_is_trained_on(tmp_path):
+    for j, (name, colour) in enumerate((("ash", (250, 0, 0)), ("oak", (0, 0, 250)))):
+        (tmp_path / "leaves" / "train" / name).mkdir(parents=True)
+        for i in range(12):
+            shown = (0, 0, 250) if (name, i) == ("ash", 7) else colour
+            image = Image.new("RGB", (8, 8), tuple(max(0, part - 5 * i - j) for part in shown))
+            image.save(tmp_path / "leaves" / "train" / name / f"{i}.png")
+    data = DataSettings(source=str(tmp_path / "leaves"), validation=0.2)
+    dataset = sources.load(data)
+    names = [dataset.train_name(i) for i in range(len(dataset.train_labels))]
+    assert len(set(names)) == 20
+    for name, label in zip(names, dataset.train_labels.tolist(), strict=True):
+        assert name.startswith(f"train/{dataset.class_names[label]}/")
+    recipe = replace(SMALL, network="mlp", epochs=4, data=data, batch_size=10)
+    suspects, _ = audit(train.start(recipe, tmp_path / "run"))
+    if "train/ash/7.png" in names:
+        assert suspects[0].sample == "train/ash/7.png"
+        assert (suspects[0].given, suspects[0].suggested) == ("ash", "oak")
+
+
+def test_data_that_changed_is_refused(tmp_path):
+    run = train.start(replace(SMALL, epochs=1, data=DataSettings(classes=3)), tmp_path / "run")
+    run.write_recipe(replace(run.recipe(), data=DataSettings(classes=4)))
+    with pytest.raises(InputError, match="digits has other classes or sizes than"):
+        audit(run)
+    assert not (run.path / "suspects.csv").exists()

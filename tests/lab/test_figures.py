@@ -1,0 +1,49 @@
+"""Figures that a stranger can read: names in full, classes counted, errors shown."""
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+
+from vmcr2.lab import figures
+
+
+def texts(axis):
+    return [label.get_text() for label in axis.get_ticklabels()]
+
+
+def test_class_names_are_written_in_full():
+    names = np.array(["Alphabet_of_the_Magi/character01", "Ge_ez/character20"])
+    axes = Figure().subplots()
+    figures.draw_similarity(axes, np.eye(4)[[0, 0, 1, 1]], np.array([0, 0, 1, 1]), names)
+    assert texts(axes.yaxis) == ["Alphabet of the Magi 01", "Ge ez 20"]
+
+
+def test_the_confusion_matrix_holds_every_test_sample():
+    counts = np.array([[5, 1, 0], [0, 4, 0], [0, 2, 3]])
+    axes = Figure().subplots()
+    figures.draw_confusion(axes, counts, np.array(["ash", "elm", "oak"]))
+    assert texts(axes.xaxis) == texts(axes.yaxis) == ["ash", "elm", "oak"]
+    assert sum(int(text.get_text()) for text in axes.texts) == counts.sum()
+
+
+def test_of_many_classes_those_with_the_most_errors_are_named():
+    k = 50
+    counts = 3 * np.eye(k, dtype=int)
+    counts[40, 7] = counts[7, 30] = counts[41, 2] = 9
+    axes = Figure().subplots()
+    figures.draw_confusion(axes, counts, np.array([f"class {j}" for j in range(k)]))
+    named = texts(axes.yaxis)
+    assert len(named) == 20
+    assert {"class 2", "class 7", "class 30", "class 40", "class 41"} <= set(named)
+    assert texts(axes.xaxis) == [*named, "any other"]
+
+
+@pytest.mark.parametrize("last", [3, 5, 40])
+def test_epochs_are_whole(last):
+    metrics = [{"epoch": i, "test_accuracy": 0.5, "head_accuracy": None} for i in range(1, last + 1)]
+    figure = Figure()
+    axes = figures.draw_accuracy(figure.subplots(), metrics, "validation")
+    figure.draw_without_rendering()
+    assert all(tick == int(tick) for tick in axes.get_xticks())
+    assert axes.get_ylabel() == "validation accuracy"
+    assert len(axes.lines) == 1  # no head, no line for it

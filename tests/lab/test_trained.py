@@ -1,0 +1,167 @@
+"""A trained run in use: loaded without its data, given images of all kinds, exported and read back."""
+
+import json
+import subprocess
+import sys
+import warnings
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from small import SMALL
+
+import vmcr2
+from vmcr2.errors import InputError
+from vmcr2.lab import sources, train, trained
+from vmcr2.lab.augmentation import Augmentation
+from vmcr2.lab.sources import DataSettings
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run on digits whose labels are 100 to 109, and whose file is gone; padded, so that images grow."""
+    folder = tmp_path_factory.mktemp("trained")
+    digits = sources.load(DataSettings(train_size=300))
+    arrays = {"x_train": digits.train_inputs[:, 0], "y_train": digits.train_labels + 100}
+    arrays |= {"x_test": digits.test_inputs[:, 0], "y_test": digits.test_labels + 100}
+    np.savez(folder / "data.npz", **{name: tensor.numpy() for name, tensor in arrays.items()})
+    grown = Augmentation(crop=10, padding=1)
+    data = DataSettings(source=str(folder / "data.npz"))
+    made = train.start(replace(SMALL, epochs=3, evaluate_every=2, data=data, augmentation=grown), folder / "run")
+    (folder / "data.npz").unlink()
+    return made
+
+
+def test_a_run_predicts_without_its_data_as_it_was_measured(run):
+    digits = sources.load(DataSettings())
+    loaded = vmcr2.load(str(run.path))
+    assert not loaded.model.training
+    assert loaded.classes == tuple(str(j) for j in range(100, 110))
+    assert loaded.subspaces.shape == (10, 32, 3)
+    features = loaded.embed(digits.test_inputs)
+    assert torch.allclose(features.norm(dim=1), torch.ones(360))
+    predicted = loaded.predict(digits.test_inputs.numpy())
+    right = [name == str(100 + label) for name, label in zip(predicted, digits.test_labels.tolist(), strict=True)]
+    assert sum(right) / 360 == run.summary()["test_accuracy"]
+    scores = loaded.scores(digits.test_inputs)
+    assert scores.min() >= 0
+    assert scores.max() <= 1 + 1e-5
+    assert [loaded.classes[j] for j in scores.argmax(1)] == predicted
+
+
+def test_files_and_images_are_read_as_the_arrays_are(run, tmp_path):
+    digits, loaded = sources.load(DataSettings()), vmcr2.load(run)
+    pixels = digits.test_inputs[:3, 0].numpy()
+    images = [Image.fromarray(image) for image in pixels]
+    for i, image in enumerate(images):
+        image.convert("RGB").resize((32, 32), Image.Resampling.NEAREST).save(tmp_path / f"{i}.png")
+    whole = loaded.embed(digits.test_inputs[:3])
+    assert torch.equal(loaded.embed(pixels), whole)  # without the channel
+    assert torch.allclose(loaded.embed(images), whole, atol=1e-6)
+    assert loaded.embed(images[0]).shape == (1, 32)
+    # Scaled down again; colour and size do not matter.
+    assert torch.allclose(loaded.embed([str(tmp_path / f"{i}.png") for i in range(3)]), whole, atol=0.1)
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (torch.zeros(2, 1, 8, 8), r"must be uint8 images \(m, 1, 8, 8\) as in training, got float32 \(2, 1, 8, 8\)"),
+        (np.zeros((2, 3, 8, 8), np.uint8), r"got uint8 \(2, 3, 8, 8\)"),
+        ([], "images must be at least one image, got none"),
+        ("nowhere.png", "nowhere.png is no readable image"),
+    ],
+)
+def test_images_of_another_kind_are_refused(run, images, message):
+    with pytest.raises(InputError, match=message):
+        vmcr2.load(run).embed(images)
+
+
+def test_a_run_on_embeddings_takes_embeddings(tmp_path):
+    y = np.arange(60) % 3
+    x = np.eye(3)[y] + 0.1 * np.random.default_rng(0).normal(size=(60, 3))
+    np.savez(tmp_path / "e.npz", features=x, labels=y)
+    data = DataSettings(source=str(tmp_path / "e.npz"), validation=0.2)
+    loaded = vmcr2.load(train.start(replace(SMALL, network="mlp", epochs=2, data=data), tmp_path / "run"))
+    assert loaded.embed(x).shape == (60, 32)
+    with pytest.raises(InputError, match="an array of embeddings"):
+        loaded.embed(["a.png"])
+    with pytest.raises(InputError, match=r"must be floats \(m, 3\) as in training, got float64 \(60, 2\)"):
+        loaded.embed(x[:, :2])
+
+
+def test_an_export_is_the_same_model(run, tmp_path):
+    loaded = vmcr2.load(run)
+    trained.export(loaded, tmp_path / "out")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"config.json", "model.safetensors", "README.md"}
+    card = (tmp_path / "out" / "README.md").read_text()
+    for words in ("library_name: vmcr2", "Classes: 100, 101", "| test accuracy |", "Network: cnn"):
+        assert words in card
+    again, images = vmcr2.load(tmp_path / "out"), sources.load(DataSettings()).test_inputs
+    assert torch.equal(again.embed(images), loaded.embed(images))
+    assert again.predict(images) == loaded.predict(images)
+    with pytest.raises(InputError, match="must be new or empty"):
+        trained.export(loaded, tmp_path / "out")
+    (tmp_path / "out" / "config.json").write_text("{}")
+    with pytest.raises(InputError, match="holds no readable model"):
+        vmcr2.load(tmp_path / "out")
+
+
+def test_the_hubs_mixin_writes_and_reads_the_same_folder_offline(run, tmp_path):
+    pytest.importorskip("huggingface_hub")
+    loaded, images = vmcr2.load(run), sources.load(DataSettings()).test_inputs
+    loaded.save_pretrained(tmp_path / "hub")
+    assert json.loads((tmp_path / "hub" / "config.json").read_text()) == loaded.config
+    assert "Classes: 100, 101" in (tmp_path / "hub" / "README.md").read_text()
+    trained.export(loaded, tmp_path / "ours")
+    for folder in ("hub", "ours"):
+        again = trained.TrainedModel.from_pretrained(str(tmp_path / folder), local_files_only=True)
+        assert again.predict(images) == loaded.predict(images)
+    assert vmcr2.load(tmp_path / "hub").about == loaded.about
+
+
+def test_what_is_not_installed_is_named():
+    program = """
+import sys
+sys.modules["huggingface_hub"] = None
+sys.modules["safetensors"] = None
+from vmcr2.lab import trained
+for call in (lambda: trained.TrainedModel.from_pretrained("x"), lambda: trained.export(None, "surely-new")):
+    try:
+        call()
+    except ValueError as error:
+        print(error)
+for name in [name for name in sys.modules if name.startswith("vmcr2")]:
+    del sys.modules[name]
+sys.modules["filelock"] = None
+try:
+    import vmcr2
+    vmcr2.load
+except ModuleNotFoundError as error:
+    print(error)
+"""
+    said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    assert said.splitlines() == [
+        "from_pretrained needs huggingface_hub: pip install 'vmcr2[hub]'",
+        "exported models need safetensors: pip install 'vmcr2[hub]'",
+        "vmcr2.load needs filelock, which is missing: pip install 'vmcr2[lab]'",
+    ]
+
+
+def test_subspaces_older_than_the_network_are_said(run):
+    state = run.load_checkpoint()
+    changed = replace(run)
+    for at, bases, error in ((2, state["trained"]["bases"], None), (0, None, "was never measured yet")):
+        kept = state["trained"] | {"measured_at": at, "bases": bases}
+        object.__setattr__(changed, "load_checkpoint", lambda kept=kept: state | {"trained": kept})
+        if error is None:
+            with pytest.warns(UserWarning, match="are those of epoch 2, its network that of epoch 3"):
+                vmcr2.load(changed)
+        else:
+            with pytest.raises(InputError, match=error):
+                vmcr2.load(changed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        vmcr2.load(run)

@@ -1,0 +1,71 @@
+"""A light core: what `import vmcr2` brings along, and what is said where an extra is missing."""
+
+import subprocess
+import sys
+
+import pytest
+
+import vmcr2
+
+HEAVY = ["sklearn", "scipy", "torchvision", "matplotlib", "rich", "tyro", "cattrs", "PIL"]
+
+
+def run(program, *, missing=()):
+    """Runs a program in which some packages cannot be imported."""
+    block = f"""
+import sys
+
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {list(missing)!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+
+sys.meta_path.insert(0, Missing())
+"""
+    return subprocess.run([sys.executable, "-c", block + program], capture_output=True, text=True, check=False)
+
+
+def test_importing_the_core_imports_no_extra():
+    done = run("import torch\nbefore = set(sys.modules)\nimport vmcr2\nprint(*sorted(set(sys.modules) - before))")
+    assert done.returncode == 0, done.stderr
+    brought = {name.split(".")[0] for name in done.stdout.split()}
+    assert "vmcr2" in brought
+    assert not brought & set(HEAVY)
+    assert not [name for name in done.stdout.split() if name.startswith("vmcr2.lab")]
+
+
+def test_the_core_trains_without_any_extra():
+    program = """
+import torch, vmcr2
+z = torch.nn.functional.normalize(torch.randn(20, 6), dim=1).requires_grad_()
+for loss in (vmcr2.VMCR2Loss(3, 6), vmcr2.MCR2Loss(3)):
+    loss(z, torch.arange(20) % 3).backward()
+print(vmcr2.coding_rate(z).item() > 0)
+"""
+    done = run(program, missing=HEAVY)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["True"]
+
+
+def test_the_estimator_names_the_extra_that_is_missing():
+    done = run("import vmcr2\nvmcr2.NearestSubspaceClassifier", missing=["sklearn"])
+    assert done.returncode != 0
+    assert done.stderr.splitlines()[-1].startswith("ModuleNotFoundError")
+    assert "pip install 'vmcr2[sklearn]'" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("missing", ["tyro", "rich"])
+def test_the_command_names_the_extra_that_is_missing(missing):
+    program = "import runpy\nsys.argv = ['vmcr2', 'recipes']\nrunpy.run_module('vmcr2', run_name='__main__')"
+    done = run(program, missing=[missing])
+    assert done.returncode == 1, done.stderr
+    assert f"the command needs {missing}, which is missing: pip install 'vmcr2[lab]'" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_all_public_names_exist():
+    for name in vmcr2.__all__:
+        assert getattr(vmcr2, name) is not None
+        assert name in dir(vmcr2)
+    with pytest.raises(AttributeError, match="no attribute 'NoSuchName'"):
+        vmcr2.NoSuchName  # noqa: B018

@@ -1,0 +1,195 @@
+"""M and its gradients, eqs. (9) to (11), in both structures: derivatives, precision, memory."""
+
+import pytest
+import torch
+from conftest import (
+    STRUCTURES,
+    LargestTensor,
+    as_shared,
+    checked,
+    loss_at,
+    random_dictionary,
+    random_labels,
+    random_membership,
+    random_rows,
+    rows_of,
+    unit_rows,
+)
+
+import vmcr2
+from vmcr2.mismatch import BlockCodes, mismatch, moment_norms, precise_mismatch
+
+CASES = [(12, 5, 3, 2), (8, 9, 2, 3), (30, 4, 5, 4)]
+each_case = pytest.mark.parametrize(("m", "d", "k", "s"), CASES)
+each_structure = pytest.mark.parametrize("structure", STRUCTURES)
+
+
+@each_case
+@pytest.mark.parametrize("kind", ["labels", "soft"])
+@each_structure
+def test_derivatives_in_features_membership_atoms_and_codes(m, d, k, s, kind, structure):
+    z, dictionary = unit_rows(m, d), random_dictionary(d, k, s, structure)
+    membership = random_membership(m, k, kind)
+
+    def value(features, weights, atoms, codes):
+        pi = checked(features, membership if weights is None else weights, k)
+        if isinstance(dictionary, BlockCodes) and weights is None:
+            # As in training: block structure meets the classes that are present alone.
+            blocks = atoms.view(k, s, d)[pi.present].flatten(0, 1)
+            return mismatch(features, pi.among_present(), BlockCodes(blocks, codes[pi.present]))[0]
+        return mismatch(features, pi, dictionary.moved(atoms, codes))[0]
+
+    point = [z, dictionary.atoms, dictionary.codes]
+    point = [tensor.clone().requires_grad_() for tensor in point]
+    assert torch.autograd.gradcheck(lambda a, b, c: value(a, None, b, c), point)
+    if kind == "soft":
+        logits = membership.log().requires_grad_()
+        assert torch.autograd.gradcheck(lambda w, a, b, c: value(a, w.softmax(1), b, c), [logits, *point])
+
+
+@each_structure
+def test_second_derivatives_in_features_membership_atoms_and_codes(structure):
+    m, d, k, s = 5, 4, 2, 2
+    z, dictionary = unit_rows(m, d), random_dictionary(d, k, s, structure)
+    logits = random_rows(m, k).log()
+    point = [tensor.clone().requires_grad_() for tensor in (z, logits, dictionary.atoms, dictionary.codes)]
+    assert torch.autograd.gradgradcheck(
+        lambda a, w, b, c: mismatch(a, checked(a, w.softmax(1), k), dictionary.moved(b, c))[0], point
+    )
+
+
+@each_case
+@pytest.mark.parametrize("kind", ["balanced", "labels", "soft"])
+@each_structure
+def test_closed_form_gradients_equal_autograd(m, d, k, s, kind, structure):
+    z, dictionary = unit_rows(m, d), random_dictionary(d, k, s, structure)
+    pi = checked(z, random_membership(m, k, kind), k)
+    if structure == "block":
+        blocks = dictionary.blocks[pi.present].flatten(0, 1)
+        dictionary, pi = BlockCodes(blocks, dictionary.codes[pi.present]), pi.among_present()
+    free = dictionary.moved(dictionary.atoms.clone().requires_grad_(), dictionary.codes.clone().requires_grad_())
+    expected = torch.autograd.grad(mismatch(z, pi, free)[0], (free.atoms, free.codes))
+    projections, overlap = dictionary.project(z, pi), dictionary.overlap()
+    model = dictionary.respond(overlap, dictionary.codes * pi.counts[:, None])
+    torch.testing.assert_close(dictionary.atom_gradient(z, projections, overlap, pi), expected[0])
+    torch.testing.assert_close(model - dictionary.energies(projections, pi), expected[1])
+
+
+@each_case
+@pytest.mark.parametrize("kind", ["balanced", "labels", "soft"])
+def test_block_structure_is_shared_structure_with_the_other_codes_0(m, d, k, s, kind):
+    z, block = unit_rows(m, d), random_dictionary(d, k, s, "block")
+    shared, pi = as_shared(block), checked(z, random_membership(m, k, kind), k)
+    rows = rows_of(random_membership(m, k, kind), k)
+    dense = checked(z, rows, k)
+    expected = mismatch(z, pi, shared)[0]
+    torch.testing.assert_close(mismatch(z, pi, block)[0], expected)
+    torch.testing.assert_close(mismatch(z, dense, block)[0], expected)
+    torch.testing.assert_close(
+        block.atom_gradient(z, block.project(z, pi), block.overlap(), pi),
+        shared.atom_gradient(z, shared.project(z, pi), shared.overlap(), pi),
+    )
+
+
+@pytest.mark.parametrize("kind", ["balanced", "labels", "soft"])
+@pytest.mark.parametrize(("m", "d"), [(40, 3), (10, 30)])
+def test_moment_norms_are_those_of_the_moments_on_either_side(kind, m, d, monkeypatch):
+    z, membership = unit_rows(m, d), random_membership(m, 4, kind)
+    rows = rows_of(membership, 4)
+    expected = [
+        float(((z.T * rows[:, j]) @ z / rows[:, j].sum()).square().sum()) if rows[:, j].any() else 0.0 for j in range(4)
+    ]
+    assert moment_norms(z, checked(z, membership, 4)).tolist() == pytest.approx(expected)
+    monkeypatch.setattr("vmcr2.mismatch._PAIRS", 60)  # and the inner products come in several parts
+    assert moment_norms(z, checked(z, membership, 4)).tolist() == pytest.approx(expected)
+
+
+def subspaces_with_noise(distance):
+    """Returns float32 features near four planes, and the dictionary that describes them best."""
+    generator = torch.Generator().manual_seed(0)
+    atoms = torch.linalg.qr(torch.randn(64, 8, generator=generator, dtype=torch.float64))[0]
+    labels = torch.arange(200) % 4
+    own = torch.randn(200, 2, generator=generator, dtype=torch.float64)
+    z = torch.stack([atoms[:, 2 * y : 2 * y + 2] @ weights for y, weights in zip(labels, own, strict=True)])
+    z = torch.nn.functional.normalize(z + distance / 8 * torch.randn(z.shape, generator=generator), dim=1).float()
+    return z, labels, vmcr2.latching.latched_blocks(z.double(), checked(z.double(), labels, 4), 2)
+
+
+@pytest.mark.parametrize("distance", [1e-1, 1e-2, 1e-3])
+def test_small_residuals_keep_their_precision(distance):
+    """Eq. (9) cancels where the residual is small: in float32 alone the last of these would be noise."""
+    z, labels, (blocks, energies) = subspaces_with_noise(distance)
+    wide = as_shared(BlockCodes(blocks.mT.flatten(0, 1), energies))
+    narrow = wide.moved(wide.atoms.float(), wide.codes.float())
+    exact = 0.0
+    for j in range(4):
+        own = z[labels == j].double()
+        model = narrow.atoms.double().T * narrow.codes[j].double() @ narrow.atoms.double()
+        exact += 50 / 2 * float((own.T @ own / 50 - model).square().sum())
+    assert float(precise_mismatch(z, checked(z, labels, 4), narrow)) == pytest.approx(exact, rel=1e-5)
+
+
+@each_structure
+def test_a_training_step_near_its_dictionary_returns_a_precise_value_and_gradient(structure):
+    """The step itself runs in float32 and works the mismatch out again where that has lost its digits."""
+    z, labels, _ = subspaces_with_noise(1e-3)
+    loss = loss_at(z, labels, 4, 2, structure=structure, energy=1.0)
+    features = z.clone().requires_grad_()
+    value = loss(features, labels)
+    value.backward()
+    again = z.double().requires_grad_()
+    expected = loss.double().eval()(again, labels)
+    expected.backward()
+    assert value.item() < 1e-3
+    assert value.item() == pytest.approx(expected.item(), rel=1e-5)
+    torch.testing.assert_close(features.grad.double(), again.grad, rtol=1e-4, atol=1e-4 * float(again.grad.abs().max()))
+
+
+def test_a_learned_membership_with_block_codes_gets_its_gradient_without_dense_codes_or_overlaps():
+    """Of ΓᵀΓ the blocks on the diagonal are enough, of the codes each class's own."""
+    m, d, k, s = 40, 16, 150, 8
+    q = k * s
+    rows, z = random_rows(m, k), unit_rows(m, d)
+    loss = loss_at(z, rows, k, s, structure="block", mu=0.3, reduction="sum")
+    learned, features = rows.clone().requires_grad_(), z.clone().requires_grad_()
+    with LargestTensor() as largest:
+        got = torch.autograd.grad(loss(features, learned), (features, learned))
+    assert largest.numel < q * k, largest.shape
+    assert largest.numel <= 2 * max(m * q, q * d), largest.shape
+    shared = as_shared(loss.dictionary.read(checked(z, rows, k), torch.float64)[0])
+    again, weights = z.clone().requires_grad_(), rows.clone().requires_grad_()
+    counts, by_class = weights.sum(0), 0
+    for j in range(k):
+        moment = (again.T * weights[:, j]) @ again / counts[j]
+        model = shared.atoms.T * shared.codes[j] @ shared.atoms
+        by_class = by_class + 0.3 / 2 * counts[j] * (moment - model).square().sum()
+    for ours, theirs in zip(got, torch.autograd.grad(by_class, (again, weights)), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-10)
+
+
+@each_structure
+def test_a_step_on_dense_rows_makes_nothing_of_all_samples_times_all_classes_times_dimensions(structure):
+    """Each class has a share in each sample; the k×m×d or k×d×d arrays of the formula as printed are not built."""
+    m, d, k = 200, 40, 100
+    z, rows = unit_rows(m, d), random_rows(m, k)
+    loss = loss_at(z, rows, k, 1, structure=structure)
+    with LargestTensor() as largest:
+        loss(z, rows)
+    assert largest.numel <= 2 * max(m * m, m * k, k * k, m * d), largest.shape
+
+
+def test_a_step_of_few_samples_among_many_classes_of_their_own_atoms_stays_small():
+    m, d, k = 30, 16, 3000
+    z, labels = unit_rows(m, d), torch.arange(m) % 10 * 7
+    loss = loss_at(unit_rows(k, d), torch.arange(k), k, 2, structure="block")
+    with LargestTensor() as largest:
+        loss(z, labels)
+    assert largest.numel <= max(2 * k, 4 * m * d), largest.shape
+
+
+def test_random_labels_and_rows_of_them_agree():
+    z, labels = unit_rows(30, 6), random_labels(30, 3)
+    for structure in STRUCTURES:
+        dictionary = random_dictionary(6, 3, 2, structure)
+        values = [mismatch(z, checked(z, pi, 3), dictionary) for pi in (labels, rows_of(labels, 3))]
+        torch.testing.assert_close(*values)

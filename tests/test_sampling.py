@@ -1,0 +1,101 @@
+"""Batches of equal numbers of each class."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import vmcr2
+from vmcr2 import ClassBalancedBatchSampler, sampling
+
+LABELS = torch.tensor([0] * 10 + [2] * 7 + [3] * 3 + [5] * 20)  # classes 1 and 4 have no sample
+
+
+@given(st.integers(1, 12), st.integers(1, 4), st.integers(0, 100))
+def test_every_batch_has_as_many_of_each_of_its_classes(per_class, classes, seed):
+    sampler = ClassBalancedBatchSampler(LABELS, per_class, classes_per_batch=classes, batches=6, seed=seed)
+    for batch in sampler:
+        labels, counts = LABELS[batch].unique(return_counts=True)
+        assert len(labels) == classes
+        assert set(counts.tolist()) == {per_class}
+
+
+def test_samples_are_not_repeated_in_a_batch_unless_a_class_has_too_few():
+    for batch in ClassBalancedBatchSampler(LABELS, 7, classes_per_batch=4, batches=20):
+        own = torch.tensor(batch)
+        plenty = own[LABELS[own] != 3]
+        assert len(plenty.unique()) == len(plenty)
+        assert len(own[LABELS[own] == 3].unique()) == 3
+
+
+def test_classes_and_samples_take_turns():
+    drawn = torch.tensor(
+        [i for batch in ClassBalancedBatchSampler(LABELS, 2, classes_per_batch=2, batches=20) for i in batch]
+    )
+    by_class = LABELS[drawn].bincount(minlength=6)
+    assert by_class.tolist() == [20, 0, 20, 20, 0, 20]
+    for j in (0, 2, 3, 5):
+        times = drawn[LABELS[drawn] == j].bincount(minlength=len(LABELS))[j == LABELS]
+        assert int(times.max() - times.min()) <= 1
+
+
+def test_an_epoch_follows_from_seed_and_number():
+    def epoch(seed, number):
+        sampler = ClassBalancedBatchSampler(LABELS, 2, seed=seed)
+        sampler.set_epoch(number)
+        return list(sampler)
+
+    assert epoch(0, 1) == epoch(0, 1)
+    assert epoch(0, 1) != epoch(0, 2)
+    assert epoch(0, 1) != epoch(1, 1)
+
+
+def test_a_sampler_goes_on_where_another_stood():
+    first = ClassBalancedBatchSampler(LABELS, 2, batches=6)
+    first.set_epoch(3)
+    drawing = iter(first)
+    head = [next(drawing) for _ in range(2)]
+    second = ClassBalancedBatchSampler(LABELS, 2, batches=6)
+    second.load_state_dict(first.state_dict())
+    tail = list(second)
+    whole = ClassBalancedBatchSampler(LABELS, 2, batches=6)
+    whole.set_epoch(3)
+    assert head + tail == list(whole)
+
+
+def test_ranks_share_one_batch(monkeypatch):
+    whole = list(ClassBalancedBatchSampler(LABELS, 3, classes_per_batch=2))
+    monkeypatch.setattr(sampling, "world_size", lambda group: 3)
+    shares = []
+    for rank in range(3):
+        monkeypatch.setattr(sampling, "process_rank", lambda group, rank=rank: rank)
+        shares.append(list(ClassBalancedBatchSampler(LABELS, 3, classes_per_batch=2)))
+    assert [[i for part in parts for i in part] for parts in zip(*shares, strict=True)] == whole
+    with pytest.raises(vmcr2.InputError, match="must be divisible by the 3 processes, got 2 \\* 2"):
+        ClassBalancedBatchSampler(LABELS, 2, classes_per_batch=2)
+
+
+def test_a_data_loader_takes_it():
+    loader = torch.utils.data.DataLoader(
+        torch.utils.data.TensorDataset(torch.arange(40), LABELS), batch_sampler=ClassBalancedBatchSampler(LABELS, 3)
+    )
+    assert len(loader) == 3
+    assert all(labels.bincount().tolist() == [3, 0, 3, 3, 0, 3] for _, labels in loader)
+
+
+@pytest.mark.parametrize(
+    ("message", "arguments"),
+    [
+        ("labels must be integers", {"labels": torch.zeros(3)}),
+        ("labels must be integers", {"labels": torch.zeros(0, dtype=torch.long)}),
+        ("labels must be >= 0, got -1", {"labels": torch.tensor([-1, 0])}),
+        ("samples_per_class", {"samples_per_class": 0}),
+        ("classes_per_batch must be at most 4", {"classes_per_batch": 5}),
+        ("batches", {"batches": 0}),
+        ("seed", {"seed": -1}),
+    ],
+)
+def test_wrong_arguments_are_named(message, arguments):
+    given_ = {"labels": LABELS, "samples_per_class": 2} | arguments
+    with pytest.raises(vmcr2.InputError, match=message):
+        ClassBalancedBatchSampler(given_.pop("labels"), given_.pop("samples_per_class"), **given_)

@@ -1,0 +1,82 @@
+"""`NearestSubspaceClassifier` as scikit-learn expects an estimator to be."""
+
+import pickle
+
+import numpy as np
+import pytest
+from conftest import random_labels, unit_rows
+from sklearn.base import clone
+from sklearn.model_selection import GridSearchCV
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import Normalizer
+from sklearn.utils.estimator_checks import parametrize_with_checks
+from test_subspaces import steep
+
+import vmcr2
+from vmcr2.sklearn import NearestSubspaceClassifier
+
+
+@parametrize_with_checks([NearestSubspaceClassifier()])
+def test_scikit_learn_conventions(estimator, check):
+    check(estimator)
+
+
+def test_the_package_gives_the_same_class():
+    assert vmcr2.NearestSubspaceClassifier is NearestSubspaceClassifier
+    assert "NearestSubspaceClassifier" in dir(vmcr2)
+
+
+def test_attributes_are_those_documented():
+    train, labels = unit_rows(80, 12).numpy(), np.arange(80) % 5
+    estimator = NearestSubspaceClassifier().fit(train, labels)
+    assert estimator.n_components_ == 2
+    assert estimator.n_features_in_ == 12
+    assert estimator.components_.shape == (5, 12, 2)
+    assert estimator.classes_.tolist() == [0, 1, 2, 3, 4]
+    assert clone(estimator).get_params() == {"n_components": None}
+
+
+@pytest.mark.parametrize("k", [2, 3])
+def test_the_decision_is_minus_the_squared_distance_and_predict_takes_its_largest(k):
+    train, labels, test = unit_rows(60, 8).numpy(), random_labels(60, k).numpy(), unit_rows(30, 8, seed=1).numpy()
+    estimator = NearestSubspaceClassifier(2).fit(train, labels)
+    distances = np.stack([np.square(test - test @ basis @ basis.T).sum(1) for basis in estimator.components_], 1)
+    scores = estimator.decision_function(test)
+    np.testing.assert_allclose(scores, -distances if k > 2 else distances[:, 0] - distances[:, 1], atol=1e-12)
+    assert estimator.predict(test).tolist() == distances.argmin(1).tolist()
+    assert estimator.predict(test.astype(np.float32)).tolist() == distances.argmin(1).tolist()
+
+
+def test_any_labels_and_a_pickle():
+    train, names = unit_rows(60, 8).numpy(), np.array(["ash", "elm", "oak"])[random_labels(60, 3).numpy()]
+    estimator = NearestSubspaceClassifier(2).fit(train, names)
+    again = pickle.loads(pickle.dumps(estimator))
+    assert (again.predict(train) == estimator.predict(train)).all()
+    assert set(estimator.predict(train)) <= {"ash", "elm", "oak"}
+
+
+def test_a_pipeline_and_a_grid_search():
+    train, labels = 5 * unit_rows(60, 8).numpy(), random_labels(60, 3).numpy()
+    model = make_pipeline(Normalizer(), NearestSubspaceClassifier())
+    search = GridSearchCV(model, {"nearestsubspaceclassifier__n_components": [1, 2, None]}, cv=3).fit(train, labels)
+    assert search.predict(train).shape == (60,)
+
+
+def test_fitted_on_float32_at_500_dimensions_it_keeps_all_directions():
+    rows, labels = steep(1200, 500).float().numpy(), np.arange(1200) % 10
+    assert rows.dtype == np.float32
+    estimator = NearestSubspaceClassifier().fit(rows, labels)
+    assert estimator.n_components_ == 50
+    np.testing.assert_allclose(np.square(estimator.components_).sum(1), np.ones((10, 50)))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("scale", [1e-30, 1e20])
+def test_rows_of_any_scale_are_classified_as_at_scale_1(dtype, scale):
+    train, labels, test = unit_rows(90, 12), random_labels(90, 3).numpy(), unit_rows(60, 12, seed=1)
+    expected = NearestSubspaceClassifier(3).fit(train.numpy(), labels).predict(test.numpy())
+    small, large = ((scale * each).numpy().astype(dtype) for each in (train, test))
+    assert NearestSubspaceClassifier(3).fit(small, labels).predict(large).tolist() == expected.tolist()
+    # And rows of all scales at once, to be classified by what was fitted at scale 1.
+    mixed = (test.numpy() * np.where(np.arange(60) % 2, scale, 1.0)[:, None]).astype(dtype)
+    assert NearestSubspaceClassifier(3).fit(train.numpy(), labels).predict(mixed).tolist() == expected.tolist()
