@@ -268,6 +268,7 @@ def test_a_network_of_ones_own(digits):
         ({"network": lambda columns, d: None}, "network must return"),
         ({"network": lambda columns, d: torch.nn.Linear(columns, d + 1)}, "network must map"),
         ({"eps_sq": 0.0}, "eps_sq"),
+        ({"device": "nowhere"}, "device"),
         ({"energy": 0.0}, "energy"),
         ({"n_components": 33, "feature_dim": 32}, "n_components"),
         ({"n_components": 70}, "n_components"),
@@ -315,3 +316,30 @@ def test_importing_vmcr2_imports_no_extra():
     program = "import sys, vmcr2; print({'sklearn', 'matplotlib', 'pandas', 'rich'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+SHAPES = """
+from jaxtyping import install_import_hook
+
+with install_import_hook("vmcr2", "beartype.beartype"):
+    import torch, vmcr2
+    from vmcr2 import embeddings, sklearn
+
+z = torch.nn.functional.normalize(torch.randn(60, 8), dim=1)
+labels = torch.arange(60) % 3
+str(vmcr2.report(z, labels)), str(vmcr2.label_quality(z, labels)), vmcr2.transrate(z, labels)
+vmcr2.coding_rate(z), vmcr2.coding_rate(z.view(3, 20, 8))
+for views in (z, z.view(3, 20, 8), list(z.split(25))):
+    vmcr2.TotalCodingRateLoss()(views)
+rows, given = z.numpy(), labels.numpy()
+classifier = vmcr2.CodingRateClassifier(epochs=2, hidden=8).fit(rows, given)
+classifier.predict_proba(rows), classifier.label_quality(rows, given), classifier.partial_fit(rows, given)
+vmcr2.NearestSubspaceClassifier().partial_fit(rows, given, classes=[0, 1, 2]).score_samples(rows)
+print("checked")
+"""
+
+
+def test_annotated_shapes_hold():
+    done = subprocess.run([sys.executable, "-c", SHAPES], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "checked"

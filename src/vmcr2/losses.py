@@ -106,7 +106,7 @@ class TotalCodingRateLoss(nn.Module):
         self.eps_sq = eps_sq
 
     def forward(
-        self, features: Float[Tensor, "m d"] | Float[Tensor, "b m d"] | Sequence[Float[Tensor, "n d"]]
+        self, features: Float[Tensor, "m d"] | Float[Tensor, "b m d"] | Sequence[Float[Tensor, "_ d"]]
     ) -> Float[Tensor, ""]:
         """Returns minus the mean of R over the views.
 

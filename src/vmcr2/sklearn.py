@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -46,6 +46,7 @@ _SAY_SECONDS = 10.0
 
 Objective = Literal["vmcr2", "mcr2"]
 Network = Callable[[int, int], nn.Module]
+_Estimator = TypeVar("_Estimator", bound="CodingRateTransformer")
 
 
 class NearestSubspaceClassifier(ClassifierMixin, BaseEstimator):
@@ -68,7 +69,7 @@ class NearestSubspaceClassifier(ClassifierMixin, BaseEstimator):
     def __init__(self, n_components: int | None = None) -> None:
         self.n_components = n_components
 
-    def fit(self, X: Any, y: Any) -> Self:
+    def fit(self, X: Any, y: Any) -> NearestSubspaceClassifier:
         """Finds the classes' subspaces, and by cross-validation the temperature of `predict_proba`.
 
         Args:
@@ -89,7 +90,7 @@ class NearestSubspaceClassifier(ClassifierMixin, BaseEstimator):
         self.temperature_ = _fold_temperature(features, labels, k, self.n_components_)
         return self
 
-    def partial_fit(self, X: Any, y: Any, classes: Any = None) -> Self:
+    def partial_fit(self, X: Any, y: Any, classes: Any = None) -> NearestSubspaceClassifier:
         """Adds a batch of samples, and finds the subspaces of all there have been since the first `partial_fit`.
 
         What is kept of them takes k d² numbers at most. After `fit`, which keeps none, it starts afresh among the same
@@ -243,7 +244,7 @@ class CodingRateTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
         self.random_state = random_state
         self.verbose = verbose
 
-    def fit(self, X: Any, y: Any) -> Self:
+    def fit(self: _Estimator, X: Any, y: Any) -> _Estimator:
         """Trains a new network.
 
         Args:
@@ -262,7 +263,7 @@ class CodingRateTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
         self._fit(X, labels)
         return self
 
-    def partial_fit(self, X: Any, y: Any, classes: Any = None) -> Self:
+    def partial_fit(self: _Estimator, X: Any, y: Any, classes: Any = None) -> _Estimator:
         """Trains on with one pass over a batch of samples, at the constant learning rate.
 
         After `fit` this tunes its network further. The scaling of columns follows all samples seen.
@@ -321,6 +322,10 @@ class CodingRateTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
             check_number("energy", self.energy)
         if self.objective not in ("vmcr2", "mcr2"):
             raise InputError(f"objective must be 'vmcr2' or 'mcr2', got {self.objective!r}")
+        try:
+            torch.empty(0, device=self._device())
+        except (RuntimeError, TypeError, AssertionError) as error:
+            raise InputError(f"device must be one that torch can use here, got {self.device!r}: {error}") from error
         if self.network is not None and not callable(self.network):
             raise InputError(f"network must be a function of two ints or None, got {self.network!r}")
 
