@@ -308,7 +308,6 @@ def test_verbose_shows_progress(rich, capsys, monkeypatch):
 def test_a_missing_extra_is_named():
     program = "import sys; sys.modules['sklearn'] = None; import vmcr2; vmcr2.CodingRateClassifier"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-    assert "ImportError" in done.stderr
     assert "pip install 'vmcr2[sklearn]'" in done.stderr
 
 
