@@ -125,12 +125,12 @@ def lines() -> list[dict]:
     return [json.loads(line) for line in RUNS.read_text().splitlines()] if RUNS.is_file() else []
 
 
-def run(data_root: Path | None, only: list[str], seeds: list[int]) -> None:
+def run(data_root: Path | None, only: list[str], objectives: list[str], seeds: list[int]) -> None:
     done = {tuple(line[key] for key in KEYS) for line in lines()}
     for data in only:
         parts = split(data, data_root)
         for seed, objective, norms, optimiser, batch in itertools.product(
-            seeds, OBJECTIVES, (True, False), OPTIMISERS, BATCHES
+            seeds, objectives, (True, False), OPTIMISERS, BATCHES
         ):
             if (objective, data, norms, optimiser, batch, seed) in done:
                 continue
@@ -172,11 +172,12 @@ def main() -> None:
     parser.add_argument("command", choices=("run", "table"))
     parser.add_argument("--data-root", type=Path)
     parser.add_argument("--only", nargs="*", choices=tuple(DATA), default=list(DATA))
+    parser.add_argument("--objectives", nargs="*", choices=OBJECTIVES, default=list(OBJECTIVES))
     parser.add_argument("--seeds", nargs="*", type=int, default=[0])
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     if arguments.command == "run":
-        run(arguments.data_root, arguments.only, arguments.seeds)
+        run(arguments.data_root, arguments.only, arguments.objectives, arguments.seeds)
     table()
 
 
