@@ -238,7 +238,9 @@ def paper_step(
     rise = expansion_code_gradient(here, solved, weights, eps_sq) - compression_code_gradient(here, weights, eps_sq)
     rise = rise + mu * (energies - here.respond(overlap, here.codes * counts[:, None]))
     codes = (dictionary.codes + step_codes * _over(rise, bound_codes)).clamp_min(0)  # lines 8 and 9
-    codes = torch.where(counts[:, None] > 0, codes, dictionary.codes)
+    # A class all of whose codes fell to 0 could not be scaled back to its energy.
+    kept = (counts > 0) if energy is None else (counts > 0) & (codes.sum(1) > 0)
+    codes = torch.where(kept[:, None], codes, dictionary.codes)
     used = dictionary.by_atom(dictionary.codes * counts[:, None])[:, None] > 0
     atoms = torch.where(used, nn.functional.normalize(moved.atoms, dim=1), dictionary.atoms)  # line 10
     return scaled_to(dictionary.moved(atoms, codes), energy)
