@@ -398,12 +398,12 @@ class CodingRateTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
         parts = torch.randperm(len(inputs)).tensor_split(self._steps(len(inputs)))
         return [(inputs[part].to(device), labels[part].to(device)) for part in parts]
 
-    def _features(self, inputs: Tensor) -> Tensor:
-        features = self.network_(inputs)
+    def _features(self, inputs: Tensor, network: nn.Module | None = None) -> Tensor:
+        features = (network or self.network_)(inputs)
         if not isinstance(features, Tensor) or features.shape != (len(inputs), self.feature_dim_):
             got = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
             raise InputError(f"network must map to shape ({len(inputs)}, feature_dim = {self.feature_dim_}), got {got}")
-        return functional.normalize(features.float(), dim=1)
+        return functional.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=1).float()
 
     def _latch(self, inputs: Tensor, labels: Tensor) -> None:
         if isinstance(self.loss_, VMCR2Loss):
@@ -452,9 +452,11 @@ class CodingRateTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
     @torch.no_grad()
     def _embed(self, inputs: np.ndarray) -> np.ndarray:
         device = self._device()
-        self.network_.to(device).eval()
-        parts = _tensor(inputs).split(_EMBEDDED)
-        return torch.cat([self._features(part.to(device)).cpu() for part in parts]).numpy()
+        network, parts = self.network_.to(device).eval(), _tensor(inputs).split(_EMBEDDED)
+        if device.type == "cpu":
+            # In float64 a sample's features do not depend on which others it is embedded with, by rounding of products.
+            network, parts = copy.deepcopy(network).double(), tuple(part.double() for part in parts)
+        return torch.cat([self._features(part.to(device), network).cpu() for part in parts]).numpy()
 
     @property
     def _n_features_out(self) -> int:
