@@ -218,7 +218,8 @@ def test_pickle_joblib_and_clone(digits, fitted, tmp_path):
 
 
 def test_pandas_in_and_out(digits):
-    pandas = pytest.importorskip("pandas")
+    import pandas  # of the dev extra
+
     train, _, labels, _ = digits
     frame = pandas.DataFrame(train, columns=[f"pixel{i}" for i in range(64)], index=np.arange(len(train))[::-1])
     found = vmcr2.CodingRateClassifier(**SMALL, feature_dim=16).set_output(transform="pandas")
