@@ -1,0 +1,500 @@
+"""Wrong training labels: V-MCR² beside cross-entropy, its robust kin and SupCon; and who finds the wrong labels.
+
+    python benchmarks/noise.py run [--data-root DIR] [--only omniglot100 ...] [--methods ...]    runs what is missing
+    python benchmarks/noise.py table                               results/noise.md and noise.png from the lines
+
+Nobody sees a clean label but the test set. Each method's learning rate is the one with the best accuracy on a
+validation split whose labels are as wrong as the others, at 30 % wrong and seed 0; a rate at the end of the range makes
+the range longer. What predicts (its own head, or the nearest subspace of one or of ⌊d/k⌋ components) is chosen on
+that split too. The final runs train on everything; `ce-stopped` keeps the split, and the epoch that did best on it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import vmcr2
+from vmcr2.lab import sources, train
+from vmcr2.lab.augmentation import Augmentation, plain
+from vmcr2.lab.evaluate import Features, accuracy, extract, subspaces
+from vmcr2.lab.objectives import Objective
+from vmcr2.lab.recipes import RECIPES, Recipe
+from vmcr2.lab.report import describe_device, markdown_table
+from vmcr2.lab.sources import Dataset
+from vmcr2.subspaces import class_subspaces, nearest_subspace, subspace_energies
+
+RESULTS = Path(__file__).parent.parent / "results"
+RUNS = RESULTS / "noise.jsonl"
+LEVELS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)
+CHOSEN_AT = 0.3
+HELD_OUT = 7  # every seventh sample of a class is for validation
+
+_SHIFTED = replace(RECIPES["omniglot100"], name="mnist5000", epochs=20, feature_dim=128)
+BASES: dict[str, Recipe] = {
+    "digits": RECIPES["digits"],
+    "omniglot100": RECIPES["omniglot100"],
+    "omniglot200": replace(
+        RECIPES["omniglot100"],
+        name="omniglot200",
+        feature_dim=400,
+        data=sources.DataSettings("omniglot", classes=200),
+    ),
+    "mnist5000": replace(_SHIFTED, data=sources.DataSettings("mnist", train_size=5000)),
+    "cifar100-20": Recipe(
+        name="cifar100-20",
+        epochs=30,
+        batch_size=250,
+        network="resnet18",
+        feature_dim=100,
+        weight_decay=5e-4,
+        schedule="cosine",
+        data=sources.DataSettings("cifar100", classes=20),
+        augmentation=Augmentation(crop=32, padding=4, flip=True),
+    ),
+}
+
+
+class Head(nn.Module):
+    """A linear layer on the features with a loss of its logits; `scale` makes it a cosine softmax."""
+
+    def __init__(
+        self, loss: Callable[[Tensor, Tensor], Tensor], feature_dim: int, num_classes: int, scale: float | None = None
+    ) -> None:
+        super().__init__()
+        self.linear = nn.Linear(feature_dim, num_classes, bias=scale is None)
+        self.loss, self.scale = loss, scale
+
+    def logits(self, features: Tensor) -> Tensor:
+        if self.scale is None:
+            return self.linear(features)
+        return self.scale * functional.linear(features, functional.normalize(self.linear.weight, dim=1))
+
+    def forward(self, features: Tensor, labels: Tensor) -> Tensor:
+        return self.loss(self.logits(features), labels)
+
+    def predict(self, features: Tensor) -> Tensor:
+        return self.logits(features).argmax(1)
+
+
+def generalised(logits: Tensor, labels: Tensor, q: float = 0.7) -> Tensor:
+    """GCE (Zhang and Sabuncu, 2018) at its q."""
+    own = logits.softmax(1).gather(1, labels[:, None])
+    return ((1 - own.clamp_min(1e-7) ** q) / q).mean()
+
+
+def symmetric(logits: Tensor, labels: Tensor) -> Tensor:
+    """SCE (Wang et al., 2019) at the weights it has for many classes, log 0 = −4."""
+    own = logits.softmax(1).gather(1, labels[:, None])
+    return 6 * functional.cross_entropy(logits, labels) + 0.1 * (4 * (1 - own)).mean()
+
+
+class EarlyLearning(Head):
+    """ELR (Liu et al., 2020), λ = 3 and β = 0.7: cross-entropy, and a pull to what each sample was predicted before.
+
+    It is given the samples' places for their labels, since it remembers each one.
+    """
+
+    def __init__(self, given: Tensor, feature_dim: int, num_classes: int) -> None:
+        super().__init__(functional.cross_entropy, feature_dim, num_classes)
+        self.given = given
+        self.remembered = torch.zeros(len(given), num_classes)
+
+    def forward(self, features: Tensor, labels: Tensor) -> Tensor:
+        logits = self.logits(features)
+        shares = logits.softmax(1).clamp(1e-4, 1 - 1e-4)
+        seen = shares.detach()
+        self.remembered[labels] = 0.7 * self.remembered[labels] + 0.3 * seen / seen.sum(1, keepdim=True)
+        agreement = (self.remembered[labels] * shares).sum(1)
+        return functional.cross_entropy(logits, self.given[labels]) + 3 * (1 - agreement).log().mean()
+
+
+class SupCon(nn.Module):
+    """The supervised contrastive loss (Khosla et al., 2020) over a batch, one view each, at temperature 0.1."""
+
+    def forward(self, features: Tensor, labels: Tensor) -> Tensor:
+        itself = torch.eye(len(labels), dtype=torch.bool)
+        alike = (labels[:, None] == labels) & ~itself
+        scores = (features @ features.T / 0.1).masked_fill(itself, -math.inf)
+        logs = torch.where(alike, scores - scores.logsumexp(1, keepdim=True), 0)
+        counts = alike.sum(1)
+        return -(logs.sum(1) / counts.clamp_min(1))[counts > 0].mean()
+
+
+class Rival(Objective):
+    """Any criterion, of which nothing is logged."""
+
+    def log(self, features: Tensor, labels: Tensor) -> dict[str, float]:
+        return {}
+
+
+class Ours(Rival):
+    """V-MCR² at its defaults, latched before the first epoch and every fifty."""
+
+    def before_epoch(self, epoch: int, model: nn.Module, batches: Any) -> None:
+        if epoch % 50 == 1:
+            self.criterion.latch_from(model, batches)
+
+
+Given = tuple[Tensor, int, int]  # labels to train on, d, k
+METHODS: dict[str, Callable[[Given], nn.Module]] = {
+    "vmcr2": lambda g: vmcr2.VMCR2Loss(g[2], g[1]),
+    "vmcr2-1": lambda g: vmcr2.VMCR2Loss(g[2], g[1], atoms_per_class=1),
+    "ce": lambda g: Head(functional.cross_entropy, g[1], g[2]),
+    "ce-stopped": lambda g: Head(functional.cross_entropy, g[1], g[2]),
+    "smoothing": lambda g: Head(lambda x, y: functional.cross_entropy(x, y, label_smoothing=0.1), g[1], g[2]),
+    "cosine": lambda g: Head(functional.cross_entropy, g[1], g[2], scale=20.0),
+    "gce": lambda g: Head(generalised, g[1], g[2]),
+    "sce": lambda g: Head(symmetric, g[1], g[2]),
+    "elr": lambda g: EarlyLearning(g[0], g[1], g[2]),
+    "supcon": lambda g: SupCon(),
+    "mcr2": lambda g: vmcr2.MCR2Loss(g[2]),
+}
+NAMES = {
+    "vmcr2": "V-MCR²",
+    "vmcr2-1": "V-MCR², s = 1",
+    "ce": "cross-entropy",
+    "ce-stopped": "cross-entropy, stopped early",
+    "smoothing": "label smoothing 0.1",
+    "cosine": "cosine softmax (NormSoftmax)",
+    "gce": "GCE",
+    "sce": "symmetric cross-entropy",
+    "elr": "ELR",
+    "supcon": "SupCon",
+    "mcr2": "MCR²",
+}
+FIRST_RATES = {"vmcr2": (0.2, 0.5, 1.0), "vmcr2-1": (0.2, 0.5, 1.0), "mcr2": (0.003, 0.01, 0.03)}
+OTHER_RATES = (0.1, 0.3, 1.0)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One run. `held` keeps the validation split out of training."""
+
+    data: str
+    method: str
+    share: float
+    kind: str
+    seed: int
+    lr: float
+    held: bool
+
+
+def noisy(labels: Tensor, images: Tensor, k: int, share: float, kind: str, seed: int) -> Tensor:
+    """Gives a share of the samples the label of another class: any ("symmetric"), or the likest one ("similar").
+
+    The likest class is the one whose mean image has the largest cosine with that of the sample's class.
+    """
+    generator = torch.Generator().manual_seed(1000 + seed)
+    wrong = torch.randperm(len(labels), generator=generator)[: round(share * len(labels))]
+    changed = labels.clone()
+    if kind == "symmetric":
+        changed[wrong] = (labels[wrong] + torch.randint(1, k, (len(wrong),), generator=generator)) % k
+        return changed
+    flat = images.flatten(1).float()
+    means = torch.stack([flat[labels == j].mean(0) for j in range(k)])
+    means = functional.normalize(means - means.mean(0), dim=1)
+    changed[wrong] = (means @ means.T).fill_diagonal_(-1).argmax(1)[labels[wrong]]
+    return changed
+
+
+def prepared(setting: Setting, root: Path | None) -> tuple[Recipe, Dataset, Tensor, tuple[Tensor, Tensor]]:
+    """Returns the recipe, the data to train on, which labels are wrong, and the validation split."""
+    base = BASES[setting.data]
+    recipe = replace(base, seed=setting.seed, evaluate_every=1)
+    whole = sources.load(recipe.data, root)
+    given = noisy(whole.train_labels, whole.train_inputs, whole.num_classes, setting.share, setting.kind, setting.seed)
+    places = torch.zeros(len(given), dtype=torch.long)
+    for j in range(whole.num_classes):
+        own_rows = (whole.train_labels == j).nonzero()[:, 0]
+        places[own_rows] = torch.arange(len(own_rows))
+    aside = places % HELD_OUT == 3
+    kept = ~aside if setting.held else torch.ones_like(aside)
+    wrong = (given != whole.train_labels)[kept]
+    dataset = replace(
+        whole, train_inputs=whole.train_inputs[kept], train_labels=given[kept], train_rows=None, train_files=()
+    )
+    return recipe, dataset, wrong, (whole.train_inputs[aside], given[aside])
+
+
+PREDICTORS = ("head", "one", "many")
+
+
+@torch.no_grad()
+def accuracies(
+    model: nn.Module, criterion: nn.Module, recipe: Recipe, dataset: Dataset, inputs: Tensor, labels: Tensor
+) -> tuple[dict[str, float], Features]:
+    """Returns each predictor's accuracy on some samples; subspaces are those of the given training labels."""
+    judged = replace(dataset, test_inputs=inputs, test_labels=labels)
+    features = extract(model, judged, recipe.augmentation, 1000)
+    found = {
+        name: accuracy(nearest_subspace(features.test, subspaces(features, judged, r)), labels)
+        for name, r in (("one", 1), ("many", None))
+    }
+    predict = getattr(criterion, "predict", None)
+    return found | ({"head": accuracy(predict(features.test), labels)} if predict else {}), features
+
+
+def auroc(scores: Tensor, wrong: Tensor) -> float:
+    """Returns how often a wrong label scores below a right one."""
+    from sklearn.metrics import roc_auc_score
+
+    return float(roc_auc_score(wrong.numpy(), -scores.numpy()))
+
+
+def precision(scores: Tensor, wrong: Tensor) -> float:
+    """Returns the share of wrong labels among as many of the lowest scores as there are wrong ones."""
+    return float(wrong[scores.argsort()[: int(wrong.sum())]].double().mean())
+
+
+@torch.no_grad()
+def finding(criterion: nn.Module, features: Tensor, labels: Tensor, wrong: Tensor, k: int) -> dict[str, list[float]]:
+    """Returns AUROC and precision of each score of a training label, from the network that was trained on it."""
+    energies = subspace_energies(features, class_subspaces(features, labels, k, 1))
+    scores = {
+        "first direction": energies.gather(1, labels[:, None])[:, 0],
+        "label_quality": torch.from_numpy(vmcr2.label_quality(features, labels).scores),
+    }
+    if isinstance(criterion, Head):
+        scores["small loss"] = criterion.logits(features).log_softmax(1).gather(1, labels[:, None])[:, 0]
+    return {name: [auroc(score, wrong), precision(score, wrong)] for name, score in scores.items()}
+
+
+def run_one(setting: Setting, root: Path | None) -> dict[str, Any]:
+    """Trains one setting; a line of the file."""
+    recipe, dataset, wrong, (held_inputs, held_labels) = prepared(setting, root)
+    k, d = dataset.num_classes, recipe.feature_dim
+    shape = plain(dataset.train_inputs[:1], recipe.augmentation).shape[1:]
+    model, _ = train.build(recipe, tuple(shape), k)
+    criterion = METHODS[setting.method]((dataset.train_labels, d, k))
+    objective = (Ours if setting.method.startswith("vmcr2") else Rival)(criterion, k)
+    parameters = [*model.parameters(), *criterion.parameters()]
+    optimizer = torch.optim.SGD(parameters, setting.lr, recipe.momentum, weight_decay=recipe.weight_decay)
+    given = dataset
+    if isinstance(criterion, EarlyLearning):  # its labels are places
+        given = replace(dataset, train_labels=torch.arange(len(dataset.train_labels)))
+    line: dict[str, Any] = {**vars(setting), "failed": None}
+    best: dict[str, Any] = {}
+
+    def state() -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        if setting.held:
+            found["validation"], _ = accuracies(model, criterion, recipe, dataset, held_inputs, held_labels)
+        found["test"], features = accuracies(
+            model, criterion, recipe, dataset, dataset.test_inputs, dataset.test_labels
+        )
+        if bool(wrong.any()):
+            found["finding"] = finding(criterion, features.train, dataset.train_labels, wrong, k)
+        return found
+
+    def after(epoch: dict[str, Any]) -> None:
+        nonlocal best
+        if setting.method != "ce-stopped" or epoch["epoch"] % max(1, recipe.epochs // 20):
+            return
+        now = state() | {"epoch": epoch["epoch"]}
+        if not best or max(now["validation"].values()) > max(best["validation"].values()):
+            best = now
+
+    began = time.perf_counter()
+    torch.manual_seed(setting.seed)
+    try:
+        train.fit(
+            model,
+            objective,
+            lambda epoch: train.EpochBatches(given, recipe, epoch),
+            optimizer,
+            recipe.epochs,
+            latch_on=lambda epoch: train.EpochBatches(given, recipe, epoch, augment=False),
+            lr_at=lambda epoch: replace(recipe, ce=replace(recipe.ce, lr=setting.lr), objective="ce").lr_at(epoch),
+            on_epoch=after,
+        )
+        line |= best or state()
+    except (vmcr2.InputError, vmcr2.NumericalError) as error:
+        line["failed"] = str(error)[:160]
+    return line | {"seconds": round(time.perf_counter() - began, 1)}
+
+
+KEYS = ("data", "method", "share", "kind", "seed", "lr", "held")
+
+
+def lines() -> list[dict[str, Any]]:
+    return [json.loads(text) for text in RUNS.read_text().splitlines()] if RUNS.is_file() else []
+
+
+def completed(setting: Setting, root: Path | None) -> dict[str, Any]:
+    """Returns a setting's line, after running it where it is not there yet."""
+    for line in lines():
+        if all(line[name] == getattr(setting, name) for name in KEYS):
+            return line
+    line = run_one(setting, root)
+    with RUNS.open("a") as file:
+        file.write(json.dumps(line) + "\n")
+    shown = {name: line.get(name) for name in (*KEYS, "validation", "test", "failed", "seconds")}
+    print(shown, flush=True)
+    return line
+
+
+def best_of(line: dict[str, Any]) -> float:
+    return max(line["validation"].values()) if "validation" in line else -1.0
+
+
+def chosen_rate(data: str, method: str, seek: Callable[[Setting], dict[str, Any]]) -> tuple[float, str]:
+    """Returns the learning rate and the predictor that do best on the noisy validation split."""
+    rates = list(FIRST_RATES.get(method, OTHER_RATES))
+
+    def at(lr: float) -> dict[str, Any]:
+        return seek(Setting(data, method, CHOSEN_AT, "symmetric", 0, lr, True))
+
+    found = {lr: at(lr) for lr in rates}
+    for _ in range(3):
+        best = max(found, key=lambda lr: best_of(found[lr]))
+        longer = max(found) * 2.0 if best == max(found) else min(found) / 3.0 if best == min(found) else None
+        if longer is None:
+            break
+        longer = float(f"{longer:.2g}")
+        found[longer] = at(longer)
+    best = max(found, key=lambda lr: best_of(found[lr]))
+    validation = found[best]["validation"]
+    return best, max(validation, key=lambda name: validation[name])
+
+
+def run(data: list[str], methods: list[str], shares: list[float], seeds: list[int], root: Path | None) -> None:
+    for name in data:
+        for seed in seeds:
+            for method in methods:
+                lr, _ = chosen_rate(name, method, lambda setting: completed(setting, root))
+                for share in shares:
+                    completed(Setting(name, method, share, "symmetric", seed, lr, method == "ce-stopped"), root)
+                completed(Setting(name, method, CHOSEN_AT, "similar", seed, lr, method == "ce-stopped"), root)
+
+
+class UnfinishedError(Exception):
+    """A line that the table needs is not there yet."""
+
+
+def table() -> None:
+    """Writes results/noise.md and noise.png."""
+    known = lines()
+
+    def seek(setting: Setting) -> dict[str, Any]:
+        for line in known:
+            if all(line[name] == getattr(setting, name) for name in KEYS):
+                return line
+        raise UnfinishedError
+
+    text = (
+        "# Wrong training labels\n\nMade by `python benchmarks/noise.py`, "
+        f"{describe_device(torch.device('cpu'))}. Test accuracy (right labels), mean ± standard deviation over "
+        "seeds. The learning rate and what predicts were chosen on a validation split with wrong labels, at 30 % and "
+        "seed 0; the rivals' other settings are their papers'. `similar`: 30 % got the label of the likest class.\n"
+    )
+    curves: dict[str, dict[str, list[tuple[float, float, float]]]] = {}
+    for data, base in BASES.items():
+        rows, found_rows = [], []
+        for method, title in NAMES.items():
+            try:
+                lr, predictor = chosen_rate(data, method, seek)
+            except UnfinishedError:
+                continue
+            members = [
+                line
+                for line in known
+                if line["data"] == data and line["method"] == method and line["lr"] == lr
+                and line["held"] == (method == "ce-stopped") and not line["failed"]
+            ]  # fmt: skip
+            cells, seeds = [], 0
+            for share, kind in [*((share, "symmetric") for share in LEVELS), (CHOSEN_AT, "similar")]:
+                values = [
+                    line["test"][predictor] for line in members if line["share"] == share and line["kind"] == kind
+                ]
+                seeds = max(seeds, len(values))
+                spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+                cells.append(f"{statistics.mean(values):.3f}{spread}" if values else "–")
+                if values and kind == "symmetric":
+                    spread_value = statistics.stdev(values) if len(values) > 1 else 0.0
+                    curves.setdefault(data, {}).setdefault(method, []).append(
+                        (share, statistics.mean(values), spread_value)
+                    )
+            if seeds:
+                rows.append([title, f"{lr:g}", _PREDICTOR[predictor], str(seeds), *cells])
+            scored = [line for line in members if (line["share"], line["kind"]) == (CHOSEN_AT, "symmetric")]
+            if scored:
+                found_rows.append([title, *(_found(scored, score) for score in _SCORES)])
+        if rows:
+            shares = [f"{share:.0%}" for share in LEVELS]
+            text += f"\n## {data}: {base.network}, d = {base.feature_dim}, {base.epochs} epochs\n\n"
+            text += markdown_table(["", "lr", "predictor", "seeds", *shares, "similar"], rows)
+            text += "\nFinding the 30 % wrong training labels, AUROC and precision at their true number, by score:\n\n"
+            text += markdown_table(["features of", *_SCORES], found_rows)
+    (RESULTS / "noise.md").write_text(text)
+    print(text)
+    _draw(curves)
+
+
+_PREDICTOR = {"head": "own head", "one": "subspace, 1", "many": "subspace, ⌊d/k⌋"}
+_SCORES = ("first direction", "label_quality", "small loss")
+
+
+def _found(members: list[dict[str, Any]], score: str) -> str:
+    values = [line["finding"][score] for line in members if score in line["finding"]]
+    if not values:
+        return "–"
+    return ", ".join(f"{statistics.mean(value[i] for value in values):.3f}" for i in (0, 1))
+
+
+def _draw(curves: dict[str, dict[str, list[tuple[float, float, float]]]]) -> None:
+    """Draws accuracy against the share of wrong labels, a panel a data set."""
+    import matplotlib.pyplot as plt
+
+    drawn = {data: methods for data, methods in curves.items() if any(len(points) > 1 for points in methods.values())}
+    if not drawn:
+        return
+    figure, panels = plt.subplots(1, len(drawn), figsize=(4.6 * len(drawn), 4), squeeze=False, layout="constrained")
+    for axes, (data, methods) in zip(panels[0], drawn.items(), strict=True):
+        for index, method in enumerate(NAMES):
+            points = sorted(methods.get(method, []))
+            if len(points) < 2:
+                continue
+            ours = method.startswith("vmcr2")
+            share, mean, spread = (np.array(values) for values in zip(*points, strict=True))
+            axes.errorbar(
+                100 * share, mean, spread, label=NAMES[method], color=f"C{index % 10}", capsize=2,
+                linewidth=2.5 if ours else 1.2, linestyle="-" if ours else "--", marker="o", markersize=3 + 2 * ours,
+            )  # fmt: skip
+        axes.set(title=data, xlabel="wrong training labels, %", ylabel="test accuracy")
+        axes.grid(alpha=0.3)
+    panels[0][0].legend(fontsize=8)
+    figure.savefig(RESULTS / "noise.png", dpi=130)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=("run", "table"))
+    parser.add_argument("--data-root", type=Path)
+    parser.add_argument("--only", nargs="*", choices=tuple(BASES), default=["digits", "omniglot100"])
+    parser.add_argument("--methods", nargs="*", choices=tuple(METHODS), default=list(METHODS))
+    parser.add_argument("--shares", nargs="*", type=float, default=list(LEVELS))
+    parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2, 3, 4])
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    if arguments.command == "table":
+        table()
+    else:
+        run(arguments.only, arguments.methods, arguments.shares, arguments.seeds, arguments.data_root)
+
+
+if __name__ == "__main__":
+    main()
