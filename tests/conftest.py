@@ -1,13 +1,21 @@
 """Features, memberships and dictionaries to test with, and the real data sets where they are present."""
 
+import multiprocessing
+import multiprocessing.connection
 import os
+import pickle
 import subprocess
 import sys
+import tempfile
+import time
+import traceback
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import settings
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -117,6 +125,94 @@ class LargestTensor(TorchDispatchMode):
                 if written > self.numel:
                     self.numel, self.shape = written, tuple(tensor.shape)
         return result
+
+
+def _serve(connection):
+    """Runs what `Ranks` asks of a process: each call as one rank of a fresh group."""
+    torch.set_num_threads(1)
+    while True:
+        rank, world, rendezvous, timeout, call = pickle.loads(connection.recv_bytes())
+        try:
+            wait = timedelta(seconds=timeout)
+            dist.init_process_group(
+                "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world, timeout=wait
+            )
+            function, arguments = pickle.loads(call)
+            torch.manual_seed(0)
+            said = pickle.dumps((True, function(rank, *arguments)))
+        except BaseException:
+            said = pickle.dumps((False, traceback.format_exc()))
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+        connection.send_bytes(said)
+
+
+class Ranks:
+    """Processes that run functions as ranks of torch.distributed, started once for all tests.
+
+    `ranks(world, function, *arguments)` runs a function of a test module, `function(rank, *arguments)`, on the first
+    `world` of them and returns the list of what each returned. A rank that raises, ends or hangs fails the test with
+    what every rank said; after one that ended or hangs, the processes are replaced.
+    """
+
+    def __init__(self, largest=4, deadline=60.0):
+        self.largest, self.deadline = largest, deadline
+        self.processes, self.connections = [], []
+
+    def __call__(self, world, function, *arguments, deadline=None):
+        if not self.processes:
+            self._start()
+        deadline = self.deadline if deadline is None else deadline
+        call = pickle.dumps((function, arguments))
+        # gloo waits a little less, so that a rank that waits in vain says in which call.
+        timeout = max(1.0, 0.8 * deadline)
+        with tempfile.TemporaryDirectory() as folder:
+            for rank, connection in enumerate(self.connections[:world]):
+                connection.send_bytes(pickle.dumps((rank, world, f"{folder}/rendezvous", timeout, call)))
+            said = self._heard(world, time.monotonic() + deadline)
+        if len(said) == world and all(good for good, _ in said.values()):
+            return [said[rank][1] for rank in range(world)]
+        if len(said) < world or "the process has ended" in [each for _, each in said.values()]:
+            self.end()
+        lines = [f"rank {rank}: {said[rank][1] if rank in said else 'nothing was heard'}" for rank in range(world)]
+        pytest.fail(f"{function.__name__} failed under {world} ranks\n" + "\n".join(lines))
+
+    def _heard(self, world, until):
+        said, waiting = {}, dict(zip(self.connections[:world], range(world), strict=True))
+        while waiting and (left := until - time.monotonic()) > 0:
+            for connection in multiprocessing.connection.wait(list(waiting), left):
+                rank = waiting.pop(connection)
+                try:
+                    said[rank] = pickle.loads(connection.recv_bytes())
+                except EOFError:
+                    said[rank] = (False, "the process has ended")
+                if not said[rank][0]:
+                    until = min(until, time.monotonic() + 5)  # the others may be waiting for this one
+        return said
+
+    def _start(self):
+        context = multiprocessing.get_context("spawn")
+        for _ in range(self.largest):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(theirs,), daemon=True)
+            process.start()
+            theirs.close()
+            self.processes.append(process)
+            self.connections.append(ours)
+
+    def end(self):
+        for process in self.processes:
+            process.kill()
+            process.join()
+        self.processes, self.connections = [], []
+
+
+@pytest.fixture(scope="session")
+def ranks():
+    pool = Ranks()
+    yield pool
+    pool.end()
 
 
 @pytest.fixture(scope="session")

@@ -1,19 +1,16 @@
 """Two ranks give the losses, the dictionary and the gradients of one process, whatever share each of them has."""
 
 import time
-import traceback
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
-from conftest import checked, random_labels, random_rows, rows_of, unit_rows
+from conftest import Ranks, checked, random_labels, random_rows, rows_of, unit_rows
 from torch.nn.functional import normalize
 from torch.nn.parallel import DistributedDataParallel
 
 import vmcr2
-from vmcr2.distributed import gather_membership, gather_rows, world_size
+from vmcr2.distributed import gather_rows, world_size
 from vmcr2.latching import latched_blocks
 
 K, D, M = 3, 8, 31
@@ -33,6 +30,10 @@ def losses_of(structure, step="ascent"):
     if structure == "exact":
         return vmcr2.MCR2Loss(K)
     return vmcr2.VMCR2Loss(K, D, atoms_per_class=2, structure=structure, step=step).double()
+
+
+def trained(rank, structure, step, kind):
+    return train(DistributedDataParallel(network()), losses_of(structure, step), kind, SHARES[rank])
 
 
 def train(model, loss, kind, share):
@@ -86,9 +87,9 @@ def latch_batches(case):
 LATCHED = ["unequal", "none on the first", "none on the second", "a class on one rank", "soft on one rank", "folded"]
 
 
-def latched_from(batches):
+def latched_from(rank, case):
     loss = losses_of("shared")
-    loss.latch_from(torch.nn.Identity(), batches)
+    loss.latch_from(torch.nn.Identity(), latch_batches(case)[rank])
     # Were a rank out of step, its next collective would meet another's and give garbage.
     value = loss(*(each[:9] for each in (unit_rows(60, D), random_labels(60, K))))
     return [value.detach(), *loss.state_dict().values()]
@@ -141,6 +142,10 @@ def prepared(how, rank):
 PREPARED = ["loaded on the first", "written on the first", "another on each", "nothing on the first", "loaded later"]
 
 
+def stepped(rank, how):
+    return steps_of(prepared(how, rank), SHARES[rank])
+
+
 def steps_of(loss, share):
     z, labels = unit_rows(M, D, seed=4), random_labels(M, K, seed=4)
     return [loss(z[share], labels[share]).detach() for _ in range(2)] + list(loss.state_dict().values())
@@ -149,10 +154,8 @@ def steps_of(loss, share):
 def gathered(rank):
     z, labels = unit_rows(M, D), random_labels(M, K)
     share = SHARES[rank]
-    (rows, pi), flag = gather_rows(z[share], labels[share], flag=rank == 1)
-    soft_here = rows_of(labels, K)[share] if rank else labels[share]
-    features, membership = gather_membership(z[share], checked(z[share], soft_here, K))
-    return [rows, pi, torch.tensor(flag), features, membership.rows(), membership.counts, membership.sizes]
+    shares = [len(z[each]) for each in SHARES]
+    return list(gather_rows(z[share], labels[share], shares=shares))
 
 
 def errors(rank):
@@ -169,56 +172,8 @@ def errors(rank):
     return said
 
 
-def worker(rank, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    results = {}
-
-    def note(name, call):
-        try:
-            results[name] = call()
-        except Exception:
-            results[name] = traceback.format_exc()
-            raise
-        finally:
-            torch.save(results, f"{folder}/{rank}")
-
-    for structure, step, kind in TRAINED:
-        model, loss = DistributedDataParallel(network()), losses_of(structure, step)
-        note(f"{structure}-{step}-{kind}", lambda m=model, f=loss, k=kind: train(m, f, k, SHARES[rank]))
-    for case in LATCHED:
-        note(case, lambda case=case: latched_from(latch_batches(case)[rank]))
-    note("wrapped", lambda: wrapped_model_with_batch_statistics(rank))
-    for how in PREPARED:
-        note(how, lambda how=how: steps_of(prepared(how, rank), SHARES[rank]))
-    note("gathered", lambda: gathered(rank))
-    note("errors", lambda: errors(rank))
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
-    """Returns what each of two processes came to, of all cases: they are started once."""
-    folder = tmp_path_factory.mktemp("ranks")
-    context = mp.spawn(worker, (str(folder),), nprocs=2, join=False)
-    deadline = time.monotonic() + 120
-    try:
-        while not context.join(timeout=5):  # returns as soon as one of them has ended, too
-            if time.monotonic() > deadline:
-                pytest.fail("the ranks wait for each other")
-    except mp.ProcessRaisedException:
-        pass  # the cases that were reached tell which one it was
-    finally:
-        for process in context.processes:
-            process.kill()
-    return [torch.load(Path(folder) / str(rank), weights_only=True) for rank in range(2)]
-
-
-def assert_both(ranks, name, expected):
-    for rank in range(2):
-        got = ranks[rank][name]
-        assert isinstance(got, list), got
+def assert_each(results, expected):
+    for got in results:
         assert len(got) == len(expected)
         for ours, theirs in zip(got, expected, strict=True):
             torch.testing.assert_close(ours, theirs)
@@ -227,7 +182,7 @@ def assert_both(ranks, name, expected):
 @pytest.mark.parametrize(("structure", "step", "kind"), TRAINED)
 def test_two_ranks_with_unequal_shares_equal_one(ranks, structure, step, kind):
     expected = train(network(), losses_of(structure, step), kind, slice(None))
-    assert_both(ranks, f"{structure}-{step}-{kind}", expected)
+    assert_each(ranks(2, trained, structure, step, kind), expected)
 
 
 @pytest.mark.parametrize("case", LATCHED)
@@ -238,9 +193,8 @@ def test_latch_from_takes_unequal_numbers_of_batches_none_included(ranks, case):
     z, labels = unit_rows(60, D)[:9], random_labels(60, K)[:9]
     # Both ranks then trained on the same nine samples: a batch of eighteen.
     value = expected(torch.cat([z, z]), torch.cat([labels, labels]))
-    got = [ranks[rank][case] for rank in range(2)]
+    got = ranks(2, latched_from, case)
     for each in got:
-        assert isinstance(each, list), each
         torch.testing.assert_close(each[0], value.detach())
         state = dict(zip(expected.state_dict(), each[1:], strict=True))
         torch.testing.assert_close(state["dictionary.codes"], expected.dictionary.codes)
@@ -256,7 +210,7 @@ def test_latch_from_a_function_of_a_distributed_module_does_not_synchronise_it(r
     batches = [(unit_rows(20, D, seed=seed), random_labels(20, K, seed=seed)) for seed in range(3)]
     loss = losses_of("shared")
     loss.latch_from(lambda x: normalize(model(x), dim=1), batches)
-    assert_both(ranks, "wrapped", [loss.dictionary.codes])
+    assert_each(ranks(2, wrapped_model_with_batch_statistics), [loss.dictionary.codes])
 
 
 @pytest.mark.parametrize("how", PREPARED)
@@ -268,27 +222,43 @@ def test_the_first_ranks_dictionary_is_given_to_all_at_the_next_call(ranks, how)
     if how == "written on the first":  # by hand: `latched` says nothing of that
         source.dictionary.latched[:] = False
         expected = [*expected[:-2], source.dictionary.latched, expected[-1]]
-    assert_both(ranks, how, expected)
+    assert_each(ranks(2, stepped, how), expected)
 
 
-def test_gathering_gives_rows_in_rank_order_and_any_flag(ranks):
-    z, labels = unit_rows(M, D), random_labels(M, K)
-    rows = rows_of(labels, K)
-    expected = [z, labels, torch.tensor(True), z, rows, rows.sum(0), labels.bincount(minlength=K)]
-    assert_both(ranks, "gathered", expected)
+def test_gathering_gives_rows_in_rank_order(ranks):
+    assert_each(ranks(2, gathered), [unit_rows(M, D), random_labels(M, K)])
 
 
 def test_what_is_wrong_everywhere_is_an_error_everywhere(ranks):
-    for rank in range(2):
-        first, second = ranks[rank]["errors"]
+    for first, second in ranks(2, errors):
         assert "norm 1" in first
         assert "batches must give at least one pair" in second
 
 
+def one_fails(rank):
+    if rank == 1:
+        raise ValueError("the second rank's own")
+    dist.barrier()
+
+
+def hangs(rank):
+    dist.barrier() if rank == 0 else time.sleep(60)
+
+
+def test_the_pool_reports_a_rank_that_fails_or_hangs_and_goes_on():
+    pool = Ranks(2)
+    try:
+        for function, deadline, said in ((one_fails, 20, "the second rank's own"), (hangs, 3, "nothing was heard")):
+            with pytest.raises(pytest.fail.Exception, match=said):
+                pool(2, function, deadline=deadline)
+        assert len(pool(2, gathered)) == 2
+    finally:
+        pool.end()
+
+
 def test_without_processes_nothing_is_gathered():
     z, labels = unit_rows(5, D), random_labels(5, K)
-    (rows, pi), flag = gather_rows(z, labels, flag=True)
+    rows, pi = gather_rows(z, labels, shares=[5])
     assert rows is z
     assert pi is labels
-    assert flag
     assert world_size() == 1
