@@ -14,7 +14,9 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 from torch.nn import functional
 
+from vmcr2.distributed import gather_rows
 from vmcr2.errors import NumericalError
+from vmcr2.lab import processes
 from vmcr2.lab.recipes import Recipe, VMCR2Settings
 from vmcr2.losses import MCR2Loss, VMCR2Loss
 from vmcr2.rates import rate_reduction
@@ -30,7 +32,8 @@ class CrossEntropyHead(nn.Module):
         self.linear = nn.Linear(feature_dim, num_classes)
 
     def forward(self, features: Float[Tensor, "m d"], labels: Shaped[Tensor, "m ..."]) -> Float[Tensor, ""]:
-        """Returns the mean cross-entropy."""
+        """Returns the mean cross-entropy: of the samples of all processes, as the other losses are."""
+        (features, labels), _ = gather_rows(features, labels)
         return functional.cross_entropy(self.linear(features), labels)
 
     def predict(self, features: Float[Tensor, "m d"]) -> Int[Tensor, " m"]:
@@ -43,7 +46,9 @@ class Objective:
 
     Args:
         criterion: maps features (m, d) and labels (m,) to the scalar to minimise. Its parameters are trained with the
-            network's, its state is part of a checkpoint.
+            network's, its state is part of a checkpoint. With several processes it is given each one's share of a
+            batch, and should return the loss of the whole batch, as this package's do: DistributedDataParallel is not
+            around it, so the gradients of its parameters must come out alike everywhere.
         num_classes: k.
         eps_sq: ε² of the rates that are logged.
         gradient_clip: the largest norm that a step's gradient in the network's weights may have; None for any.
@@ -80,7 +85,8 @@ class Objective:
         """
 
     def log(self, features: Float[Tensor, "m d"], labels: Int[Tensor, " m"]) -> dict[str, float]:
-        """Returns figures of an epoch's last batch, for its line in the log."""
+        """Returns figures of an epoch's last batch, that of all processes, for its line in the log."""
+        (features, labels), _ = gather_rows(features, labels)
         rates = rate_reduction(features, labels, num_classes=self.num_classes, eps_sq=self.eps_sq)
         return {"batch_expansion": float(rates.expansion), "batch_compression": float(rates.compression)}
 
@@ -130,7 +136,7 @@ class Variational(Objective):
 
     def log(self, features: Float[Tensor, "m d"], labels: Int[Tensor, " m"]) -> dict[str, float]:
         """Returns the exact rates of the batch, and those of the dictionary beside its residual."""
-        self._batch_size = len(features)
+        self._batch_size = sum(processes.gathered(len(features)))
         rates = self.loss.rates(features, labels)
         return super().log(features, labels) | {
             "residual": float(rates.residual),
