@@ -202,17 +202,24 @@ class _SumOverRanks(torch.autograd.Function):
         return sum_over_ranks(grad_outputs[0].contiguous())
 
 
-class SyncBatchNorm(nn.SyncBatchNorm):
+class SyncBatchNorm(_BatchNorm):
     """BatchNorm with the statistics of all processes' batches together, wherever it takes those of a batch.
 
     torch's own refuses a CPU, and takes its own process's statistics in eval mode, in which a network is latched onto.
+    This is no subclass of it, since DistributedDataParallel refuses those on a CPU too.
     """
+
+    process_group = None  # of torch's, whose methods serve here as well
+    _check_non_zero_input_channels = nn.SyncBatchNorm._check_non_zero_input_channels
+    _check_input_dim = nn.SyncBatchNorm._check_input_dim
 
     def forward(self, input: Float[Tensor, "m c ..."]) -> Float[Tensor, "m c ..."]:
         """Returns the normalised input."""
         batch = self.training or self.running_mean is None
-        if not batch or (self.training and input.is_cuda):  # where torch's serves, it is faster
+        if not batch:
             return super().forward(input)
+        if self.training and input.is_cuda:  # its kernels are faster
+            return nn.SyncBatchNorm.forward(self, input)  # pyrefly: ignore[bad-argument-type]
         wide = input.float() if input.dtype in (torch.bfloat16, torch.float16) else input
         others, shape = [0, *range(2, wide.ndim)], [1, -1] + [1] * (wide.ndim - 2)
         count = wide.new_full((1,), wide.numel() / wide.shape[1])
