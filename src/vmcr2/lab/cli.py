@@ -480,7 +480,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             command = _how_to_continue(error, given)
             if not command and not processes.is_loss(error):
                 raise
-            why = error if command else "stopped, since another process of the run has ended"
+            why = "stopped, since another process of the run has ended"
             launch.last_words(f"vmcr2: {why}{f'; to continue: {command}' if command else ''}")
             return 1
     return 0

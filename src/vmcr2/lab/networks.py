@@ -224,6 +224,7 @@ class SyncBatchNorm(_BatchNorm):
         others, shape = [0, *range(2, wide.ndim)], [1, -1] + [1] * (wide.ndim - 2)
         count = wide.new_full((1,), wide.numel() / wide.shape[1])
         *sums, n = _summed(torch.cat([wide.sum(others), count])).split([wide.shape[1], 1])
+        n = n.detach()
         mean = sums[0] / n
         centred = wide - mean.view(shape)
         variance = _summed(centred.square().sum(others)) / n

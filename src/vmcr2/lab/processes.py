@@ -90,7 +90,7 @@ def everywhere(call: Callable[[], _Made]) -> _Made:
     if error is not None and (len(failed) == len(errors) or not isinstance(error, InputError)):
         raise error
     for rank, theirs in failed.items():
-        raise InputError(f"process {rank}: {theirs}") if isinstance(theirs, InputError) else theirs
+        raise InputError(f"process {rank}: {theirs}") if rank and isinstance(theirs, InputError) else theirs
     return made  # pyrefly: ignore[bad-return]
 
 
