@@ -10,7 +10,7 @@ from torch.nn.functional import normalize
 from torch.nn.parallel import DistributedDataParallel
 
 import vmcr2
-from vmcr2.distributed import gather_membership, gather_rows, world_size
+from vmcr2.distributed import gather_rows, world_size
 from vmcr2.latching import latched_blocks
 
 K, D, M = 3, 8, 31
@@ -154,10 +154,8 @@ def steps_of(loss, share):
 def gathered(rank):
     z, labels = unit_rows(M, D), random_labels(M, K)
     share = SHARES[rank]
-    (rows, pi), flag = gather_rows(z[share], labels[share], flag=rank == 1)
-    soft_here = rows_of(labels, K)[share] if rank else labels[share]
-    features, membership = gather_membership(z[share], checked(z[share], soft_here, K))
-    return [rows, pi, torch.tensor(flag), features, membership.rows(), membership.counts, membership.sizes]
+    shares = [len(z[each]) for each in SHARES]
+    return list(gather_rows(z[share], labels[share], shares=shares))
 
 
 def errors(rank):
@@ -227,11 +225,8 @@ def test_the_first_ranks_dictionary_is_given_to_all_at_the_next_call(ranks, how)
     assert_each(ranks(2, stepped, how), expected)
 
 
-def test_gathering_gives_rows_in_rank_order_and_any_flag(ranks):
-    z, labels = unit_rows(M, D), random_labels(M, K)
-    rows = rows_of(labels, K)
-    expected = [z, labels, torch.tensor(True), z, rows, rows.sum(0), labels.bincount(minlength=K)]
-    assert_each(ranks(2, gathered), expected)
+def test_gathering_gives_rows_in_rank_order(ranks):
+    assert_each(ranks(2, gathered), [unit_rows(M, D), random_labels(M, K)])
 
 
 def test_what_is_wrong_everywhere_is_an_error_everywhere(ranks):
@@ -263,8 +258,7 @@ def test_the_pool_reports_a_rank_that_fails_or_hangs_and_goes_on():
 
 def test_without_processes_nothing_is_gathered():
     z, labels = unit_rows(5, D), random_labels(5, K)
-    (rows, pi), flag = gather_rows(z, labels, flag=True)
+    rows, pi = gather_rows(z, labels, shares=[5])
     assert rows is z
     assert pi is labels
-    assert flag
     assert world_size() == 1

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from vmcr2.distributed import Shards, full_tensor
 from vmcr2.membership import Membership
 from vmcr2.mismatch import BlockCodes, Codes, SharedCodes, moment_norms
 from vmcr2.variational import (
@@ -187,7 +188,7 @@ def _ascended_codes(
     found = codes + _CODE_SHARE * (found - codes)
     # A code that goes to 0 gets there, rather than halving down to where its square underflows.
     found = torch.where(found <= _NEGLIGIBLE * shift, 0, found)  # NaN stays, to be found
-    return torch.where(moves, found, codes), exposed.max()
+    return torch.where(moves, found, codes), torch.cat([exposed, exposed.new_zeros(1)]).max()
 
 
 def paper_step(
@@ -223,7 +224,8 @@ def paper_step(
     weights, counts = membership.class_weights, membership.counts
     overlap = dictionary.overlap()
     projections = dictionary.project(features, membership)
-    bound_atoms = lipschitz_atoms(moment_norms(features, membership), counts, dictionary.codes, mu)  # line 6
+    norms = moment_norms(features, membership)
+    bound_atoms = dictionary.total(lipschitz_atoms(norms, counts, dictionary.codes, mu))  # line 6
     norms = dictionary.overlap_norms(overlap, num_classes or membership.num_classes)
     bound_codes = lipschitz_codes(norms, counts, mu)[:, None]
     solved = solved_atoms(dictionary, weights, eps_sq)
@@ -251,22 +253,41 @@ def _over(gradient: Tensor, bound: Tensor) -> Tensor:
     return torch.where(bound > 0, gradient / _nonzero(bound), 0)
 
 
+def _across(by_class: Tensor) -> Tensor:
+    """Returns a state by class in the layout of the buffers."""
+    return by_class.flatten(0, 1).T if by_class.ndim == 3 else by_class.T
+
+
 class Dictionary(nn.Module):
     """Γ and Ã as buffers: in `state_dict`, moved by `.to`, never changed in eval mode.
+
+    Of a sharded dictionary a rank has the buffers of its own classes alone, k being their number below, and
+    `state_dict` has them by class as DTensors `Shard(0)`: atoms (k, s, d), codes (k, s), latched (k,), k all classes.
 
     Attributes:
         atoms: Γ, (d, q), unit columns; class j was latched into columns j s to (j+1) s − 1.
         codes: Ã ≥ 0, (q, k) in shared structure, (s, k) in block structure.
         latched: (k,), which classes have been latched.
         steps: how many steps have been taken; part of `state_dict`.
+        shards: which rank holds which classes, or None where each holds all.
     """
 
     atoms: Float[Tensor, "d q"]
     codes: Float[Tensor, "c k"]
     latched: Bool[Tensor, " k"]
 
-    def __init__(self, num_classes: int, feature_dim: int, atoms_per_class: int, structure: Structure) -> None:
+    def __init__(
+        self,
+        num_classes: int,
+        feature_dim: int,
+        atoms_per_class: int,
+        structure: Structure,
+        shards: Shards | None = None,
+    ) -> None:
         super().__init__()
+        self.shards = shards
+        if shards is not None:
+            num_classes = len(shards.own)
         self.atoms_per_class = atoms_per_class
         self.structure: Structure = structure
         q = num_classes * atoms_per_class
@@ -287,18 +308,63 @@ class Dictionary(nn.Module):
             self._known = (self.latched | (self.codes > 0).any(0)).cpu()
         return self._known
 
+    def _by_class(self) -> dict[str, Tensor]:
+        """Returns views of the buffers of block structure, by class."""
+        k, s = len(self.latched), self.atoms_per_class
+        return {
+            "atoms": self.atoms.T.view(k, s, self.atoms.shape[0]),
+            "codes": self.codes.T,
+            "latched": self.latched,
+        }
+
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for name in ("atoms", "codes"):  # in the layout that safetensors takes
-            destination[f"{prefix}{name}"] = destination[f"{prefix}{name}"].contiguous()
+            if self.shards is None:
+                destination[f"{prefix}{name}"] = destination[f"{prefix}{name}"].contiguous()
+        if self.shards is not None:
+            for name, own in self._by_class().items():
+                destination[f"{prefix}{name}"] = self.shards.distributed_tensor(own)
         destination[f"{prefix}steps"] = torch.tensor(self.steps)
 
+    def full_state(self) -> dict[str, Tensor]:
+        """Returns the `state_dict` of the same dictionary unsharded; of a sharded one a collective of its ranks."""
+        assert self.shards is not None
+        state = {name: self.shards.gathered(own) for name, own in self._by_class().items()}
+        state["atoms"] = state["atoms"].flatten(0, 1).T.contiguous()
+        state["codes"] = state["codes"].T.contiguous()
+        return {**state, "steps": torch.tensor(self.steps)}
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        loaded = {name: state_dict[f"{prefix}{name}"] for name in self._buffers if f"{prefix}{name}" in state_dict}
+        by_class = "atoms" in loaded and loaded["atoms"].ndim == 3
+        for name, value in loaded.items():
+            state_dict[f"{prefix}{name}"] = self._taken(name, value, by_class)
         if f"{prefix}latched" not in state_dict and f"{prefix}codes" in state_dict:
             state_dict[f"{prefix}latched"] = (state_dict[f"{prefix}codes"] > 0).any(0)
         self.steps = int(state_dict.pop(f"{prefix}steps", self.steps))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self._known, self.changed = None, True
+
+    def _taken(self, name: str, value: Tensor, by_class: bool) -> Tensor:
+        """Returns what this dictionary's buffer takes of a state, be either of them sharded or not.
+
+        A state of another number of classes is left as it is, to be refused.
+        """
+        if self.shards is None:
+            value = full_tensor(value)
+            return _across(value) if by_class else value
+        own, k = self.shards.own, self.shards.num_classes
+        if by_class and len(value) == k:
+            local = value.to_local() if hasattr(value, "to_local") else value  # pyrefly: ignore[not-callable]
+            if local is value or len(local) != len(own) or not value.placements[0].is_shard(0):  # pyrefly: ignore
+                local = full_tensor(value)[own.start : own.stop]
+            return _across(local)
+        value = full_tensor(value)
+        s = self.atoms_per_class if name == "atoms" else 1
+        if not by_class and value.shape[-1] == k * s:
+            return value[..., own.start * s : own.stop * s]
+        return value
 
     @torch.no_grad()
     def latch(self, blocks: Float[Tensor, "k d s"], energies: Float[Tensor, "k s"], chosen: Bool[Tensor, " k"]) -> None:
@@ -328,7 +394,11 @@ class Dictionary(nn.Module):
         codes, atoms = self.codes.T if self.structure == "block" else self._own_codes(), self.atoms.T
         if len(membership.present) < membership.num_classes:
             atoms, codes = atoms.index_select(0, self._places(membership)), codes.index_select(0, membership.present)
-        return BlockCodes(atoms.to(dtype), codes.to(dtype)), membership.among_present()
+        return BlockCodes(atoms.to(dtype), codes.to(dtype), self.shards), membership.among_present()
+
+    def whole(self) -> BlockCodes:
+        """Returns all that is held of a dictionary in block structure, without a copy."""
+        return BlockCodes(self.atoms.T, self.codes.T, self.shards)
 
     @torch.no_grad()
     def replace(self, dictionary: Codes, membership: Membership) -> None:

@@ -1,14 +1,32 @@
-"""Differentiable gathering of a batch over ranks, so that many processes compute the loss of one."""
+"""Many processes, one loss: what ranks must agree on, the batch gathered over them, a dictionary sharded by class.
+
+A call of a loss begins with one all-gather of a few integers, in which every rank says what it brings. Whatever is
+wrong on one rank, or differs between ranks, is so found on all of them before anything else is sent. Then the rows are
+gathered, and every rank computes the loss of the whole batch, or, where the dictionary is sharded, its classes' part.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from vmcr2.membership import Membership
+from vmcr2.errors import InputError
+
+_T = TypeVar("_T")
+
+# What ranks can differ in and that is no number, sent as an index into this.
+_WORDS = (
+    *("a training step", "an evaluation", "rates", "latch", "latch_from", "predict", "full_state_dict"),
+    *("MCR2Loss", "TotalCodingRateLoss", "labels", "soft rows", "with gradient", "without gradient"),
+    *map(str, (torch.float16, torch.bfloat16, torch.float32, torch.float64)),
+)
+_WIDTH = 16  # integers in a message: whether all is well, the call, and what there is of facts and numbers
 
 
 def world_size(group: Any = None) -> int:
@@ -21,66 +39,158 @@ def process_rank(group: Any = None) -> int:
     return dist.get_rank(group) if dist.is_available() and dist.is_initialized() else 0
 
 
+def check_group(group: Any) -> None:
+    """Raises InputError unless this process belongs to the group."""
+    if world_size(group) < 1:
+        raise InputError("process_group must be one that this process belongs to, got one of others")
+
+
 def sum_over_ranks(tensor: Tensor, group: Any = None) -> Tensor:
     """Returns the sum of a tensor over ranks."""
     total = tensor.clone()
-    dist.all_reduce(total, group=group)
+    if world_size(group) > 1:
+        dist.all_reduce(total, group=group)
     return total
 
 
+def agree(
+    prepare: Callable[[], tuple[_T, Sequence[int]]],
+    facts: Callable[[_T], Mapping[str, int | str]],
+    call: str,
+    group: Any = None,
+) -> tuple[_T, list[list[int]]]:
+    """Prepares this rank's part of a call, and raises on every rank if that failed on any, or if the ranks disagree.
+
+    One all-gather of 16 integers. They are read on the host, which waits for the device unless the group has a backend
+    for the CPU, as gloo and "cpu:gloo,cuda:nccl" have.
+
+    Args:
+        prepare: checks what this rank brings; returns what it made of that, and numbers that ranks may differ in.
+        facts: returns, of what was made, what must be the same on all ranks, by what it is called: integers ≥ 0, or
+            words that are known here.
+        call: which call it is, of the words known here.
+        group: the ranks; None for all.
+
+    Returns:
+        What `prepare` made, and the numbers of every rank.
+
+    Raises:
+        InputError: on every rank but that at fault, whose own error comes as it is; and on all, naming who had what,
+            where they disagree (a ValueError).
+    """
+    if world_size(group) == 1:
+        result, numbers = prepare()
+        return result, [list(numbers)]
+    error, made, alike, numbers = None, [], {}, []
+    try:
+        result, numbers = prepare()
+        alike = facts(result)
+        made.append(result)
+    except Exception as raised:  # whatever it was: the others must not be left waiting
+        error = raised
+    message = [int(error is not None), _WORDS.index(call)]
+    message += [_encoded(value) for value in alike.values()] + list(numbers)
+    if len(message) > _WIDTH:
+        raise AssertionError("a message takes 16 integers")
+    heard = _exchanged(message + [0] * (_WIDTH - len(message)), group)
+    if error is not None:
+        raise error
+    names = [_name(rank, group) for rank in range(len(heard))]
+    faulty = [name for name, said in zip(names, heard, strict=True) if said[0]]
+    if faulty:
+        raise InputError(
+            f"what {_listed(faulty)} brought to the call is wrong, as the error there says; no rank goes on with it"
+        )
+    require_equal("the call", [_WORDS[said[1]] for said in heard], names)
+    for place, name in enumerate(alike, start=2):
+        require_equal(name, [_decoded(said[place]) for said in heard], names)
+    start = 2 + len(alike)
+    return made[0], [said[start : start + len(numbers)] for said in heard]
+
+
+def require_equal(name: str, values: Sequence[int | str], names: Sequence[str] | None = None) -> None:
+    """Raises InputError, naming which rank has what, unless all ranks have the same value."""
+    if len(set(values)) == 1:
+        return
+    names = [f"rank {rank}" for rank in range(len(values))] if names is None else names
+    held = [
+        f"{value} on {_listed([each for each, its in zip(names, values, strict=True) if its == value])}"
+        for value in dict.fromkeys(values)
+    ]
+    raise InputError(f"ranks disagree on {name}: {'; '.join(held)}. All must make the same calls with the same")
+
+
+def _exchanged(message: list[int], group: Any) -> list[list[int]]:
+    sent = torch.tensor(message, device=_message_device(group))
+    table = sent.new_empty(world_size(group), len(message))
+    dist.all_gather(list(table), sent, group=group)
+    return table.tolist()
+
+
+def _message_device(group: Any) -> torch.device:
+    backends = dict(part.split(":") for part in dist.get_backend_config(group).split(","))
+    if "cpu" in backends:
+        return torch.device("cpu")
+    kind = next(iter(backends))
+    return torch.device(kind, torch.accelerator.current_device_index())
+
+
+def _encoded(value: int | str) -> int:
+    return -1 - _WORDS.index(value) if isinstance(value, str) else value
+
+
+def _decoded(value: int) -> int | str:
+    return value if value >= 0 else _WORDS[-1 - value]
+
+
+def _name(rank: int, group: Any) -> str:
+    return f"rank {rank if group is None else dist.get_global_rank(group, rank)}"
+
+
+def _listed(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else "ranks " + ", ".join(name.removeprefix("rank ") for name in names)
+
+
 class _Gather(torch.autograd.Function):
-    """Rows of all ranks, in rank order: all-reduce forward and backward.
+    """Rows of all ranks, in rank order: all-gather forward, all-reduce backward.
 
-    Every rank computes the same loss of the gathered rows, so summing the gradients over ranks multiplies this
-    rank's by the world size, which the mean over ranks that DistributedDataParallel takes undoes exactly.
+    The loss that gradients are taken of is the sum over ranks of what each of them returns. Every rank returns the same
+    loss of the gathered rows, so a rank's gradient is the world size times that of a single process, which the mean
+    over ranks that DistributedDataParallel takes undoes exactly.
     """
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, start: int, total: int, group: Any) -> Tensor:
-        ctx.start, ctx.size, ctx.group = start, rows.shape[0], group
-        gathered = rows.new_zeros(total, *rows.shape[1:])
-        gathered[start : start + rows.shape[0]] = rows
-        dist.all_reduce(gathered, group=group)
-        return gathered
+    def forward(ctx: Any, rows: Tensor, shares: list[int], group: Any) -> Tensor:
+        rank = dist.get_rank(group)
+        ctx.own, ctx.group = slice(sum(shares[:rank]), sum(shares[: rank + 1])), group
+        largest = max(shares)
+        sent = rows.contiguous()
+        if len(rows) < largest:  # backends want shares of one size
+            sent = torch.cat([sent, rows.new_zeros(largest - len(rows), *rows.shape[1:])])
+        gathered = rows.new_empty(len(shares), *sent.shape)
+        dist.all_gather(list(gathered), sent, group=group)
+        if min(shares) == largest:
+            return gathered.flatten(0, 1)
+        return torch.cat([part[:share] for part, share in zip(gathered, shares, strict=True)])
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None]:
-        summed = grad_outputs[0].contiguous().clone()
-        dist.all_reduce(summed, group=ctx.group)
-        return summed[ctx.start : ctx.start + ctx.size], None, None, None
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
+        return sum_over_ranks(grad_outputs[0].contiguous(), ctx.group)[ctx.own], None, None
 
 
-def gather_rows(*tensors: Tensor, group: Any = None, flag: bool = False) -> tuple[tuple[Tensor, ...], bool]:
-    """Returns each tensor's rows from all ranks, in rank order, and whether any rank has raised its flag.
+def gather_rows(*tensors: Tensor, shares: list[int], group: Any = None) -> tuple[Tensor, ...]:
+    """Returns each tensor's rows from all ranks, in rank order; `shares` says how many each rank holds.
 
-    The ranks may hold different numbers of rows. Floating tensors carry gradients back to the rank they came from.
+    Floating tensors carry gradients back to the rank they came from.
     """
-    world = world_size(group)
-    if world == 1:
-        return tensors, flag
-    rank = dist.get_rank(group)
-    sizes = torch.zeros(world + 1, dtype=torch.long, device=tensors[0].device)
-    sizes[rank], sizes[world] = tensors[0].shape[0], int(flag)
-    *shares, flags = sum_over_ranks(sizes, group).tolist()
-    start, total = sum(shares[:rank]), sum(shares)
+    if len(shares) == 1:
+        return tensors
     gathered = []
     for tensor in tensors:
-        result = _Gather.apply(tensor, start, total, group)
+        result = _Gather.apply(tensor, shares, group)
         assert isinstance(result, Tensor)
         gathered.append(result)
-    return tuple(gathered), bool(flags)
-
-
-def gather_membership(features: Tensor, membership: Membership, group: Any = None) -> tuple[Tensor, Membership]:
-    """Returns features and membership that have been checked, those of all ranks; where one has soft rows, all do."""
-    # On the features' device, the only one that every backend is sure to take.
-    kind = torch.tensor([int(membership.labels is None)], device=features.device)
-    soft = sum_over_ranks(kind, group).item() > 0
-    held = membership.rows() if soft else membership.rows_or_labels
-    (features, held), _ = gather_rows(features, held, group=group)
-    counts = sum_over_ranks(membership.counts, group)
-    sizes = sum_over_ranks(membership.sizes.to(counts.device), group).cpu()
-    return features, Membership(None if soft else held, held if soft else None, counts, sizes)
+    return tuple(gathered)
 
 
 def broadcast(module: nn.Module, group: Any = None) -> None:
@@ -91,3 +201,89 @@ def broadcast(module: nn.Module, group: Any = None) -> None:
     for value in state.values():
         dist.broadcast(value, source, group=group)
     module.load_state_dict(state)
+
+
+class _Total(torch.autograd.Function):
+    """The sum over ranks, forward and backward: see `_Gather` for what gradients are taken of."""
+
+    @staticmethod
+    def forward(ctx: Any, part: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        return sum_over_ranks(part, group)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
+        return sum_over_ranks(grad_outputs[0], ctx.group), None
+
+
+@dataclass(frozen=True)
+class Shards:
+    """Which classes each rank of a group holds: `torch.chunk`'s ranges, as DTensor's `Shard(0)` has them.
+
+    Attributes:
+        num_classes: k of all ranks together.
+        group: the ranks; None for all.
+    """
+
+    num_classes: int
+    group: Any = None
+
+    @property
+    def each(self) -> int:
+        """How many classes a rank holds, but for the last ranks, which may hold fewer or none."""
+        return -(-self.num_classes // world_size(self.group))
+
+    def range_of(self, rank: int) -> range:
+        """Returns the classes that a rank holds."""
+        return range(min(self.num_classes, rank * self.each), min(self.num_classes, (rank + 1) * self.each))
+
+    @property
+    def own(self) -> range:
+        """The classes that this rank holds."""
+        return self.range_of(process_rank(self.group))
+
+    def total(self, part: Tensor) -> Tensor:
+        """Returns the sum over ranks of what each has for its classes. Differentiable."""
+        if world_size(self.group) == 1:
+            return part
+        result = _Total.apply(part, self.group)
+        assert isinstance(result, Tensor)
+        return result
+
+    def gathered(self, own: Tensor) -> Tensor:
+        """Returns the values by class, (k, ...), of all ranks from each rank's own."""
+        shares = [len(self.range_of(rank)) for rank in range(world_size(self.group))]
+        return gather_rows(own, shares=shares, group=self.group)[0]
+
+    def best(self, scores: Float[Tensor, " m"], classes: Int[Tensor, " m"]) -> Int[Tensor, " m"]:
+        """Returns, of what each rank has for the same samples, the class of the highest score; of equals the first."""
+        if world_size(self.group) == 1:
+            return classes
+        highest = scores.clone()
+        dist.all_reduce(highest, dist.ReduceOp.MAX, group=self.group)
+        first = torch.where(scores == highest, classes, self.num_classes)
+        dist.all_reduce(first, dist.ReduceOp.MIN, group=self.group)
+        return first
+
+    def distributed_tensor(self, own: Tensor) -> Tensor:
+        """Returns this rank's values by class, (k_own, ...), as its part of a DTensor `Shard(0)`; no copy is made.
+
+        Without torch.distributed the tensor itself, which `torch.distributed.checkpoint` treats alike.
+        """
+        if not (dist.is_available() and dist.is_initialized()):
+            return own
+        from torch.distributed.device_mesh import DeviceMesh
+        from torch.distributed.tensor import DTensor, Shard
+
+        group = dist.group.WORLD if self.group is None else self.group
+        assert group is not None
+        mesh = DeviceMesh.from_group(group, own.device.type)
+        shape = torch.Size((self.num_classes, *own.shape[1:]))
+        stride = torch.empty(shape, device="meta").stride()
+        return DTensor.from_local(own, mesh, [Shard(0)], run_check=False, shape=shape, stride=stride)
+
+
+def full_tensor(value: Tensor) -> Tensor:
+    """Returns the whole of a DTensor, a collective of its ranks; any other tensor as it is."""
+    # Known by its method: importing DTensor takes a second, which who has none need not wait.
+    return value.full_tensor() if hasattr(value, "full_tensor") else value  # pyrefly: ignore[missing-attribute]

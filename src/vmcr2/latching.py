@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from vmcr2.distributed import gather_membership, sum_over_ranks, world_size
+from vmcr2.distributed import gather_rows, sum_over_ranks
 from vmcr2.errors import NumericalError
 from vmcr2.membership import Membership
 
@@ -71,7 +71,7 @@ def _decomposed(decompose: Callable[..., Any], matrices: Tensor, **options: Any)
 
 
 class MomentStream:
-    """Gathers features batch by batch until latching, in at most about k d² numbers, and over ranks at the end.
+    """Gathers features batch by batch until latching, in at most about k d² numbers.
 
     Rows are kept as they come while there are fewer than k d of them, since then they are the smaller side. Beyond
     that they are folded into the second moments C_j, and forgotten.
@@ -81,69 +81,89 @@ class MomentStream:
         feature_dim: d.
         dtype: of the features to come.
         device: likewise.
-        group: the processes whose features are latched onto together; None for all.
     """
 
-    def __init__(
-        self, num_classes: int, feature_dim: int, dtype: torch.dtype, device: torch.device, group: Any = None
-    ) -> None:
+    def __init__(self, num_classes: int, feature_dim: int, dtype: torch.dtype, device: torch.device) -> None:
         self.num_classes = num_classes
         self.feature_dim = feature_dim
-        self.group = group
         self.empty = torch.zeros(0, feature_dim, dtype=dtype, device=device)
-        self.rows: list[tuple[Tensor, Membership]] = []
+        self.features: list[Tensor] = []
+        self.held: list[Tensor] = []  # labels or soft rows of each
         self.kept = 0
+        self.sizes = torch.zeros(num_classes, dtype=torch.long)  # of what is kept, as `Membership` has them
         self.sums: Tensor | None = None
         self.counts = torch.zeros(num_classes, dtype=dtype, device=device)
 
     def add(self, features: Float[Tensor, "m d"], membership: Membership) -> None:
-        """Adds a batch of this rank."""
-        self.rows.append((features, membership))
-        self.kept += features.shape[0]
+        """Adds a batch."""
+        self._keep(features, membership.rows_or_labels, membership.sizes)
         self.counts += membership.counts
         limit = self.num_classes * self.feature_dim
         if self.kept > (limit if self.sums is None else min(limit, 8192)):
             self._fold()
 
+    def _keep(self, features: Tensor, held: Tensor, sizes: Tensor) -> None:
+        self.features.append(features)
+        self.held.append(held)
+        self.kept += len(features)
+        self.sizes += sizes
+
+    def brings(self) -> list[int]:
+        """Returns what ranks that meet must know of each other: whether all is folded, any is soft, and rows kept."""
+        return [int(self.sums is not None), int(any(each.ndim == 2 for each in self.held)), self.kept]
+
+    def meet(self, brought: list[list[int]], group: Any = None) -> None:
+        """Takes in what all ranks of a group have added, any number of batches each; `brings` of every rank is known.
+
+        All ranks end with the same.
+        """
+        folded, soft, kept = zip(*brought, strict=True)
+        if any(folded) or sum(kept) > self.num_classes * self.feature_dim:
+            self._fold()
+            assert self.sums is not None
+            self.sums = sum_over_ranks(self.sums, group)
+        else:
+            rows, held = gather_rows(*self._rows(any(soft)), shares=list(kept), group=group)
+            sizes = sum_over_ranks(self.sizes.to(rows.device), group).cpu()
+            self._forget()
+            self._keep(rows, held, sizes)
+        self.counts = sum_over_ranks(self.counts, group)
+
+    def _rows(self, soft: bool) -> tuple[Tensor, Tensor]:
+        """Returns the rows that are kept, and their labels or soft rows."""
+        features = torch.cat([self.empty, *self.features])
+        if not soft:
+            return features, torch.cat([torch.zeros(0, dtype=torch.long, device=features.device), *self.held])
+        rows = [
+            each.to(features.dtype)
+            if each.ndim == 2
+            else nn.functional.one_hot(each, self.num_classes).to(features.dtype)
+            for each in self.held
+        ]
+        return features, torch.cat([self.empty.new_zeros(0, self.num_classes), *rows])
+
     def _gathered(self) -> tuple[Tensor, Membership]:
-        features = torch.cat([self.empty, *(z for z, _ in self.rows)])
-        sizes = torch.zeros(self.num_classes, dtype=torch.long)
-        for _, held in self.rows:
-            sizes += held.sizes
-        if all(held.labels is not None for _, held in self.rows):
-            none = torch.zeros(0, dtype=torch.long, device=features.device)
-            labels = torch.cat([none, *(held.labels for _, held in self.rows if held.labels is not None)])
-            return features, Membership(labels, None, self.counts, sizes)
-        soft = torch.cat([held.rows() for _, held in self.rows])
-        return features, Membership(None, soft, self.counts, sizes)
+        soft = any(each.ndim == 2 for each in self.held)
+        features, held = self._rows(soft)
+        return features, Membership(None if soft else held, held if soft else None, self.counts, self.sizes)
+
+    def _forget(self) -> None:
+        self.features, self.held, self.kept, self.sizes = [], [], 0, torch.zeros_like(self.sizes)
 
     def _fold(self) -> None:
         if self.sums is None:
             self.sums = self.empty.new_zeros(self.num_classes, self.feature_dim, self.feature_dim)
         features, membership = self._gathered()
-        for group in membership.groups(self.feature_dim) if self.rows else []:
+        for group in membership.groups(self.feature_dim) if self.kept else []:
             rows, weights = group.take(features), group.weights.mT[..., None]
             at_once = max(1, _EIGH_ELEMENTS // (rows.shape[0] * max(rows.shape[1:]) * rows.shape[2]))
             for part, classes in zip(weights.split(at_once, 1), group.classes.split(at_once, 1), strict=True):
                 moments = (rows.mT[:, None] @ (rows[:, None] * part)).flatten(0, 1)
                 self.sums.index_add_(0, classes.flatten(), moments)
-        self.rows, self.kept = [], 0
+        self._forget()
 
     def blocks(self, atoms_per_class: int) -> tuple[Float[Tensor, "k d s"], Float[Tensor, "k s"], Float[Tensor, " k"]]:
-        """Returns each class's top eigenvectors, eigenvalues (as `latched_blocks`) and the class counts, of all ranks.
-
-        The ranks may have had any number of batches, none included: they meet here alone.
-        """
-        if world_size(self.group) > 1:
-            held = torch.tensor([int(self.sums is not None), self.kept], device=self.empty.device)
-            folded = sum_over_ranks(held, self.group).tolist()
-            if folded[0] or folded[1] > self.num_classes * self.feature_dim:
-                self._fold()
-                assert self.sums is not None
-                self.sums, self.counts = sum_over_ranks(self.sums, self.group), sum_over_ranks(self.counts, self.group)
-            else:
-                features, membership = gather_membership(*self._gathered(), self.group)
-                return *latched_blocks(features, membership, atoms_per_class), membership.counts
+        """Returns each class's top eigenvectors, eigenvalues (as `latched_blocks`) and the class counts."""
         if self.sums is None:
             features, membership = self._gathered()
             return *latched_blocks(features, membership, atoms_per_class), membership.counts

@@ -7,8 +7,11 @@ with DistributedDataParallel's mean over ranks the gradients are those of a sing
 
 from __future__ import annotations
 
+import copy
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -17,18 +20,20 @@ from torch import Tensor, nn
 
 from vmcr2.checks import UNIT_NORM_TOLERANCE, Condition, check_count, check_number, feature_conditions, read
 from vmcr2.dictionary import Dictionary, Structure, ascending_step, paper_step
-from vmcr2.distributed import broadcast, gather_rows
+from vmcr2.distributed import Shards, agree, broadcast, check_group, gather_rows, process_rank, require_equal
 from vmcr2.errors import InputError, NotLatchedError, NumericalError
 from vmcr2.latching import MomentStream, batch_statistics, latched_blocks
 from vmcr2.linalg import rate_dtype, require_finite, wide_dtype
-from vmcr2.membership import Membership, as_membership
+from vmcr2.membership import Membership, as_membership, part_of
 from vmcr2.mismatch import Codes, mismatch, precise_mismatch
 from vmcr2.rates import checked_rates, coding_rate
+from vmcr2.subspaces import nearest_in_dictionary
 from vmcr2.variational import VariationalRates, objective
 
 Step = Literal["ascent", "paper", "simultaneous"]
 Reduction = Literal["mean", "sum"]
 
+_ROWS = 4096  # that a rank gives at once where the others' classes are not its own
 _CANCELLED = 0.05  # below this share of its terms a float32 mismatch is worked out again in float64
 # Where µ follows from `balance`, the first steps hold the dictionary back: ρ starts so many times higher and falls by a
 # constant factor. A fresh network without BatchNorm gives all samples nearly one direction; a dictionary that ran ahead
@@ -40,7 +45,34 @@ _LARGEST_MOMENT = 1.05  # ‖C_j‖ of unit rows, with the tolerance of their no
 _COLLAPSED = 0.2  # of the best ΔR so far
 
 
-class MCR2Loss(nn.Module):
+class _OverRanks(nn.Module):
+    """A loss of the batch of all ranks of a process group; copies of it share the group."""
+
+    def __init__(self, process_group: Any) -> None:
+        super().__init__()
+        check_group(process_group)
+        self.process_group = process_group
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        memo[id(self.process_group)] = self.process_group
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
+
+
+def _facts(features: Tensor, membership: Membership) -> dict[str, int | str]:
+    """Returns what all ranks must bring alike of a batch that has been checked."""
+    gradient = torch.is_grad_enabled() and (features.requires_grad or membership.rows_or_labels.requires_grad)
+    return {
+        "the dimension of features": features.shape[1],
+        "the dtype of features": str(features.dtype),
+        "the kind of membership": "soft rows" if membership.labels is None else "labels",
+        "what they have": "with gradient" if gradient else "without gradient",
+    }
+
+
+class MCR2Loss(_OverRanks):
     """−ΔR of eq. (1), to be minimised: exact, on the smaller side of every matrix.
 
     It is negative where training goes well, since ΔR ≥ 0 is maximised.
@@ -48,13 +80,14 @@ class MCR2Loss(nn.Module):
     Args:
         num_classes: k ≥ 1. A batch may lack any of them.
         eps_sq: the squared precision ε² > 0.
+        process_group: the ranks whose batches make one; None for all.
 
     Raises:
         InputError: a wrong argument (a ValueError).
     """
 
-    def __init__(self, num_classes: int, *, eps_sq: float = 0.5) -> None:
-        super().__init__()
+    def __init__(self, num_classes: int, *, eps_sq: float = 0.5, process_group: Any = None) -> None:
+        super().__init__(process_group)
         check_count("num_classes", num_classes)
         check_number("eps_sq", eps_sq)
         self.num_classes = num_classes
@@ -73,9 +106,17 @@ class MCR2Loss(nn.Module):
             InputError: a wrong argument (a ValueError).
             NumericalError: the factorisation failed.
         """
-        # Checked before gathering too, so that the rank at fault says so.
-        checked, _ = as_membership(features, membership, self.num_classes, unit=True)
-        (gathered, held), _ = gather_rows(features, membership)
+
+        def prepare() -> tuple[Membership, list[int]]:
+            return as_membership(features, membership, self.num_classes, unit=True)[0], [len(features)]
+
+        def facts(checked: Membership) -> dict[str, int | str]:
+            return {"num_classes": self.num_classes} | _facts(features, checked)
+
+        checked, brought = agree(prepare, facts, "MCR2Loss", self.process_group)
+        gathered, held = gather_rows(
+            features, checked.rows_or_labels, shares=[rows for (rows,) in brought], group=self.process_group
+        )
         if gathered is not features:
             checked, _ = as_membership(gathered, held, self.num_classes, unit=True)
         loss = -checked_rates(gathered, checked, self.eps_sq).reduction
@@ -87,7 +128,7 @@ class MCR2Loss(nn.Module):
         return f"num_classes={self.num_classes}, eps_sq={self.eps_sq}"
 
 
-class TotalCodingRateLoss(nn.Module):
+class TotalCodingRateLoss(_OverRanks):
     """−R of eq. (1), to be minimised: it spreads features over all directions, without labels.
 
     The term against collapse of EMP-SSL (Tong et al., 2023), SimDINO (Wu et al., 2025) and their kin; a loss that pulls
@@ -95,13 +136,14 @@ class TotalCodingRateLoss(nn.Module):
 
     Args:
         eps_sq: the squared precision ε² > 0; EMP-SSL's 0.2, which its code calls `eps`.
+        process_group: the ranks whose views are gathered; None for all.
 
     Raises:
         InputError: a wrong argument (a ValueError).
     """
 
-    def __init__(self, eps_sq: float = 0.2) -> None:
-        super().__init__()
+    def __init__(self, eps_sq: float = 0.2, *, process_group: Any = None) -> None:
+        super().__init__(process_group)
         check_number("eps_sq", eps_sq)
         self.eps_sq = eps_sq
 
@@ -119,28 +161,51 @@ class TotalCodingRateLoss(nn.Module):
             InputError: a wrong argument (a ValueError).
             NumericalError: the factorisation failed.
         """
-        if isinstance(features, Tensor):
-            views = [features] if features.ndim == 2 else list(features) if features.ndim == 3 else []
-        else:
-            views = list(features)
-        if not views:
-            raise InputError(
-                "features must have shape (m, d) or (b, m, d), or be a sequence of views (n, d), got "
-                + (f"shape {tuple(features.shape)}" if isinstance(features, Tensor) else "an empty sequence")
-            )
-        for view in views:  # before gathering, so that the rank at fault says so
-            read([*feature_conditions(view), _longest(view)])
+        views, brought = agree(lambda: _checked_views(features), _view_facts, "TotalCodingRateLoss", self.process_group)
+        if len(brought) > 1:
+            sizes = torch.tensor([len(view) for view in views], device=views[0].device)
+            rows, sizes = gather_rows(
+                torch.cat(views), shares=[held for (held,) in brought], group=self.process_group
+            ) + gather_rows(sizes, shares=[len(views)] * len(brought), group=self.process_group)
+            parts = rows.split(sizes.tolist())
+            views = [torch.cat(parts[number :: len(views)]) for number in range(len(views))]
         if len({view.shape for view in views}) == 1:
-            (gathered,), _ = gather_rows(torch.stack(views, 1))  # (m, b, d): one collective for all views
-            rate = coding_rate(gathered.transpose(0, 1), eps_sq=self.eps_sq).mean()
+            rate = coding_rate(torch.stack(views), eps_sq=self.eps_sq).mean()
         else:
-            whole = [gather_rows(view)[0][0] for view in views]
-            rate = torch.stack([coding_rate(view, eps_sq=self.eps_sq) for view in whole]).mean()
+            rate = torch.stack([coding_rate(view, eps_sq=self.eps_sq) for view in views]).mean()
         return -rate
 
     def extra_repr(self) -> str:
         """Returns the settings, for `repr`."""
         return f"eps_sq={self.eps_sq}"
+
+
+def _checked_views(features: Any) -> tuple[list[Tensor], list[int]]:
+    """Returns the views, and how many rows there are."""
+    if isinstance(features, Tensor):
+        views = [features] if features.ndim == 2 else list(features) if features.ndim == 3 else []
+    else:
+        views = list(features)
+    if not views:
+        raise InputError(
+            "features must have shape (m, d) or (b, m, d), or be a sequence of views (n, d), got "
+            + (f"shape {tuple(features.shape)}" if isinstance(features, Tensor) else "an empty sequence")
+        )
+    dimension = None
+    for view in views:
+        read([*feature_conditions(view, feature_dim=dimension), _longest(view)])
+        dimension = view.shape[1]
+    return views, [sum(len(view) for view in views)]
+
+
+def _view_facts(views: list[Tensor]) -> dict[str, int | str]:
+    gradient = torch.is_grad_enabled() and any(view.requires_grad for view in views)
+    return {
+        "the dimension of features": views[0].shape[1],
+        "the number of views": len(views),
+        "the dtype of features": str(views[0].dtype),
+        "what they have": "with gradient" if gradient else "without gradient",
+    }
 
 
 def _longest(features: Float[Tensor, "m d"]) -> Condition:
@@ -174,7 +239,28 @@ def balanced_mu(feature_dim: int, batch_size: int, *, eps_sq: float = 0.5, balan
     return balance * feature_dim / (batch_size * eps_sq)
 
 
-class VMCR2Loss(nn.Module):
+@dataclass(frozen=True)
+class _Batch:
+    """The batch of all ranks, and what of it a rank works on.
+
+    Attributes:
+        features: Z; of a sharded dictionary the part that has to do with this rank's classes. Differentiable.
+        membership: Π of those.
+        whole: Z of all classes.
+        held: labels or soft rows of all classes.
+        confined: whether the dictionary is shared and every class keeps to its own atoms.
+        latched: whether any rank's part of a sharded dictionary has been latched; None of any other.
+    """
+
+    features: Float[Tensor, "n d"]
+    membership: Membership
+    whole: Float[Tensor, "m d"]
+    held: Tensor
+    confined: bool
+    latched: bool | None
+
+
+class VMCR2Loss(_OverRanks):
     """The variational objective of eq. (7): a dictionary that leads the features, and features that follow it.
 
     In training mode a call first moves the dictionary by one step (Alg. 1, lines 6 to 10) and returns the mismatch
@@ -208,9 +294,16 @@ class VMCR2Loss(nn.Module):
             at the moved atoms (line 8). "simultaneous": the same with both gradients at the old dictionary.
         step_atoms: ν_Γ > 0, in units of the inverse Lipschitz bound; not used by "ascent".
         step_codes: ν_A > 0, likewise.
+        sharded: whether each rank holds the atoms, codes and latched flags of its own range of classes alone, with
+            structure "block": the same loss, gradients and steps, in the W-th part of the memory. Ranks hold
+            `torch.chunk`'s ranges; the last may hold fewer classes, or none.
+        process_group: the ranks whose batches make one; None for all.
 
     Attributes:
-        dictionary: the `Dictionary`, whose buffers `atoms` and `codes` are part of `state_dict`.
+        dictionary: the `Dictionary`, whose buffers `atoms` and `codes` are part of `state_dict`. Of a sharded one the
+            buffers are this rank's, and `state_dict` holds them as DTensors by class, `Shard(0)`: atoms (k, s, d),
+            codes (k, s), latched (k,), which `torch.distributed.checkpoint` saves under any number of ranks and loads
+            under any other. `full_state_dict` has the state of an unsharded loss; each loads what the other saved.
 
     Raises:
         InputError: a wrong argument (a ValueError).
@@ -231,8 +324,10 @@ class VMCR2Loss(nn.Module):
         step: Step = "ascent",
         step_atoms: float = 5.0,
         step_codes: float = 5.0,
+        sharded: bool = False,
+        process_group: Any = None,
     ) -> None:
-        super().__init__()
+        super().__init__(process_group)
         check_count("num_classes", num_classes)
         check_count("feature_dim", feature_dim)
         if atoms_per_class is None:
@@ -251,6 +346,10 @@ class VMCR2Loss(nn.Module):
         ):
             if value not in taken:
                 raise InputError(f"{name} must be one of {', '.join(map(repr, taken))}, got {value!r}")
+        if sharded and structure != "block":
+            raise InputError(
+                f"sharded takes structure='block', in which classes have atoms of their own, got {structure!r}"
+            )
         self.num_classes = num_classes
         self.feature_dim = feature_dim
         self.atoms_per_class = atoms_per_class
@@ -263,7 +362,8 @@ class VMCR2Loss(nn.Module):
         self.step: Step = step
         self.step_atoms = step_atoms
         self.step_codes = step_codes
-        self.dictionary = Dictionary(num_classes, feature_dim, atoms_per_class, structure)
+        shards = Shards(num_classes, process_group) if sharded else None
+        self.dictionary = Dictionary(num_classes, feature_dim, atoms_per_class, structure, shards)
         self._watch = _CollapseWatch()
 
     def mu_at(self, batch_size: int) -> float:
@@ -272,31 +372,74 @@ class VMCR2Loss(nn.Module):
             return self.mu
         return balanced_mu(self.feature_dim, batch_size, eps_sq=self.eps_sq, balance=self.balance)
 
-    def _checked(self, features: Tensor, membership: Tensor) -> tuple[Tensor, Membership, bool]:
-        """Checks the batch of this rank, gathers it over ranks, and returns it in the dtype to compute in.
+    @property
+    def sharded(self) -> bool:
+        """Whether each rank holds its own range of classes alone."""
+        return self.dictionary.shards is not None
 
-        The last says whether the dictionary is shared and every class keeps to its own atoms.
-        """
-        beside = self.dictionary.confined()[None] if self.structure == "shared" and self.step == "ascent" else None
+    def _check(
+        self, features: Tensor, membership: Tensor, beside: Tensor | None = None
+    ) -> tuple[Membership, Tensor | None]:
         if isinstance(features, Tensor) and features.device != self.dictionary.atoms.device:
             raise InputError(
                 f"features must be on the loss's device {self.dictionary.atoms.device}, got {features.device}; "
                 "move the loss with .to(device)"
             )
+        return as_membership(
+            features,
+            membership,
+            self.num_classes,
+            feature_dim=self.feature_dim,
+            unit=True,
+            beside=beside,
+            counted=not self.sharded,
+        )
 
-        def check(z: Tensor, pi: Tensor) -> tuple[Membership, Tensor | None]:
-            return as_membership(z, pi, self.num_classes, feature_dim=self.feature_dim, unit=True, beside=beside)
+    def _batch(self, features: Tensor, membership: Tensor, call: str) -> _Batch:
+        """Checks the batch of this rank, agrees on it with all ranks, and gathers theirs."""
+        dictionary, group = self.dictionary, self.process_group
+        watched = self.structure == "shared" and self.step == "ascent"
 
-        checked, confined = check(features, membership)
-        (gathered, held), stale = gather_rows(features, membership, flag=self.dictionary.changed)
-        if gathered is not features:
-            if stale:
-                broadcast(self.dictionary)
-                beside = None if beside is None else self.dictionary.confined()[None]
-            checked, confined = check(gathered, held)
-        self.dictionary.changed = False
-        dtype = rate_dtype(self.feature_dim, self.eps_sq, gathered, self.dictionary.atoms)
-        return gathered.to(dtype), checked.to(dtype), confined is not None and bool(confined)
+        def prepare() -> tuple[tuple[Membership, Tensor | None], list[int]]:
+            made = self._check(features, membership, dictionary.confined()[None] if watched else None)
+            latched = self.sharded and bool(dictionary.known().any())
+            return made, [len(features), int(dictionary.changed), int(latched), dictionary.steps]
+
+        (checked, confined), brought = agree(
+            prepare, lambda made: self._settings() | _facts(features, made[0]), call, group
+        )
+        shares, changed, latched, steps = ([numbers[place] for numbers in brought] for place in range(4))
+        if not any(changed) or self.sharded:
+            require_equal("the number of steps that the dictionary has taken", steps)
+        elif len(brought) > 1:
+            broadcast(dictionary, group)
+        gathered, held = gather_rows(features, checked.rows_or_labels, shares=shares, group=group)
+        dtype = rate_dtype(self.feature_dim, self.eps_sq, gathered, dictionary.atoms)
+        if dictionary.shards is not None:
+            here, checked = part_of(gathered, held, dictionary.shards.own)
+        elif gathered is not features:
+            here = gathered
+            checked, confined = self._check(gathered, held, dictionary.confined()[None] if watched else None)
+        else:
+            here = gathered
+        dictionary.changed = False
+        return _Batch(
+            here.to(dtype),
+            checked.to(dtype),
+            gathered.to(dtype),
+            held,
+            confined is not None and bool(confined),
+            any(latched) if self.sharded else None,
+        )
+
+    def _settings(self) -> dict[str, int | str]:
+        """Returns what ranks' losses must have alike."""
+        return {
+            "num_classes": self.num_classes,
+            "feature_dim": self.feature_dim,
+            "atoms_per_class": self.atoms_per_class,
+            "settings of the loss, see repr(loss), by a checksum": zlib.crc32(self.extra_repr().encode()),
+        }
 
     def forward(
         self, features: Float[Tensor, "m d"], membership: Int[Tensor, " m"] | Shaped[Tensor, "m k"]
@@ -312,46 +455,47 @@ class VMCR2Loss(nn.Module):
             NotLatchedError: nothing was ever latched, and this call is not to (a ValueError too).
             NumericalError: the step failed; the dictionary is as it was.
         """
-        widened, checked, confined = self._checked(features, membership)
-        m = checked.num_samples
-        if self.training and torch.is_grad_enabled():
+        moving = self.training and torch.is_grad_enabled()
+        batch = self._batch(features, membership, "a training step" if moving else "an evaluation")
+        m = batch.membership.num_samples
+        if moving:
             if not bool(self.dictionary.known().all()):
-                self._latch(widened.detach(), checked.detach(), only_new=True)
-            self._watch.look(self, widened.detach(), checked.detach())
-            value = self._step(widened, checked, confined=confined)
+                self._latch(batch.features.detach(), batch.membership.detach(), only_new=True)
+            self._watch.look(self, batch)
+            value = self._step(batch)
         else:
-            value = precise_mismatch(widened, *self._read(checked, widened.dtype))
+            value = precise_mismatch(batch.features, *self._read(batch))
+        if self.sharded:
+            # A rank without a sample of its own classes has to take part in the backward pass all the same.
+            value = value + 0 * batch.features.sum()
         value = value * self.mu_at(m) if self.reduction == "sum" else value / m
         return value.to(torch.promote_types(features.dtype, torch.float32))
 
-    def _read(self, membership: Membership, dtype: torch.dtype) -> tuple[Membership, Codes]:
+    def _read(self, batch: _Batch) -> tuple[Membership, Codes]:
         """Returns what a batch meets of the dictionary.
 
         Raises:
             NotLatchedError: nothing was ever latched.
         """
-        if not bool(self.dictionary.known().any()):
-            raise NotLatchedError(
-                "the dictionary was never latched, and no step is taken here (eval mode, or gradients are off): call "
-                "loss.latch_from(model, batches) or loss.latch(features, membership) before evaluating, or train "
-                "first. Where a trainer validates before it trains (Lightning's sanity check), skip that "
-                "(num_sanity_val_steps=0) or latch before it"
-            )
-        dictionary, among = self.dictionary.read(membership, dtype)
+        latched = bool(self.dictionary.known().any()) if batch.latched is None else batch.latched
+        if not latched:
+            raise _not_latched()
+        dictionary, among = self.dictionary.read(batch.membership, batch.features.dtype)
         # Copies, since the buffers may move on before the backward pass.
         return among, dictionary.moved(dictionary.atoms.clone(), dictionary.codes.clone())
 
-    def _step(self, features: Tensor, membership: Membership, *, confined: bool) -> Tensor:
+    def _step(self, batch: _Batch) -> Tensor:
         """Moves the dictionary and returns the mismatch with it (Alg. 1, lines 6 to 12).
 
         A shared dictionary of which every class keeps to its own atoms takes the step in block structure, without the
         products of all atoms with all samples. That is the same step if no other code would rise from 0, and none would
         where its gradient γ_j ½β (Γ_lᵀ S⁻¹ Γ_l − 1) + µ n_j Γ_lᵀ (C_j − B_j) Γ_l is at most 0, with C_j at most I.
         """
+        features, membership = batch.features, batch.membership
         mu = self.mu_at(membership.num_samples)
         if self.mu is None:
             mu *= max(1.0, _FIRST_BALANCE * _BALANCE_DECAY**self.dictionary.steps)
-        confined = confined and len(membership.present) == self.num_classes
+        confined = batch.confined and len(membership.present) == self.num_classes
         among, after, value, flags = self._stepped(features, membership, mu, confined)
         # The step's one look back: whether all of it is finite, whether the mismatch kept its digits, and the above.
         finite, small, alone = flags.tolist()
@@ -394,7 +538,7 @@ class VMCR2Loss(nn.Module):
                 energies, overlap, exposure = None, None, features.new_ones(())
             value, terms = mismatch(features, among, after, energies, overlap)
         balance = mu * membership.num_samples * self.eps_sq / self.feature_dim
-        finite = (after.atoms.sum() + after.codes.sum() + value.detach()).isfinite()
+        finite = (after.total(after.atoms.sum() + after.codes.sum()) + value.detach()).isfinite()
         alone = balance * _LARGEST_MOMENT <= 0.5 * (1 - exposure)
         return among, after, value, torch.stack([finite, value.detach() < _CANCELLED * terms, alone])
 
@@ -416,11 +560,11 @@ class VMCR2Loss(nn.Module):
             NotLatchedError: nothing was ever latched (a ValueError too).
             NumericalError: a factorisation failed.
         """
-        widened, checked, _ = self._checked(features, membership)
-        with torch.autocast(widened.device.type, enabled=False):
-            among, dictionary = self._read(checked, widened.dtype)
-            mu = self.mu_at(checked.num_samples)
-            rates = objective(widened, among, dictionary, mu=mu, eps_sq=self.eps_sq)
+        batch = self._batch(features, membership, "rates")
+        with torch.autocast(batch.features.device.type, enabled=False):
+            among, dictionary = self._read(batch)
+            mu = self.mu_at(batch.membership.num_samples)
+            rates = objective(batch.features, among, dictionary, mu=mu, eps_sq=self.eps_sq)
         require_finite(*rates)
         return rates
 
@@ -439,8 +583,11 @@ class VMCR2Loss(nn.Module):
             InputError: a wrong argument (a ValueError).
             NumericalError: a decomposition did not converge.
         """
-        widened, checked, _ = self._checked(features, membership)
-        self._latch(widened, checked, only_new=False)
+        if self.sharded:  # of a large set no rank could hold all rows
+            self._latch_shard(_pieces(features, membership), "latch")
+            return
+        batch = self._batch(features, membership, "latch")
+        self._latch(batch.features, batch.membership, only_new=False)
 
     @torch.no_grad()
     def _latch(self, features: Tensor, membership: Membership, *, only_new: bool) -> None:
@@ -471,20 +618,133 @@ class VMCR2Loss(nn.Module):
             NumericalError: a decomposition did not converge.
         """
         atoms = self.dictionary.atoms
+        with batch_statistics(model) as run:
+            pairs = ((run(inputs.to(atoms.device)), held.to(atoms.device)) for inputs, held in map(_pair, batches))
+            if self.sharded:
+                self._latch_shard(pairs, "latch_from")
+            else:
+                self._latch_stream(pairs)
+
+    def _latch_stream(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """Latches onto the features and memberships of all ranks, which meet once, at the end."""
+        atoms = self.dictionary.atoms
         dtype = rate_dtype(self.feature_dim, self.eps_sq, atoms)
         stream = MomentStream(self.num_classes, self.feature_dim, dtype, atoms.device)
-        with batch_statistics(model) as run:
-            for inputs, membership in map(_pair, batches):
-                features, held = run(inputs.to(atoms.device)), membership.to(atoms.device)
-                checked, _ = as_membership(features, held, self.num_classes, feature_dim=self.feature_dim, unit=True)
+
+        def prepare() -> tuple[None, list[int]]:
+            for features, held in pairs:
+                checked, _ = self._check(features, held)
                 with torch.autocast(atoms.device.type, enabled=False):
                     stream.add(features.to(dtype), checked.to(dtype))
+            return None, stream.brings()
+
+        _, brought = agree(prepare, lambda _: self._settings(), "latch_from", self.process_group)
         with torch.autocast(atoms.device.type, enabled=False):
-            blocks, energies, counts = stream.blocks(self.atoms_per_class)
-        if not bool((counts > 0).any()):
-            raise InputError("batches must give at least one pair (inputs, membership), got none")
+            if len(brought) > 1:
+                stream.meet(brought, self.process_group)
+            if not bool((stream.counts > 0).any()):
+                raise _no_batches()
+            self._take(stream)
+
+    def _latch_shard(self, pairs: Iterator[tuple[Tensor, Tensor]], call: str) -> None:
+        """Latches each rank's classes onto their rows: batch by batch all ranks' are gathered, and the own kept."""
+        atoms, shards = self.dictionary.atoms, self.dictionary.shards
+        assert shards is not None
+        dtype = rate_dtype(self.feature_dim, self.eps_sq, atoms)
+        stream = MomentStream(len(shards.own), self.feature_dim, dtype, atoms.device)
+
+        def prepare() -> tuple[tuple[Tensor, Tensor], list[int]]:
+            pair = next(pairs, None)
+            if pair is None:  # this rank has no more, while others may
+                return (stream.empty, stream.empty.new_zeros(0, dtype=torch.long)), [0, 0, 0]
+            checked, _ = self._check(*pair)
+            held = checked.rows_or_labels
+            return (pair[0].to(dtype), held), [len(pair[0]), 1, int(checked.labels is None)]
+
+        rounds = 0
+        while True:
+            (features, held), brought = agree(prepare, lambda _: self._settings(), call, self.process_group)
+            shares, more, soft = zip(*brought, strict=True)
+            if not any(more):
+                break
+            rounds += 1
+            if any(soft):  # where one rank has soft rows, all do
+                held = held.to(dtype) if held.ndim == 2 else nn.functional.one_hot(held, self.num_classes).to(dtype)
+            gathered, held = gather_rows(features, held, shares=list(shares), group=self.process_group)
+            with torch.autocast(atoms.device.type, enabled=False):
+                stream.add(*part_of(gathered, held, shards.own))
+        if not rounds:
+            raise _no_batches()
+        with torch.autocast(atoms.device.type, enabled=False):
+            self._take(stream)
+
+    def _take(self, stream: MomentStream) -> None:
+        blocks, energies, counts = stream.blocks(self.atoms_per_class)
         self.dictionary.latch(blocks, energies, counts > 0)
         self.dictionary.changed = False
+
+    @torch.no_grad()
+    def predict(self, features: Float[Tensor, "m d"]) -> Int[Tensor, " m"]:
+        """Returns the class whose subspace in the dictionary is nearest to each sample (eq. 8); block structure only.
+
+        A class's subspace is spanned by those of its atoms whose codes are above 0; a class without any is never
+        predicted. Where the dictionary is sharded every rank must call it, each with samples of its own, of any
+        number, none included: each rank finds the best of its classes for all samples, and the best of those wins.
+
+        Args:
+            features: Z, (m, d), finite; of the same dtype on all ranks.
+
+        Returns:
+            Labels (m,) of this rank's samples.
+
+        Raises:
+            InputError: a wrong argument, or shared structure (a ValueError).
+            NotLatchedError: nothing was ever latched (a ValueError too).
+        """
+        dictionary, shards = self.dictionary, self.dictionary.shards
+        if self.structure != "block":
+            raise InputError(
+                f"predict takes structure='block', in which classes have atoms of their own, got {self.structure!r}; "
+                "fit vmcr2.NearestSubspaceClassifier on features instead"
+            )
+
+        def prepare() -> tuple[None, list[int]]:
+            if not (self.sharded and isinstance(features, Tensor) and features.shape == (0, self.feature_dim)):
+                read(feature_conditions(features, feature_dim=self.feature_dim))
+            return None, [len(features), int(dictionary.known().any())]
+
+        if shards is None:
+            prepare()
+            if not bool(dictionary.known().any()):
+                raise _not_latched()
+            return nearest_in_dictionary(features, dictionary.whole())[1]
+        _, brought = agree(
+            prepare,
+            lambda _: self._settings() | {"the dtype of features": str(features.dtype)},
+            "predict",
+            self.process_group,
+        )
+        if not any(latched for _, latched in brought):
+            raise _not_latched()
+        rank, found = process_rank(self.process_group), [torch.zeros(0, dtype=torch.long, device=features.device)]
+        for start in range(0, max(rows for rows, _ in brought), _ROWS):
+            shares = [min(max(rows - start, 0), _ROWS) for rows, _ in brought]
+            own = features[start : start + shares[rank]] if shares[rank] else features[:0]
+            (gathered,) = gather_rows(own, shares=shares, group=self.process_group)
+            scores, classes = nearest_in_dictionary(gathered, dictionary.whole())
+            best = shards.best(scores, classes + shards.own.start)
+            found.append(best[sum(shares[:rank]) : sum(shares[: rank + 1])])
+        return torch.cat(found)
+
+    def full_state_dict(self) -> dict[str, Tensor]:
+        """Returns the `state_dict` that the same loss has unsharded, on every rank: for one machine.
+
+        Where the dictionary is sharded, every rank must call it, and each receives all k s d numbers.
+        """
+        if self.dictionary.shards is None:
+            return dict(self.state_dict())
+        agree(lambda: (None, []), lambda _: self._settings(), "full_state_dict", self.process_group)
+        return {f"dictionary.{name}": value for name, value in self.dictionary.full_state().items()}
 
     def extra_repr(self) -> str:
         """Returns the settings, for `repr`."""
@@ -493,8 +753,29 @@ class VMCR2Loss(nn.Module):
             f"num_classes={self.num_classes}, feature_dim={self.feature_dim}, "
             f"atoms_per_class={self.atoms_per_class}, mu={self.mu}, eps_sq={self.eps_sq}, "
             f"reduction={self.reduction!r}, structure={self.structure!r}, balance={self.balance}, "
-            f"energy={self.energy}, step={self.step!r}{steps}"
+            f"energy={self.energy}, step={self.step!r}{steps}{', sharded=True' if self.sharded else ''}"
         )
+
+
+def _not_latched() -> NotLatchedError:
+    return NotLatchedError(
+        "the dictionary was never latched, and no step is taken here (eval mode, or gradients are off): call "
+        "loss.latch_from(model, batches) or loss.latch(features, membership) before evaluating, or train "
+        "first. Where a trainer validates before it trains (Lightning's sanity check), skip that "
+        "(num_sanity_val_steps=0) or latch before it"
+    )
+
+
+def _no_batches() -> InputError:
+    return InputError("batches must give at least one pair (inputs, membership), got none")
+
+
+def _pieces(features: Any, membership: Any) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yields a batch in parts of few rows; what cannot be parted is yielded as it is, to be refused."""
+    if isinstance(features, Tensor) and isinstance(membership, Tensor) and features.shape[:1] == membership.shape[:1]:
+        yield from zip(features.split(_ROWS), membership.split(_ROWS), strict=True)
+    else:
+        yield features, membership
 
 
 def _pair(batch: Any) -> tuple[Tensor, Tensor]:
@@ -520,14 +801,17 @@ class _CollapseWatch:
         self.low = 0
         self.warned = False
 
-    def look(self, loss: VMCR2Loss, features: Tensor, membership: Membership) -> None:
+    def look(self, loss: VMCR2Loss, batch: _Batch) -> None:
         """Looks at ΔR of every so many batches."""
         self.steps += 1
         if self.warned or self.steps % _WATCH_EVERY != 1:
             return
-        if membership.soft is not None:
+        features, membership = batch.whole.detach(), batch.membership.detach()
+        if batch.held.ndim == 2:
             # By the largest entry: with a share of every class in every sample there were k determinants of d×d.
-            membership, _ = as_membership(features, membership.soft.argmax(1), membership.num_classes)
+            membership, _ = as_membership(features, batch.held.detach().argmax(1), loss.num_classes)
+        elif loss.sharded:
+            membership, _ = as_membership(features, batch.held.unique(return_inverse=True)[1], None)
         reduction = float(checked_rates(features, membership, loss.eps_sq).reduction)
         self.best = max(self.best, reduction)
         # Of a single class, and of features that are all alike from the start, ΔR is 0 but for rounding.
@@ -535,7 +819,7 @@ class _CollapseWatch:
         if self.low < 3:
             return
         self.warned = True
-        balance = loss.mu_at(membership.num_samples) * membership.num_samples * loss.eps_sq / loss.feature_dim
+        balance = loss.mu_at(len(features)) * len(features) * loss.eps_sq / loss.feature_dim
         warnings.warn(
             f"the features have collapsed: ΔR of a batch fell from {self.best:.3g} to {reduction:.3g}. Lower the "
             f"learning rate, or clip the network's gradients"

@@ -66,12 +66,14 @@ class Membership:
         soft: (m, k), or None.
         counts: n_j, (k,), in the dtype of the computation.
         sizes: how many samples each class has a share in, (k,), on the CPU: the shapes of all that follows.
+        of: m of the batch that these samples and classes are a part of; None where they are all of it.
     """
 
     labels: Int[Tensor, " m"] | None
     soft: Float[Tensor, "m k"] | None
     counts: Float[Tensor, " k"]
     sizes: Int[Tensor, " k"]
+    of: int | None = None
     _packed: dict[int, list[ClassGroup]] = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -81,8 +83,8 @@ class Membership:
 
     @property
     def num_samples(self) -> int:
-        """The number of samples m."""
-        return len(self.rows_or_labels)
+        """The number of samples m, of the whole batch where this is a part of one."""
+        return len(self.rows_or_labels) if self.of is None else self.of
 
     @property
     def rows_or_labels(self) -> Tensor:
@@ -120,13 +122,13 @@ class Membership:
         if self.counts.dtype == dtype:
             return self
         soft = None if self.soft is None else self.soft.to(dtype)
-        return Membership(self.labels, soft, self.counts.to(dtype), self.sizes)
+        return Membership(self.labels, soft, self.counts.to(dtype), self.sizes, self.of)
 
     def detach(self) -> Membership:
         """Returns the membership without gradient."""
         if self.soft is None or not self.soft.requires_grad:
             return self
-        return Membership(None, self.soft.detach(), self.counts.detach(), self.sizes)
+        return Membership(None, self.soft.detach(), self.counts.detach(), self.sizes, self.of)
 
     def among_present(self) -> Membership:
         """Returns the membership among the classes of `present` alone, numbered in their order."""
@@ -135,10 +137,10 @@ class Membership:
         sizes = self.sizes[self.sizes > 0]
         if self.labels is None:
             assert self.soft is not None
-            return Membership(None, self.soft[:, self.present], self.counts[self.present], sizes)
+            return Membership(None, self.soft[:, self.present], self.counts[self.present], sizes, self.of)
         places = torch.zeros_like(self.counts, dtype=torch.long)
         places[self.present] = torch.arange(len(self.present), device=places.device)
-        return Membership(places[self.labels], None, self.counts[self.present], sizes)
+        return Membership(places[self.labels], None, self.counts[self.present], sizes, self.of)
 
     def rows(self) -> Float[Tensor, "m k"]:
         """Returns Π as rows."""
@@ -199,6 +201,7 @@ def as_membership(
     feature_dim: int | None = None,
     unit: bool = False,
     beside: Tensor | None = None,
+    counted: bool = True,
 ) -> tuple[Membership, Tensor | None]:
     """Checks features and membership together and returns the membership in the form used inside the package.
 
@@ -211,6 +214,8 @@ def as_membership(
         feature_dim: the d that is required, or None.
         unit: whether rows must have norm 1.
         beside: a vector to read from the device in the same transfer, or None.
+        counted: whether to count the classes of labels. Without, nothing of k entries is made, and the membership has
+            no classes: it is only for `part_of`.
 
     Returns:
         The membership, and `beside` on the CPU.
@@ -235,8 +240,31 @@ def as_membership(
         raise InputError(f"membership must be on the features' device {features.device}, got {membership.device}")
     if membership.dtype == torch.bool or membership.is_complex():
         raise InputError(f"membership must hold integer labels or real rows, got {membership.dtype}")
-    from_form = _from_labels if membership.ndim == 1 else _from_rows
-    return from_form(membership, num_classes, conditions, wide_dtype(features), beside)
+    if membership.ndim == 2:
+        return _from_rows(membership, num_classes, conditions, wide_dtype(features), beside)
+    return _from_labels(membership, num_classes, conditions, wide_dtype(features), beside, counted)
+
+
+def part_of(features: Float[Tensor, "m d"], held: Tensor, classes: range) -> tuple[Float[Tensor, "n d"], Membership]:
+    """Returns the part of a batch that has to do with some classes; γ is still their share of the whole batch.
+
+    Args:
+        features: Z of the whole batch, checked. Differentiable, as the membership is.
+        held: labels (m,), int64, or rows (m, k), checked.
+        classes: which of the k classes.
+
+    Returns:
+        Of labels the samples of those classes, of rows all samples; and Π among those classes, numbered from 0.
+    """
+    dtype = wide_dtype(features)
+    if held.ndim == 2:
+        soft = held[:, classes.start : classes.stop]
+        counts, sizes = _counted(soft.to(dtype))
+        return features, Membership(None, soft.to(dtype), counts, sizes.cpu(), len(features))
+    places = ((held >= classes.start) & (held < classes.stop)).nonzero()[:, 0]
+    labels = held[places] - classes.start
+    sizes = torch.bincount(labels, minlength=len(classes))
+    return features.index_select(0, places), Membership(labels, None, sizes.to(dtype), sizes.cpu(), len(features))
 
 
 def _read_sizes(
@@ -250,7 +278,12 @@ def _read_sizes(
 
 
 def _from_labels(
-    labels: Tensor, num_classes: int | None, conditions: list[Condition], dtype: torch.dtype, beside: Tensor | None
+    labels: Tensor,
+    num_classes: int | None,
+    conditions: list[Condition],
+    dtype: torch.dtype,
+    beside: Tensor | None,
+    counted: bool,
 ) -> tuple[Membership, Tensor | None]:
     if labels.is_floating_point():
         raise InputError(
@@ -275,8 +308,9 @@ def _from_labels(
     if num_classes is None:
         read(conditions)
         conditions, num_classes = [], int(highest) + 1
-    sizes = torch.zeros(num_classes, dtype=torch.long, device=labels.device)
-    sizes.index_add_(0, labels.clamp(0, num_classes - 1), torch.ones_like(labels))
+    sizes = torch.zeros(num_classes if counted else 0, dtype=torch.long, device=labels.device)
+    if counted:
+        sizes.index_add_(0, labels.clamp(0, num_classes - 1), torch.ones_like(labels))
     held, beside = _read_sizes(conditions, sizes, beside)
     assert held is not None
     return Membership(labels, None, sizes.to(dtype), held), beside
@@ -307,9 +341,15 @@ def _from_rows(
             lambda: f"sums from {float(sums.min()):.3g} to {float(sums.max()):.3g}",
         ),
     ]
-    counts = rows.sum(0)
-    kept = counts > _ABSENT * len(rows)
-    held, beside = _read_sizes(conditions, ((detached > 0) & kept).sum(0), beside)
+    counts, sizes = _counted(rows)
+    held, beside = _read_sizes(conditions, sizes, beside)
     # Under vmap nothing can be read: every class may then have every sample.
     sizes = torch.full((rows.shape[1],), len(rows)) if held is None else held
-    return Membership(None, rows, torch.where(kept, counts, 0), sizes), beside
+    return Membership(None, rows, counts, sizes), beside
+
+
+def _counted(rows: Float[Tensor, "m k"]) -> tuple[Float[Tensor, " k"], Int[Tensor, " k"]]:
+    """Returns n_j, 0 for a class that counts as absent, and how many samples have a share in each class."""
+    counts = rows.sum(0)
+    kept = counts > _ABSENT * len(rows)
+    return torch.where(kept, counts, 0), ((rows.detach() > 0) & kept).sum(0)

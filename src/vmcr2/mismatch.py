@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from vmcr2.distributed import Shards
 from vmcr2.linalg import gram, product
 from vmcr2.membership import Membership
 
@@ -41,6 +42,10 @@ class SharedCodes:
     ) -> SharedCodes:
         """Returns the dictionary with other atoms, or other codes."""
         return replace(self, atoms=self.atoms if atoms is None else atoms, codes=self.codes if codes is None else codes)
+
+    def total(self, part: Tensor) -> Tensor:
+        """Returns the sum over all classes of what `part` is over those held here: all of them."""
+        return part
 
     def by_atom(self, values: Float[Tensor, "k q"]) -> Float[Tensor, " q"]:
         """Returns the sum over classes of a value by class and atom."""
@@ -86,10 +91,12 @@ class BlockCodes:
     Attributes:
         atoms: Γ as rows, (k s, d), norm 1, class after class.
         codes: the classes' own codes ≥ 0, (k, s).
+        shards: which ranks hold the other classes; None where all are held here.
     """
 
     atoms: Float[Tensor, "q d"]
     codes: Float[Tensor, "k s"]
+    shards: Shards | None = None
 
     def moved(self, atoms: Float[Tensor, "q d"] | None = None, codes: Float[Tensor, "k s"] | None = None) -> BlockCodes:
         """Returns the dictionary with other atoms, or other codes."""
@@ -98,7 +105,14 @@ class BlockCodes:
     @property
     def blocks(self) -> Float[Tensor, "k s d"]:
         """The atoms of each class."""
-        return self.atoms.view(*self.codes.shape, -1)
+        return self.atoms.view(*self.codes.shape, self.atoms.shape[1])
+
+    def total(self, part: Tensor) -> Tensor:
+        """Returns the sum over all classes of what `part` is over those held here. Differentiable.
+
+        All that passes between ranks in a formula passes here: what sums over classes is a small matrix or a scalar.
+        """
+        return part if self.shards is None else self.shards.total(part)
 
     def by_atom(self, values: Float[Tensor, "k s"]) -> Float[Tensor, " q"]:
         """Returns the sum over classes of a value by class and atom."""
@@ -210,6 +224,7 @@ def mismatch(
     whole = (counts.double() * moment_norms(features, membership).double()).sum()
     cross = (codes.double() * energies.double()).sum()
     own = (codes.double() * dictionary.respond(overlap, codes * counts[:, None]).double()).sum()
+    whole, cross, own = dictionary.total(torch.stack([whole, cross, own])).unbind()
     return (0.5 * (whole + own) - cross).clamp_min(0), (0.5 * (whole + own)).detach()
 
 

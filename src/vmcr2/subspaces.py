@@ -9,6 +9,7 @@ from torch import Tensor
 from vmcr2.checks import check_count, feature_conditions, read
 from vmcr2.latching import latched_blocks
 from vmcr2.membership import as_membership
+from vmcr2.mismatch import BlockCodes
 
 _CACHED = 2**20  # projections found at once: few enough to be squared and summed while they are in the cache
 
@@ -83,3 +84,42 @@ def nearest_subspace(features: Float[Tensor, "m d"], bases: Float[Tensor, "k d r
     read(feature_conditions(features, feature_dim=bases.shape[1]))
     absent = (bases == 0).all(2).all(1)
     return subspace_energies(features, bases).masked_fill(absent, -1).argmax(1)
+
+
+def dictionary_subspaces(dictionary: BlockCodes) -> Float[Tensor, "k d s"]:
+    """Returns an orthonormal basis of what each class's atoms with codes above 0 span, float64; zeros complete it.
+
+    They are the eigenvectors of B_j = Γ Diag(Ã_j) Γᵀ, as those of `class_subspaces` are of C_j.
+    """
+    weighted = dictionary.blocks.double() * dictionary.codes.double().sqrt()[..., None]
+    if dictionary.codes.shape[1] == 1:  # nothing to decompose
+        return torch.nn.functional.normalize(weighted, dim=2).mT
+    _, values, vectors = torch.linalg.svd(weighted, full_matrices=False)
+    return spanned(vectors.mT, values.square())
+
+
+@torch.no_grad()
+def nearest_in_dictionary(
+    features: Float[Tensor, "m d"], dictionary: BlockCodes
+) -> tuple[Float[Tensor, " m"], Int[Tensor, " m"]]:
+    """Returns the energy in the nearest of the dictionary's subspaces, −1 where it has none, and which class that is.
+
+    Args:
+        features: (m, d), finite.
+        dictionary: Γ and Ã, of any number of classes, none included.
+    """
+    scores = features.new_full((len(features),), -1, dtype=torch.float64)
+    nearest = torch.zeros_like(scores, dtype=torch.long)
+    at_once = max(1, _CACHED // max(len(features), dictionary.codes.shape[1] * features.shape[1]))
+    s = dictionary.codes.shape[1]
+    for start in range(0, len(dictionary.codes), at_once):
+        part = BlockCodes(
+            dictionary.atoms[start * s : (start + at_once) * s], dictionary.codes[start : start + at_once]
+        )
+        bases = dictionary_subspaces(part)
+        energies = subspace_energies(features, bases).masked_fill((bases == 0).all(2).all(1), -1)
+        best, classes = energies.max(1)
+        better = best > scores
+        scores = torch.where(better, best, scores)
+        nearest = torch.where(better, classes + start, nearest)
+    return scores, nearest

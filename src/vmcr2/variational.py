@@ -58,7 +58,7 @@ def model_moment(dictionary: Codes, class_weights: Float[Tensor, " k"], eps_sq: 
     """Returns β Γ Diag(Ã γ) Γᵀ, of which R^v is ½ logdet(I + ·)."""
     energies = dictionary.by_atom(dictionary.codes * class_weights[:, None])
     beta = dictionary.atoms.shape[1] / eps_sq
-    return (dictionary.atoms * (beta * energies)[:, None]).mT @ dictionary.atoms
+    return dictionary.total((dictionary.atoms * (beta * energies)[:, None]).mT @ dictionary.atoms)
 
 
 def variational_expansion(dictionary: Codes, class_weights: Float[Tensor, " k"], eps_sq: float) -> Float[Tensor, ""]:
@@ -69,7 +69,7 @@ def variational_expansion(dictionary: Codes, class_weights: Float[Tensor, " k"],
 def variational_compression(dictionary: Codes, class_weights: Float[Tensor, " k"], eps_sq: float) -> Float[Tensor, ""]:
     """Returns R_c^v(A) of eq. (7)."""
     beta = dictionary.atoms.shape[1] / eps_sq
-    return 0.5 * (class_weights * torch.log1p(beta * dictionary.codes).sum(1)).sum()
+    return dictionary.total(0.5 * (class_weights * torch.log1p(beta * dictionary.codes).sum(1)).sum())
 
 
 def solved_atoms(dictionary: Codes, class_weights: Float[Tensor, " k"], eps_sq: float) -> Float[Tensor, "q d"]:
