@@ -42,14 +42,15 @@ def extract(
         batch_size: inputs at once, in all processes together.
         precision: of the network: float32 or bf16.
     """
-    training, rank, world = model.training, process_rank(), world_size()
+    training, world = model.training, world_size()
     model.eval()
 
     def features(inputs: Tensor) -> Tensor:
-        own = inputs[processes.share(len(inputs), rank, world)]
+        parts = [inputs[processes.share(len(inputs), rank, world)] for rank in range(world)]
+        own = parts[process_rank()]
         batches = own.split(max(1, batch_size // world)) if len(own) else [inputs[:1]]  # not every network takes none
         found = torch.cat([model(plain(batch, augmentation)) for batch in batches])[: len(own)]
-        return gather_rows(found)[0][0]
+        return gather_rows(found, shares=[len(part) for part in parts])[0]
 
     try:
         with autocast(dataset.train_inputs.device, precision):

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 from torch.nn import functional
 
-from vmcr2.distributed import gather_rows
+from vmcr2.distributed import agree, gather_rows
 from vmcr2.errors import NumericalError
 from vmcr2.lab import processes
 from vmcr2.lab.recipes import Recipe, VMCR2Settings
@@ -33,7 +33,7 @@ class CrossEntropyHead(nn.Module):
 
     def forward(self, features: Float[Tensor, "m d"], labels: Shaped[Tensor, "m ..."]) -> Float[Tensor, ""]:
         """Returns the mean cross-entropy: of the samples of all processes, as the other losses are."""
-        (features, labels), _ = gather_rows(features, labels)
+        features, labels = _of_all(features, labels, "a training step" if self.training else "an evaluation")
         return functional.cross_entropy(self.linear(features), labels)
 
     def predict(self, features: Float[Tensor, "m d"]) -> Int[Tensor, " m"]:
@@ -86,7 +86,7 @@ class Objective:
 
     def log(self, features: Float[Tensor, "m d"], labels: Int[Tensor, " m"]) -> dict[str, float]:
         """Returns figures of an epoch's last batch, that of all processes, for its line in the log."""
-        (features, labels), _ = gather_rows(features, labels)
+        features, labels = _of_all(features, labels, "rates")
         rates = rate_reduction(features, labels, num_classes=self.num_classes, eps_sq=self.eps_sq)
         return {"batch_expansion": float(rates.expansion), "batch_compression": float(rates.compression)}
 
@@ -128,6 +128,11 @@ class Variational(Objective):
         self.loss = criterion
         self.settings = settings
         self._batch_size = 0
+
+    @property
+    def predict(self) -> Callable[[Tensor], Tensor] | None:
+        """None: the loss's own `predict` is by its dictionary, for loops that keep no features."""
+        return None
 
     def before_epoch(self, epoch: int, model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
         """Latches in the first epoch and every `latch_every` after it."""
@@ -175,6 +180,13 @@ class Variational(Objective):
     def arrays(self) -> dict[str, np.ndarray]:
         """Returns the codes Ã, (q, k) or (s, k)."""
         return {"codes": self.loss.dictionary.codes.float().cpu().numpy()}
+
+
+def _of_all(features: Tensor, labels: Tensor, call: str) -> tuple[Tensor, Tensor]:
+    """Returns the batch of all processes, to which gradients find back."""
+    _, sizes = agree(lambda: (None, [len(features)]), lambda _: {}, call)
+    features, labels = gather_rows(features, labels, shares=[size for (size,) in sizes])
+    return features, labels
 
 
 def build(recipe: Recipe, num_classes: int) -> Objective:
