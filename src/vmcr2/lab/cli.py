@@ -94,7 +94,7 @@ class _CompareOptions(_Options):
 
 
 def _train(arguments: list[str]) -> None:
-    from vmcr2.lab import figures, train
+    from vmcr2.lab import train
 
     run, recipe, options = processes.first(lambda: _to_train(arguments))
     if run is not None:
@@ -103,6 +103,8 @@ def _train(arguments: list[str]) -> None:
         assert options.out is not None
         run = train.start(recipe, options.out, options.data_root, _console())
     if processes.is_first():
+        from vmcr2.lab import figures
+
         figures.draw_run(run)
         summary = run.summary()
         _show(f"{summary['recipe']}, {summary['epochs']} epochs", [summary])
