@@ -132,6 +132,55 @@ def test_fit_takes_any_objective_and_any_iterable_of_batches():
         train.fit(model, Counting(), iter(()), optimizer, 1)
 
 
+class Stream(torch.utils.data.IterableDataset):
+    """Samples that come from somewhere one by one, a part of them in each worker."""
+
+    def __iter__(self):
+        worker = torch.utils.data.get_worker_info()
+        for i in range(worker.id, 12, worker.num_workers):
+            yield torch.eye(2)[i % 2], i % 2
+
+
+def test_fit_takes_batches_that_do_not_fit_in_memory():
+    """Workers, a sampler that is told the epoch, a stream without a length, a generator function."""
+    labels = torch.arange(24) % 2
+    pairs = torch.utils.data.TensorDataset(torch.eye(2)[labels], labels)
+    sampler, drawn = vmcr2.ClassBalancedBatchSampler(labels, 3), []
+    monitored = torch.utils.data.DataLoader(pairs, batch_sampler=sampler, num_workers=2)
+
+    def seen(_, __, ___):
+        drawn.append(sampler.epoch)
+
+    for batches, count in (
+        (monitored, 4),
+        (torch.utils.data.DataLoader(Stream(), batch_size=3, num_workers=2), 4),
+        (lambda epoch: ((torch.eye(2), torch.arange(2)) for _ in range(epoch)), None),
+    ):
+        torch.manual_seed(0)
+        model, objective, lines = torch.nn.Linear(2, 2), Counting(), []
+        model.register_forward_hook(seen)
+        train.fit(model, objective, batches, torch.optim.SGD(model.parameters(), 0.1), 2, on_epoch=lines.append)
+        assert objective.asked == [(1, count or 1), (2, count or 2)]
+        assert lines[1]["loss"] < lines[0]["loss"]
+    assert drawn[:8] == [0] * 4 + [1] * 4
+
+
+@pytest.mark.parametrize(
+    ("batches", "lr_at", "message"),
+    [
+        (torch.utils.data.DataLoader(Stream(), batch_size=3), lambda _: 0.1, "must have a length where lr_at is given"),
+        ([{"pixel_values": torch.eye(2), "labels": torch.arange(2)}], None, "got a dict of 'pixel_values', 'labels'"),
+        ([torch.eye(2)], None, r"batches must give pairs \(inputs, labels\), got a Tensor"),
+    ],
+)
+def test_batches_that_fit_cannot_take(batches, lr_at, message):
+    model = torch.nn.Linear(2, 2)
+    optimizer, objective = torch.optim.SGD(model.parameters(), 1.0), Counting()
+    objective.before_epoch = lambda *_: None
+    with pytest.raises(InputError, match=message):
+        train.fit(model, objective, batches, optimizer, 1, lr_at=lr_at)
+
+
 def test_wrong_labels_are_no_divergence():
     objective = objectives.Objective(vmcr2.MCR2Loss(2), 2)
     model = torch.nn.Sequential(torch.nn.Linear(2, 2), networks.Normalize())

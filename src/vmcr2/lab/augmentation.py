@@ -34,31 +34,38 @@ class Augmentation:
 
 
 def augmented(
-    inputs: Shaped[Tensor, "b ..."], settings: Augmentation, generator: torch.Generator
-) -> Float[Tensor, "b ..."]:
+    inputs: Shaped[Tensor, "b ..."],
+    settings: Augmentation,
+    generator: torch.Generator,
+    share: slice = slice(None),
+) -> Float[Tensor, "n ..."]:
     """Returns a batch as float32, each image with a crop and a mirroring of its own; embeddings as they are.
 
     Args:
         inputs: uint8 images (b, c, h, w), or float embeddings (b, d).
         settings: the augmentation.
         generator: the source of randomness, on the inputs' device.
+        share: the n samples of the batch to return. They get what they would get in the whole batch, and the generator
+            moves on as for all of it.
     """
+    b = len(inputs)
+    inputs = inputs[share]
     if inputs.ndim == 2:
         return inputs
-    b, c = inputs.shape[:2]
+    n, c = inputs.shape[:2]
     height, width = _crop_size(inputs, settings)
     padded = functional.pad(inputs, (settings.padding,) * 4)
     device = inputs.device
 
     def starts(room: int) -> Tensor:
-        return torch.randint(room + 1, (b, 1), generator=generator, device=device)
+        return torch.randint(room + 1, (b, 1), generator=generator, device=device)[share]
 
     rows = starts(padded.shape[2] - height) + torch.arange(height, device=device)
     columns = starts(padded.shape[3] - width) + torch.arange(width, device=device)
     if settings.flip:
-        mirrored = torch.rand(b, 1, generator=generator, device=device) < 0.5
+        mirrored = torch.rand(b, 1, generator=generator, device=device)[share] < 0.5
         columns = torch.where(mirrored, columns.flip(1), columns)
-    samples = torch.arange(b, device=device)[:, None, None, None]
+    samples = torch.arange(n, device=device)[:, None, None, None]
     channels = torch.arange(c, device=device)[None, :, None, None]
     return _to_float(padded[samples, channels, rows[:, None, :, None], columns[:, None, None, :]])
 

@@ -3,25 +3,32 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import shlex
 import sys
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import tyro
 from rich.console import Console
 
+from vmcr2.distributed import world_size
 from vmcr2.errors import InputError, NumericalError
+from vmcr2.lab import processes
 from vmcr2.lab.recipes import CHOSEN_FOR, OBJECTIVES, RECIPES, ObjectiveName, Recipe, find, named, nearest, to_json
+
+if TYPE_CHECKING:
+    from vmcr2.lab.run import RunFolder
 
 USAGE = """\
 vmcr2: maximal coding rate reduction by variational forms
 
   vmcr2 train RECIPE [flags]       train one objective into a run folder
   vmcr2 train --resume RUN         continue a run that was interrupted
+                                   (both also by several processes: torchrun --nproc-per-node N -m vmcr2 train …)
   vmcr2 compare RECIPE [flags]     V-MCR², MCR² and cross-entropy side by side
   vmcr2 evaluate RUN               measure a trained run again, in more detail
   vmcr2 plot RUN                   draw the figures of a run or a comparison again
@@ -87,7 +94,25 @@ class _CompareOptions(_Options):
 
 
 def _train(arguments: list[str]) -> None:
-    from vmcr2.lab import figures, train
+    from vmcr2.lab import train
+
+    run, recipe, options = processes.first(lambda: _to_train(arguments))
+    if run is not None:
+        train.resume(run, recipe, options.data_root, _console())
+    else:
+        assert options.out is not None
+        run = train.start(recipe, options.out, options.data_root, _console())
+    if processes.is_first():
+        from vmcr2.lab import figures
+
+        figures.draw_run(run)
+        summary = run.summary()
+        _show(f"{summary['recipe']}, {summary['epochs']} epochs", [summary])
+        _say(f"run folder: {run.path}")
+
+
+def _to_train(arguments: list[str]) -> tuple[RunFolder | None, Recipe, _TrainOptions]:
+    """Returns the run to go on with, or None for a new one, with the recipe and the other options."""
     from vmcr2.lab.run import RunFolder
 
     name, flags, deciding = _split(arguments)
@@ -98,15 +123,12 @@ def _train(arguments: list[str]) -> None:
         recipe, options = _parse("train", run.recipe(), _TrainOptions, flags)
         if options.out is not None:
             raise InputError(f"out has no meaning beside --resume, got {options.out}")
-        train.resume(run, recipe, options.data_root, _console())
-    else:
-        recipe, options = _parse("train", _recipe(name, "train", flags), _TrainOptions, flags)
-        out = options.out or Path("runs") / f"{recipe.name}-{recipe.objective}-seed{recipe.seed}"
-        run = train.start(recipe, out, options.data_root, _console())
-    figures.draw_run(run)
-    summary = run.summary()
-    _show(f"{summary['recipe']}, {summary['epochs']} epochs", [summary])
-    _say(f"run folder: {run.path}")
+        return run, recipe, options
+    recipe, options = _parse("train", _recipe(name, "train", flags), _TrainOptions, flags)
+    out = options.out or Path("runs") / f"{recipe.name}-{recipe.objective}-seed{recipe.seed}"
+    # torchrun --max-restarts starts the same command again, which then finds what it has begun.
+    again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and (out / "recipe.json").is_file()
+    return RunFolder.open(out) if again else None, recipe, dataclasses.replace(options, out=out)
 
 
 def _compare(arguments: list[str]) -> None:
@@ -397,22 +419,29 @@ def _say(text: str) -> None:
 
 
 def _warn(message: Warning | str, *_: Any, **__: Any) -> None:
-    print(f"vmcr2: {message}", file=sys.stderr)
+    if processes.is_first():
+        print(f"vmcr2: {message}", file=sys.stderr)
 
 
-def _how_to_continue(error: KeyboardInterrupt, given: list[str]) -> str:
-    """Returns the command that continues what Ctrl-C ended."""
+def _how_to_continue(error: BaseException, given: list[str]) -> str:
+    """Returns the command that continues what Ctrl-C or the loss of a process ended."""
     if given[0] in ("compare", "reproduce"):  # they continue what is there
         return shlex.join(["vmcr2", *given])
     run = getattr(error, "run", None)
     if run is None:
         return ""
     root = tyro.cli(_Options, args=given[1:], return_unknown_args=True, add_help=False)[0].data_root
-    return shlex.join(["vmcr2", "train", "--resume", str(run), *([] if root is None else ["--data-root", str(root)])])
+    local = os.environ.get("LOCAL_WORLD_SIZE")
+    several = ["torchrun", "--nproc-per-node", local, "-m"] if local is not None and world_size() > 1 else []
+    rest = ["--resume", str(run), *([] if root is None else ["--data-root", str(root)])]
+    return shlex.join([*several, "vmcr2", "train", *rest])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line and returns its exit code: 0, or 2 for wrong input, 3 for diverged training."""
+    """Runs the command line and returns its exit code: 0, or 2 for wrong input, 3 for diverged training.
+
+    Under torchrun the first process reads and writes for all, and the first to fail says why.
+    """
     given = list(sys.argv[1:] if arguments is None else arguments)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a pipe in a Windows code page has no Δ
@@ -420,26 +449,40 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not given or given[0] in ("-h", "--help"):
         print(USAGE)
         return 0
+    launch = processes.Launch()
     with warnings.catch_warnings():
-        warnings.showwarning = _warn
         try:
-            if given[0] == "--version":
-                from vmcr2 import __version__
+            with launch:
+                warnings.showwarning = _warn
+                if given[0] == "--version":
+                    from vmcr2 import __version__
 
-                print(__version__)
-            elif given[0] in _COMMANDS:
-                _COMMANDS[given[0]](given[1:])
-            else:
-                hint = nearest(given[0], _COMMANDS)
-                raise InputError(f"command must be one of {', '.join(_COMMANDS)}, got {given[0]!r}{hint}")
+                    print(__version__)
+                elif given[0] not in _COMMANDS:
+                    hint = nearest(given[0], _COMMANDS)
+                    raise InputError(f"command must be one of {', '.join(_COMMANDS)}, got {given[0]!r}{hint}")
+                elif given[0] != "train" and world_size() > 1:
+                    raise InputError(
+                        f"vmcr2 {given[0]} runs in one process, got {world_size()}: start it without torchrun, "
+                        "which is for vmcr2 train"
+                    )
+                else:
+                    _COMMANDS[given[0]](given[1:])
         except (InputError, OSError) as error:
-            print(f"vmcr2: {error}", file=sys.stderr)
+            launch.last_words(f"vmcr2: {error}")
             return 2
         except NumericalError as error:
-            print(f"vmcr2: {error}", file=sys.stderr)
+            launch.last_words(f"vmcr2: {error}")
             return 3
         except KeyboardInterrupt as error:
             command = _how_to_continue(error, given)
-            print(f"vmcr2: interrupted{f'; to continue: {command}' if command else ''}", file=sys.stderr)
+            launch.last_words(f"vmcr2: interrupted{f'; to continue: {command}' if command else ''}")
             return 130
+        except (RuntimeError, processes.Terminated) as error:
+            command = _how_to_continue(error, given)
+            if not command and not processes.is_loss(error):
+                raise
+            why = "stopped, since another process of the run has ended"
+            launch.last_words(f"vmcr2: {why}{f'; to continue: {command}' if command else ''}")
+            return 1
     return 0

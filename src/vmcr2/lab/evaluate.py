@@ -10,6 +10,8 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
+from vmcr2.distributed import gather_rows, process_rank, world_size
+from vmcr2.lab import processes
 from vmcr2.lab.augmentation import Augmentation, plain
 from vmcr2.lab.networks import autocast
 from vmcr2.lab.sources import Dataset
@@ -31,24 +33,30 @@ def extract(
 ) -> Features:
     """Returns the features of a data set, on the device that holds it; the model's mode is restored.
 
+    With several processes each sends its share of the samples through the network, and all get the features of all.
+
     Args:
         model: the network, on the same device.
         dataset: its inputs.
         augmentation: whose crop size is taken from the middle.
-        batch_size: inputs at once.
+        batch_size: inputs at once, in all processes together.
         precision: of the network: float32 or bf16.
     """
-    training = model.training
+    training, world = model.training, world_size()
     model.eval()
+
+    def features(inputs: Tensor) -> Tensor:
+        parts = [inputs[processes.share(len(inputs), rank, world)] for rank in range(world)]
+        own = parts[process_rank()]
+        batches = own.split(max(1, batch_size // world)) if len(own) else [inputs[:1]]  # not every network takes none
+        found = torch.cat([model(plain(batch, augmentation)) for batch in batches])[: len(own)]
+        return gather_rows(found, shares=[len(part) for part in parts])[0]
+
     try:
         with autocast(dataset.train_inputs.device, precision):
-            parts = [
-                torch.cat([model(plain(batch, augmentation)) for batch in inputs.split(batch_size)])
-                for inputs in (dataset.train_inputs, dataset.test_inputs)
-            ]
+            return Features(features(dataset.train_inputs), features(dataset.test_inputs))
     finally:
         model.train(training)
-    return Features(*parts)
 
 
 def subspaces(features: Features, dataset: Dataset, components: int | None = None) -> Float[Tensor, "k d r"]:

@@ -5,12 +5,18 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
+from torch.nn.parallel import DistributedDataParallel
 
+from vmcr2.distributed import process_rank, sum_over_ranks, world_size
 from vmcr2.errors import InputError
 from vmcr2.lab._torchvision import import_torchvision
 
@@ -182,6 +188,137 @@ def build(network: str, input_shape: tuple[int, ...], feature_dim: int) -> nn.Mo
         return NETWORKS[network](input_shape, feature_dim)
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"network {network} cannot take inputs of shape {input_shape}: {error}") from error
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """The sum over ranks, which every rank uses: its gradient is the sum of theirs."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        return sum_over_ranks(values)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:
+        return sum_over_ranks(grad_outputs[0].contiguous())
+
+
+class SyncBatchNorm(_BatchNorm):
+    """BatchNorm with the statistics of all processes' batches together, wherever it takes those of a batch.
+
+    torch's own refuses a CPU, and takes its own process's statistics in eval mode, in which a network is latched onto.
+    This is no subclass of it, since DistributedDataParallel refuses those on a CPU too.
+    """
+
+    process_group = None  # of torch's, whose methods serve here as well
+    _check_non_zero_input_channels = nn.SyncBatchNorm._check_non_zero_input_channels
+    _check_input_dim = nn.SyncBatchNorm._check_input_dim
+
+    def forward(self, input: Float[Tensor, "m c ..."]) -> Float[Tensor, "m c ..."]:
+        """Returns the normalised input."""
+        batch = self.training or self.running_mean is None
+        if not batch:
+            return super().forward(input)
+        if self.training and input.is_cuda:  # its kernels are faster
+            return nn.SyncBatchNorm.forward(self, input)  # pyrefly: ignore[bad-argument-type]
+        wide = input.float() if input.dtype in (torch.bfloat16, torch.float16) else input
+        others, shape = [0, *range(2, wide.ndim)], [1, -1] + [1] * (wide.ndim - 2)
+        count = wide.new_full((1,), wide.numel() / wide.shape[1])
+        *sums, n = _summed(torch.cat([wide.sum(others), count])).split([wide.shape[1], 1])
+        n = n.detach()
+        mean = sums[0] / n
+        centred = wide - mean.view(shape)
+        variance = _summed(centred.square().sum(others)) / n
+        if self.training and self.track_running_stats:
+            self._follow(mean.detach(), variance.detach() * n / (n - 1))
+        normal = centred * (variance + self.eps).rsqrt().view(shape)
+        if self.affine:
+            normal = normal * self.weight.view(shape) + self.bias.view(shape)
+        return normal.to(input.dtype)
+
+    def _follow(self, mean: Tensor, variance: Tensor) -> None:
+        assert self.num_batches_tracked is not None
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        self.num_batches_tracked.add_(1)
+        step = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+        self.running_mean.lerp_(mean.to(self.running_mean.dtype), step)
+        self.running_var.lerp_(variance.to(self.running_var.dtype), step)
+
+
+def _summed(values: Tensor) -> Tensor:
+    total = _SumOverRanks.apply(values)
+    assert isinstance(total, Tensor)
+    return total
+
+
+def synchronise_batchnorm(model: nn.Module) -> nn.Module:
+    """Returns the network with every BatchNorm as a `SyncBatchNorm` on the same parameters, statistics and keys.
+
+    Raises:
+        InputError: it has a layer with statistics of its own kind, which cannot be known to be one (a ValueError).
+    """
+    if isinstance(model, _BatchNorm):
+        if type(model) not in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
+            raise InputError(f"sync_batchnorm must be false for a network with layers of {type(model).__name__}")
+        synced = SyncBatchNorm(model.num_features, model.eps, model.momentum, model.affine, model.track_running_stats)
+        synced._parameters, synced._buffers = model._parameters, model._buffers
+        return synced.train(model.training)
+    for name, child in model.named_children():
+        setattr(model, name, synchronise_batchnorm(child))
+    return model
+
+
+def has_batchnorm(model: nn.Module) -> bool:
+    """Whether a layer takes statistics of the batch of its own process, which must then have 2 samples at least."""
+    return any(isinstance(layer, _BatchNorm) and not isinstance(layer, SyncBatchNorm) for layer in model.modules())
+
+
+def draw_dropout_for_all(model: nn.Module) -> None:
+    """Makes dropout in training draw for the batch of all processes, each of which then uses its own part.
+
+    A sample is thus given what one process would give it, and the generators of all ranks move on alike, whatever
+    their shares: a run that is resumed with another number of processes draws what it would have drawn.
+    """
+    layers = [layer for layer in model.modules() if isinstance(layer, _DropoutNd)]
+    if not layers:
+        return
+    before = after = 0
+
+    def meet(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        nonlocal before, after
+        if module.training:
+            rank = process_rank()
+            sizes = torch.zeros(world_size(), dtype=torch.long, device=inputs[0].device)
+            sizes[rank] = len(inputs[0])
+            shares = sum_over_ranks(sizes).tolist()
+            before, after = sum(shares[:rank]), sum(shares[rank + 1 :])
+
+    def widen(layer: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor | None:
+        (given,) = inputs
+        return functional.pad(given, [0, 0] * (given.ndim - 1) + [before, after]) if layer.training else None
+
+    def narrow(layer: nn.Module, _: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+        return output[before : len(output) - after] if layer.training else None
+
+    model.register_forward_pre_hook(meet)
+    for layer in layers:
+        layer.register_forward_pre_hook(widen)
+        layer.register_forward_hook(narrow)
+
+
+def distributed(model: nn.Module) -> nn.Module:
+    """Returns the network with gradients averaged over the processes, or as it is where there is but one."""
+    if world_size() == 1:
+        return model
+    device = next(model.parameters()).device
+    return DistributedDataParallel(model, device_ids=None if device.index is None else [device.index])
+
+
+def share_statistics(model: nn.Module) -> None:
+    """Gives every process the first one's buffers, the running statistics of BatchNorm."""
+    if world_size() > 1:
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:

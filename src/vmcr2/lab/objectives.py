@@ -14,7 +14,9 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 from torch.nn import functional
 
+from vmcr2.distributed import agree, gather_rows
 from vmcr2.errors import NumericalError
+from vmcr2.lab import processes
 from vmcr2.lab.recipes import Recipe, VMCR2Settings
 from vmcr2.losses import MCR2Loss, VMCR2Loss
 from vmcr2.rates import rate_reduction
@@ -30,7 +32,8 @@ class CrossEntropyHead(nn.Module):
         self.linear = nn.Linear(feature_dim, num_classes)
 
     def forward(self, features: Float[Tensor, "m d"], labels: Shaped[Tensor, "m ..."]) -> Float[Tensor, ""]:
-        """Returns the mean cross-entropy."""
+        """Returns the mean cross-entropy: of the samples of all processes, as the other losses are."""
+        features, labels = _of_all(features, labels, "a training step" if self.training else "an evaluation")
         return functional.cross_entropy(self.linear(features), labels)
 
     def predict(self, features: Float[Tensor, "m d"]) -> Int[Tensor, " m"]:
@@ -43,7 +46,9 @@ class Objective:
 
     Args:
         criterion: maps features (m, d) and labels (m,) to the scalar to minimise. Its parameters are trained with the
-            network's, its state is part of a checkpoint.
+            network's, its state is part of a checkpoint. With several processes it is given each one's share of a
+            batch, and should return the loss of the whole batch, as this package's do: DistributedDataParallel is not
+            around it, so the gradients of its parameters must come out alike everywhere.
         num_classes: k.
         eps_sq: ε² of the rates that are logged.
         gradient_clip: the largest norm that a step's gradient in the network's weights may have; None for any.
@@ -80,7 +85,8 @@ class Objective:
         """
 
     def log(self, features: Float[Tensor, "m d"], labels: Int[Tensor, " m"]) -> dict[str, float]:
-        """Returns figures of an epoch's last batch, for its line in the log."""
+        """Returns figures of an epoch's last batch, that of all processes, for its line in the log."""
+        features, labels = _of_all(features, labels, "rates")
         rates = rate_reduction(features, labels, num_classes=self.num_classes, eps_sq=self.eps_sq)
         return {"batch_expansion": float(rates.expansion), "batch_compression": float(rates.compression)}
 
@@ -123,6 +129,11 @@ class Variational(Objective):
         self.settings = settings
         self._batch_size = 0
 
+    @property
+    def predict(self) -> Callable[[Tensor], Tensor] | None:
+        """None: the loss's own `predict` is by its dictionary, for loops that keep no features."""
+        return None
+
     def before_epoch(self, epoch: int, model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
         """Latches in the first epoch and every `latch_every` after it."""
         if (epoch - 1) % self.settings.latch_every == 0:
@@ -130,7 +141,7 @@ class Variational(Objective):
 
     def log(self, features: Float[Tensor, "m d"], labels: Int[Tensor, " m"]) -> dict[str, float]:
         """Returns the exact rates of the batch, and those of the dictionary beside its residual."""
-        self._batch_size = len(features)
+        self._batch_size = sum(processes.gathered(len(features)))
         rates = self.loss.rates(features, labels)
         return super().log(features, labels) | {
             "residual": float(rates.residual),
@@ -169,6 +180,13 @@ class Variational(Objective):
     def arrays(self) -> dict[str, np.ndarray]:
         """Returns the codes Ã, (q, k) or (s, k)."""
         return {"codes": self.loss.dictionary.codes.float().cpu().numpy()}
+
+
+def _of_all(features: Tensor, labels: Tensor, call: str) -> tuple[Tensor, Tensor]:
+    """Returns the batch of all processes, to which gradients find back."""
+    _, sizes = agree(lambda: (None, [len(features)]), lambda _: {}, call)
+    features, labels = gather_rows(features, labels, shares=[size for (size,) in sizes])
+    return features, labels
 
 
 def build(recipe: Recipe, num_classes: int) -> Objective:

@@ -123,7 +123,8 @@ class Recipe:
         objective: vmcr2, mcr2 or ce.
         seed: of the initial weights, the order of the data, augmentation and dropout.
         epochs: passes over the training set. A run may get more later, but for one whose learning rate depends on them.
-        batch_size: at most so many samples a step; the batches of an epoch are as equal as can be.
+        batch_size: at most so many samples a step, of all processes together; the batches of an epoch are as equal as
+            can be.
         network: mlp, conv4, cnn, resnet18, preact_resnet18, or timm:NAME for one of the package timm.
         feature_dim: d.
         eps_sq: the squared precision ε² of the coding rates.
@@ -136,6 +137,8 @@ class Recipe:
         checkpoint_seconds: the least time between two checkpoints; the last epoch always writes one.
         device: auto (cuda where there is one, else cpu), cpu or cuda.
         precision: of the network: float32, or bf16 by autocast; rates are float32 at least.
+        sync_batchnorm: with several processes, BatchNorm takes the statistics of the whole batch, as one process would,
+            rather than those of each process's share.
         channels_last: lay the weights of convolutions out with channels last, which is faster on CPUs and GPUs.
         data: what to train on.
         augmentation: what is done to its images.
@@ -162,6 +165,7 @@ class Recipe:
     checkpoint_seconds: float = 10.0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["float32", "bf16"] = "float32"
+    sync_batchnorm: bool = False
     channels_last: bool = True
     data: DataSettings = field(default_factory=DataSettings)
     augmentation: Augmentation = field(default_factory=Augmentation)

@@ -7,7 +7,8 @@ import platform
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -17,8 +18,9 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
+from vmcr2.distributed import process_rank, world_size
 from vmcr2.errors import InputError, NumericalError
-from vmcr2.lab import networks, objectives, recipes, sources, trained
+from vmcr2.lab import networks, objectives, processes, recipes, sources, trained
 from vmcr2.lab.augmentation import augmented, plain, warn_of_lost_borders
 from vmcr2.lab.evaluate import Features, Measures, extract, for_figures, measure, subspaces
 from vmcr2.lab.objectives import Objective
@@ -48,23 +50,26 @@ def fit(
     """Trains a network on an objective.
 
     Args:
-        model: maps inputs to features (m, d). It and the criterion are on the device to train on.
+        model: maps inputs to features (m, d). It and the criterion are on the device to train on. With several
+            processes it is wrapped in DistributedDataParallel, and each process has its share of every batch.
         objective: what to train on; anything with the interface of `Objective`.
-        batches: pairs (inputs, labels), such as a DataLoader, gone through once an epoch; or a function that returns
-            those of an epoch, the first of which is 1.
+        batches: pairs (inputs, labels), such as a DataLoader with workers or a dataset that never ends in memory, gone
+            through once an epoch; or a function that returns those of an epoch, the first of which is 1, such as a
+            generator function. A sampler that has `set_epoch` is told the epoch, counted from 0 as samplers do.
         optimizer: of the parameters of the model and of `objective.criterion`.
         epochs: the last epoch.
         latch_on: what the objective may look at before an epoch, in the same form; best un-augmented. None means
             `batches`.
         lr_at: the learning rate at a moment (1.5 is half-way through the second epoch), set before every step; the
-            batches must then have a length. None leaves the optimizer's.
+            batches must then have a length, which a generator has not. None leaves the optimizer's.
         precision: of the network: "float32", or "bf16" by autocast.
         on_epoch: called after every epoch with its line of figures, to which it may add.
         done: epochs that were trained before, after which this goes on.
         history: their lines.
 
     Raises:
-        InputError: there is no batch, or the objective refuses the first one (a ValueError).
+        InputError: there is no batch, it is no pair, or has no length beside lr_at, or the objective refuses the first
+            one (a ValueError).
         NumericalError: training diverged, or the objective saw no sense in going on.
     """
     lines = list(history)
@@ -99,14 +104,15 @@ def _fit_epoch(
         model.train()
         criterion.train()
         current = _of(epoch, batches)
-        for inputs, given in current:
-            if lr_at is not None:
-                assert isinstance(current, Sized)
+        length = None if lr_at is None else _length(current)
+        for inputs, given in map(_pair, current):
+            if lr_at is not None and length is not None:
                 for group in optimizer.param_groups:
-                    group["lr"] = lr_at(epoch - 1 + (steps + 0.5) / len(current))
+                    group["lr"] = lr_at(epoch - 1 + (steps + 0.5) / length)
             with networks.autocast(device, precision):
-                features = model(inputs.to(device))
-            features, labels = features.to(torch.promote_types(features.dtype, torch.float32)), given.to(device)
+                features = model(inputs.to(device, non_blocking=True))
+            features = features.to(torch.promote_types(features.dtype, torch.float32))
+            labels = given.to(device, non_blocking=True)
             loss = criterion(features, labels)
             optimizer.zero_grad()
             loss.backward()
@@ -132,7 +138,26 @@ def _fit_epoch(
 
 
 def _of(epoch: int, batches: Batches | Callable[[int], Batches]) -> Batches:
-    return batches(epoch) if callable(batches) else batches
+    current = batches(epoch) if callable(batches) else batches
+    for each in (current, getattr(current, "sampler", None), getattr(current, "batch_sampler", None)):
+        if callable(set_epoch := getattr(each, "set_epoch", None)):
+            set_epoch(epoch - 1)
+    return current
+
+
+def _length(batches: Any) -> int:
+    try:
+        return len(batches)
+    except TypeError as error:  # a generator, or a DataLoader of an IterableDataset
+        raise InputError(f"batches must have a length where lr_at is given, got a {type(batches).__name__}") from error
+
+
+def _pair(batch: Any) -> tuple[Tensor, Tensor]:
+    """Returns a batch, which must be a pair; a dict of two would unpack into its keys."""
+    if isinstance(batch, tuple | list) and len(batch) == 2:
+        return batch[0], batch[1]
+    got = f"a dict of {', '.join(map(repr, batch))}" if isinstance(batch, dict) else f"a {type(batch).__name__}"
+    raise InputError(f"batches must give pairs (inputs, labels), got {got}")
 
 
 def _check(objective: Objective, lines: list[dict[str, Any]]) -> None:
@@ -155,6 +180,9 @@ def start(
 ) -> RunFolder:
     """Trains a recipe into a new run folder.
 
+    Within a process group of torch.distributed all processes must call it. They share every batch, and the first one
+    writes, shows progress and calls `on_epoch`.
+
     Args:
         recipe: what to do.
         out: the run folder, new or empty.
@@ -169,11 +197,13 @@ def start(
         InputError: the data or the folder is not as it must be; nothing was written (a ValueError).
         NumericalError: training diverged; the checkpoints before are there.
         Interrupted: Ctrl-C was pressed; the run can be resumed.
+        LostProcessError: another process of the run has ended; it can be resumed.
     """
-    recipe = replace(recipe, data=sources.resolved(recipe.data))
+    recipe = processes.first(lambda: replace(recipe, data=sources.resolved(recipe.data)))
     prepared = _prepare(recipe, data_root)
-    run = RunFolder.create(out, recipe)
-    with run.held():
+    run = processes.first(lambda: RunFolder.create(out, recipe))
+    with ExitStack() as stack:
+        processes.first(lambda: stack.enter_context(run.held()))
         _train(prepared, run, console, on_epoch)
     return run
 
@@ -187,7 +217,8 @@ def resume(
 ) -> RunFolder:
     """Goes on with a run from its last checkpoint, or from its beginning where it has none; a complete run is left.
 
-    On one machine's CPU the result is, bit for bit, that of a run that was never broken off.
+    On one machine's CPU, in one process, the result is, bit for bit, that of a run that was never broken off. There may
+    be another number of processes than before.
 
     Args:
         run: the run folder.
@@ -200,24 +231,38 @@ def resume(
         InputError: the folder belongs to another recipe, or its checkpoint is damaged (a ValueError).
         NumericalError: training diverged; the checkpoints before are there.
         Interrupted: Ctrl-C was pressed; the run can be resumed.
+        LostProcessError: another process of the run has ended; it can be resumed.
     """
-    stored = run.recipe()
-    recipe = stored if recipe is None else replace(recipe, data=sources.resolved(recipe.data))
-    refuse_other_recipe(run, stored, recipe)
-    if run.is_complete() and recipe.epochs <= stored.epochs:
+
+    def plan() -> tuple[Recipe, Recipe | None]:
+        """Returns the recipe of the folder, and the one to go on with where there is anything to do."""
+        stored = run.recipe()
+        chosen = stored if recipe is None else replace(recipe, data=sources.resolved(recipe.data))
+        refuse_other_recipe(run, stored, chosen)
+        if not run.is_complete() or chosen.epochs > stored.epochs:
+            return stored, chosen
         if console is not None:
             text = f"{run.path} is complete at {stored.epochs} epochs: nothing to do"
             console.print(text, highlight=False, soft_wrap=True)
+        return stored, None
+
+    stored, chosen = processes.first(plan)
+    if chosen is None:
         return run
-    prepared = _prepare(recipe, data_root)
-    with run.held():
+    prepared = _prepare(chosen, data_root)
+
+    def load() -> dict[str, Any] | None:
         state = run.load_checkpoint()
         if state is not None:
             _check_state(run, state, prepared)
-        if recipe != stored:
+        if chosen != stored:
             run.summary_file.unlink(missing_ok=True)
-            run.write_recipe(recipe)
-        _train(prepared, run, console, on_epoch, state)
+            run.write_recipe(chosen)
+        return state
+
+    with ExitStack() as stack:
+        processes.first(lambda: stack.enter_context(run.held()))
+        _train(prepared, run, console, on_epoch, processes.first(load))
     return run
 
 
@@ -250,11 +295,23 @@ class Interrupted(KeyboardInterrupt):
         self.run = run
 
 
+class LostProcessError(RuntimeError):
+    """Another process ended, and with it a run that can be resumed, with as many processes or others.
+
+    Attributes:
+        run: its folder.
+    """
+
+    def __init__(self, run: Path) -> None:
+        super().__init__(f"stopped, since another process of the run has ended; {run} can be resumed")
+        self.run = run
+
+
 class _Interrupt:
     """Turns Ctrl-C into a stop that loses nothing: after the epoch, where that is not on the disk yet, else at once.
 
     Epochs shorter than `checkpoint_seconds` are finished and saved; of a longer one the state before it is on the disk
-    already. A second Ctrl-C stops at once in any case.
+    already. A second Ctrl-C stops at once in any case. Of several processes the first, which writes, decides.
     """
 
     def __init__(self, run: RunFolder, epoch: int, console: Console | None) -> None:
@@ -274,10 +331,10 @@ class _Interrupt:
             signal.signal(signal.SIGINT, self.before)
 
     def _note(self, *_: object) -> None:
-        if self.asked or self.done == self.saved:
+        if self.asked or (processes.is_first() and self.done == self.saved):
             raise Interrupted(self.run.path)
         self.asked = True
-        if self.console is not None:
+        if self.console is not None and processes.is_first():
             self.console.print("stopping after this epoch; Ctrl-C again stops at once", highlight=False)
 
 
@@ -296,18 +353,40 @@ class _Prepared:
 def chosen_device(name: str) -> torch.device:
     """Returns the device for auto, cuda or cpu; auto passes over accelerators without float64.
 
+    Of several processes on a machine each has a CUDA device of its own.
+
     Raises:
-        InputError: cuda is asked for and there is none (a ValueError).
+        InputError: cuda is asked for and there is none, or not enough for the processes (a ValueError).
     """
     there = torch.cuda.is_available()
     if name == "cuda" and not there:
         raise InputError("device must be cpu or auto here, got cuda: torch sees no CUDA device")
-    return torch.device("cuda" if name == "cuda" or (name == "auto" and there) else "cpu")
+    if name == "cpu" or not there:
+        return torch.device("cpu")
+    if world_size() == 1:
+        return torch.device("cuda")
+    if processes.local_rank() >= torch.cuda.device_count():
+        raise InputError(
+            f"the processes on a machine must be at most its {torch.cuda.device_count()} CUDA devices, got local rank "
+            f"{processes.local_rank()}: start fewer (--nproc-per-node), or set device to cpu"
+        )
+    return torch.device("cuda", processes.local_rank())
 
 
 def _prepare(recipe: Recipe, data_root: str | Path | None) -> _Prepared:
-    """Loads the data and builds the network, and sends a few samples through it, so that what is wrong shows now."""
-    dataset = sources.load(recipe.data, data_root)
+    """Makes ready in every process; what is wrong in one is an error in all."""
+    dataset = processes.in_turns(lambda: sources.load(recipe.data, data_root))
+    prepared = processes.everywhere(lambda: _built(recipe, dataset))
+    for rank, theirs in enumerate(processes.gathered(prepared.fingerprint)):
+        if theirs != prepared.fingerprint:
+            raise InputError(
+                f"data must be the same for all processes, got other data in process {rank} than in others"
+            )
+    return prepared
+
+
+def _built(recipe: Recipe, dataset: Dataset) -> _Prepared:
+    """Builds the network and sends a few samples through it, so that what is wrong shows now."""
     digest = sources.fingerprint(dataset)
     m = len(dataset.train_labels)
     if m < 2:
@@ -323,12 +402,36 @@ def _prepare(recipe: Recipe, data_root: str | Path | None) -> _Prepared:
     except RuntimeError as error:
         shape = tuple(dataset.train_inputs.shape[1:])
         raise InputError(f"network {recipe.network} cannot take inputs of shape {shape}: {error}") from error
+    if world_size() > 1:
+        if recipe.sync_batchnorm:
+            model = networks.synchronise_batchnorm(model)
+        networks.draw_dropout_for_all(model)
+        _check_shares(recipe, m, 2 if networks.has_batchnorm(model) else 1)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
     if recipe.channels_last:
         for parameter in model.parameters():
             if parameter.ndim == 4:  # the layout of the weights is what convolutions go by
                 parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
     objective.criterion.to(device)
     return _Prepared(recipe, dataset.to(device), digest, device, model.train().to(device), objective)
+
+
+def _check_shares(recipe: Recipe, m: int, least: int) -> None:
+    """Raises InputError where a process would get fewer than so many samples of some batch."""
+    smallest = m // _batches(m, recipe.batch_size)
+    most = smallest // least
+    if world_size() > most:
+        why = ", of which BatchNorm needs 2 a process (or sync_batchnorm)" if least == 2 else ""
+        raise InputError(
+            f"the processes must be at most {most} for batches of {smallest} samples{why}, got {world_size()}: start "
+            f"fewer, or raise batch_size from {recipe.batch_size}"
+        )
+
+
+def _batches(m: int, batch_size: int) -> int:
+    """Returns how many batches m samples make."""
+    return min(-(-m // batch_size), m // 2)
 
 
 def build(recipe: Recipe, input_shape: tuple[int, ...], num_classes: int) -> tuple[nn.Module, Objective]:
@@ -371,32 +474,36 @@ class EpochBatches:
     """One pass over a training set, in an order and with an augmentation that follow from the epoch's number alone.
 
     So there is no state to save between epochs. The batches are as equal as can be, and of two samples at least, as
-    BatchNorm needs.
+    BatchNorm needs. Several processes share each of them, as `tensor_split` does, and crops and flips are those of one.
 
     Attributes:
         dataset: on the device to train on.
         recipe: its seed, batch size and augmentation.
         epoch: the epoch's number.
         augment: whether crops and flips are drawn; otherwise images are cut from the middle.
+        rank: the process whose shares these are.
+        processes: how many share each batch.
     """
 
     dataset: Dataset
     recipe: Recipe
     epoch: int
     augment: bool = True
+    rank: int = 0
+    processes: int = 1
 
     def __len__(self) -> int:
-        m = len(self.dataset.train_labels)
-        return min(-(-m // self.recipe.batch_size), m // 2)
+        return _batches(len(self.dataset.train_labels), self.recipe.batch_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         device = self.dataset.train_labels.device
         generator = torch.Generator(device).manual_seed(self.recipe.seed * 1_000_003 + self.epoch)
         order = torch.randperm(len(self.dataset.train_labels), generator=generator, device=device)
         for rows in order.tensor_split(len(self)):
+            share = processes.share(len(rows), self.rank, self.processes)
             images, settings = self.dataset.train_inputs[rows], self.recipe.augmentation
-            inputs = augmented(images, settings, generator) if self.augment else plain(images, settings)
-            yield inputs, self.dataset.train_labels[rows]
+            inputs = augmented(images, settings, generator, share) if self.augment else plain(images[share], settings)
+            yield inputs, self.dataset.train_labels[rows[share]]
 
 
 class _Run:
@@ -430,12 +537,17 @@ class _Run:
     def measure(self, epoch: int) -> Measures:
         """Measures the network on the whole data set, and keeps what the summary and a checkpoint need of it."""
         recipe, dataset, objective = self.prepared.recipe, self.prepared.dataset, self.prepared.objective
+        networks.share_statistics(self.prepared.model)
         features = extract(self.prepared.model, dataset, recipe.augmentation, recipe.batch_size, recipe.precision)
-        bases = subspaces(features, dataset)
-        measures = measure(features, dataset, bases, recipe.eps_sq, objective.predict)
-        self.measured = (features, measures, bases)
-        self.trained |= {"bases": bases.cpu(), "measured_at": epoch}
-        return measures
+
+        def judge() -> Measures:
+            bases = subspaces(features, dataset)
+            measures = measure(features, dataset, bases, recipe.eps_sq, objective.predict)
+            self.measured = (features, measures, bases)
+            self.trained |= {"bases": bases.cpu(), "measured_at": epoch}
+            return measures
+
+        return processes.first(judge)
 
     def save(self, epoch: int) -> None:
         """Writes a checkpoint: the state to go on from, and what prediction needs without the training data."""
@@ -456,8 +568,11 @@ class _Run:
 
     def finish(self) -> None:
         """Writes what the figures need and, last, the summary, whose presence says that the run is complete."""
-        if self.measured is None:  # the run was broken off after its last epoch
+        if processes.first(lambda: self.measured is None):  # the run was broken off after its last epoch
             self.measure(self.prepared.recipe.epochs)
+        processes.first(self._write_results)
+
+    def _write_results(self) -> None:
         assert self.measured is not None
         (features, measures, bases), recipe = self.measured, self.prepared.recipe
         objective = self.prepared.objective
@@ -473,6 +588,7 @@ class _Run:
                 "evaluated_on": "validation" if recipe.data.validation else "test",
                 "seconds_per_epoch": self.seconds / recipe.epochs,
                 "device": device_name(self.prepared.device),
+                "processes": world_size(),
                 "threads": torch.get_num_threads(),
                 "precision": recipe.precision,
                 "torch": torch.__version__,
@@ -491,20 +607,25 @@ def _train(
     recipe, dataset, objective = prepared.recipe, prepared.dataset, prepared.objective
     kept = _Run(prepared, run, state)
     done = 0 if state is None else state["epoch"]
-    run.truncate_metrics(done)
     saved_at = time.monotonic()
     title = f"{recipe.name} {recipe.objective} seed {recipe.seed}"
+    if not processes.is_first():
+        console = Console(quiet=True, force_terminal=False)
+
+    def history() -> list[dict[str, Any]]:
+        run.truncate_metrics(done)
+        return run.metrics()
+
+    def batches(epoch: int, *, augment: bool) -> EpochBatches:
+        return EpochBatches(dataset, recipe, epoch, augment, process_rank(), world_size())
+
     with EpochProgress(title, recipe.epochs, done, console) as progress, _Interrupt(run, done, console) as interrupt:
 
-        def after(line: dict[str, Any]) -> None:
+        def note(line: dict[str, Any]) -> tuple[dict[str, Any], bool]:
+            """Writes and shows what an epoch came to; returns that, and whether to stop."""
             nonlocal saved_at
             epoch = line["epoch"]
             kept.seconds += line["seconds"]
-            if epoch % recipe.evaluate_every == 0 or epoch == recipe.epochs:
-                try:
-                    line |= asdict(kept.measure(epoch))
-                except (InputError, NumericalError) as error:
-                    raise _diverged(objective, epoch, error) from error
             run.add_metrics(line)
             interrupt.done = epoch
             if epoch == recipe.epochs or interrupt.asked or time.monotonic() - saved_at >= recipe.checkpoint_seconds:
@@ -513,25 +634,44 @@ def _train(
             progress.update(epoch, _figures(line))
             if on_epoch is not None:
                 on_epoch(line)
-            if interrupt.asked and epoch < recipe.epochs:
+            return line, interrupt.asked
+
+        def after(line: dict[str, Any]) -> None:
+            epoch = line["epoch"]
+            if epoch % recipe.evaluate_every == 0 or epoch == recipe.epochs:
+                try:
+                    line |= asdict(kept.measure(epoch))
+                except (InputError, NumericalError) as error:
+                    raise _diverged(objective, epoch, error) from error
+            interrupt.asked = processes.any_of(interrupt.asked)
+            noted, stop = processes.first(lambda: note(line))
+            line |= noted
+            if stop and epoch < recipe.epochs:
                 raise Interrupted(run.path)
 
-        fit(
-            prepared.model,
-            objective,
-            lambda epoch: EpochBatches(dataset, recipe, epoch),
-            kept.optimizer,
-            recipe.epochs,
-            latch_on=lambda epoch: EpochBatches(dataset, recipe, epoch, augment=False),
-            lr_at=recipe.lr_at,
-            precision=recipe.precision,
-            on_epoch=after,
-            done=done,
-            history=run.metrics(),
-        )
-        kept.finish()
-        if interrupt.asked:
-            raise Interrupted(run.path)
+        try:
+            fit(
+                networks.distributed(prepared.model),
+                objective,
+                lambda epoch: batches(epoch, augment=True),
+                kept.optimizer,
+                recipe.epochs,
+                latch_on=lambda epoch: batches(epoch, augment=False),
+                lr_at=recipe.lr_at,
+                precision=recipe.precision,
+                on_epoch=after,
+                done=done,
+                history=processes.first(history),
+            )
+            kept.finish()
+            if processes.any_of(interrupt.asked):
+                raise Interrupted(run.path)
+        except BaseException as error:
+            if not processes.is_loss(error):
+                raise
+            if interrupt.asked:  # the first process has stopped at once
+                raise Interrupted(run.path) from None
+            raise LostProcessError(run.path) from error
 
 
 def _figures(line: dict[str, Any]) -> dict[str, str]:

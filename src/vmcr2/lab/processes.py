@@ -1,0 +1,179 @@
+"""The processes of one run: how `torchrun` starts them, how they agree, and how one of them speaks for all.
+
+Every function here does nothing special where there is one process: `first(call)` is then `call()`.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from types import FrameType, TracebackType
+from typing import Any, NoReturn, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from vmcr2.distributed import process_rank, world_size
+from vmcr2.errors import InputError, NumericalError
+
+_Made = TypeVar("_Made")
+_ENVIRONMENT = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun tells each process
+
+
+class PeerError(RuntimeError):
+    """Another process failed in a way that it says itself."""
+
+
+class Terminated(BaseException):
+    """SIGTERM: torchrun ends the processes that are left when one of them has ended."""
+
+
+def share(count: int, rank: int, processes: int) -> slice:
+    """Returns which of so many samples are a process's own: as equal as can be, in order, like `tensor_split`."""
+    size, over = divmod(count, processes)
+    start = rank * size + min(rank, over)
+    return slice(start, start + size + (rank < over))
+
+
+def local_rank() -> int:
+    """Returns this process's number on its machine, from 0."""
+    return int(os.environ.get("LOCAL_RANK", process_rank()))
+
+
+def is_first() -> bool:
+    """Whether this is the process that reads, writes and speaks for all."""
+    return process_rank() == 0
+
+
+def gathered(value: _Made) -> list[_Made]:
+    """Returns the value that each process gives, any that pickles, in the order of ranks."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def any_of(flag: bool) -> bool:
+    """Whether the flag is raised in any process."""
+    return any(gathered(flag))
+
+
+def first(call: Callable[[], _Made]) -> _Made:
+    """Runs a call in the first process alone; its result, which must pickle, or its error is that of all."""
+    if world_size() == 1:
+        return call()
+    made, error = _tried(call) if is_first() else (None, None)
+    if is_first() and error is None:
+        sent: list[Any] = [(made, None)]
+    else:
+        sent = [(None, _to_send(error))]
+    dist.broadcast_object_list(sent, 0)
+    theirs, their_error = sent[0]
+    if error is not None:
+        raise error
+    if their_error is not None:
+        raise their_error
+    return made if is_first() else theirs  # pyrefly: ignore[bad-return]
+
+
+def everywhere(call: Callable[[], _Made]) -> _Made:
+    """Runs a call in every process and returns what each made; an error in one is an error in all."""
+    if world_size() == 1:
+        return call()
+    made, error = _tried(call)
+    errors = gathered(_to_send(error))
+    failed = {rank: each for rank, each in enumerate(errors) if each is not None}
+    if error is not None and (len(failed) == len(errors) or not isinstance(error, InputError)):
+        raise error
+    for rank, theirs in failed.items():
+        raise InputError(f"process {rank}: {theirs}") if rank and isinstance(theirs, InputError) else theirs
+    return made  # pyrefly: ignore[bad-return]
+
+
+def in_turns(call: Callable[[], _Made]) -> _Made:
+    """Runs a call, in the first process before all others, and then in the first one of each machine.
+
+    So what one of them downloads is there for the rest, whether machines share their disks or not.
+    """
+    turn = 0 if is_first() else 1 if local_rank() == 0 else 2
+    made: list[_Made] = []
+    for now in range(3):
+        everywhere(lambda now=now: made.append(call()) if now == turn else None)
+    return made[0]
+
+
+def _tried(call: Callable[[], _Made]) -> tuple[_Made | None, BaseException | None]:
+    try:
+        return call(), None
+    except (Exception, SystemExit) as error:
+        return None, error
+
+
+def _to_send(error: BaseException | None) -> BaseException | None:
+    """Returns an error as the other processes are to raise it."""
+    if error is None or isinstance(error, (InputError, NumericalError, OSError, SystemExit)):
+        return error
+    return PeerError(f"process {process_rank()} failed: {error!r}")
+
+
+def is_loss(error: BaseException) -> bool:
+    """Whether an error comes of another process having ended."""
+    if isinstance(error, (PeerError, Terminated)):
+        return True
+    # gloo has no type of error of its own; its messages begin with the place in its sources.
+    told = isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "/gloo/" in str(error))
+    return told and world_size() > 1
+
+
+class Launch:
+    """Joins the processes that torchrun started, and leaves them at the end; nothing where there are no others.
+
+    Where a process group is there already, that is used, and left as it is.
+    """
+
+    def __init__(self) -> None:
+        self.store: Any = None
+
+    def __enter__(self) -> Launch:
+        given = {name: os.environ.get(name, "") for name in _ENVIRONMENT}
+        if not all(given.values()) or given["WORLD_SIZE"] == "1" or dist.is_initialized():
+            return self
+        from torch.distributed.rendezvous import rendezvous
+
+        self.store, rank, world = next(rendezvous("env://"))
+        # Tensors by the device that they are on; what is no tensor goes by gloo.
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, store=self.store, rank=rank, world_size=world)
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, _terminate)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.store is None:
+            return
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # nothing is left to be broken off but the last words
+        if error is None:
+            dist.destroy_process_group()
+
+    def last_words(self, text: str) -> None:
+        """Prints why the run ends to stderr, where no other process has yet."""
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        if self.store is not None:
+            try:
+                if self.store.add(f"vmcr2/last words/{attempt}", 1) > 1:
+                    return
+            except RuntimeError:  # the launcher is gone, and with it the store
+                if not is_first():
+                    return
+        print(text, file=sys.stderr, flush=True)
+
+
+def _terminate(number: int, frame: FrameType | None) -> NoReturn:
+    raise Terminated(f"signal {number}")
