@@ -1,11 +1,13 @@
 """M and its gradients, eqs. (9) to (11), in both structures: derivatives, precision, memory."""
 
 import pytest
+import reference
 import torch
 from conftest import (
     STRUCTURES,
     LargestTensor,
     as_shared,
+    at_batch_scale,
     checked,
     loss_at,
     random_dictionary,
@@ -193,3 +195,54 @@ def test_random_labels_and_rows_of_them_agree():
         dictionary = random_dictionary(6, 3, 2, structure)
         values = [mismatch(z, checked(z, pi, 3), dictionary) for pi in (labels, rows_of(labels, 3))]
         torch.testing.assert_close(*values)
+
+
+@each_case
+@pytest.mark.parametrize("kind", ["labels", "soft"])
+@each_structure
+@pytest.mark.parametrize("pull", [0.1, 0.5, 1.0])
+def test_the_pull_is_that_of_its_formula(m, d, k, s, kind, structure, pull):
+    z, dictionary, membership = unit_rows(m, d), random_dictionary(d, k, s, structure), random_membership(m, k, kind)
+    pi = checked(z, membership, k)
+    rows = rows_of(membership, k).numpy()
+    atoms, codes = at_batch_scale(dictionary, rows)
+    if structure == "block" and kind == "labels":
+        present = dictionary.blocks[pi.present].flatten(0, 1)
+        got = mismatch(z, pi.among_present(), BlockCodes(present, dictionary.codes[pi.present]), pull=pull)[0]
+    else:
+        got = mismatch(z, pi, dictionary, pull=pull)[0]
+    expected = reference.variational(z.T.numpy(), rows, atoms, codes, 0.7, 0.5)[2]
+    expected += reference.shortfall(z.T.numpy(), rows, atoms, codes, 0.7, pull)
+    assert float(0.7 * got) == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["labels", "soft"])
+@each_structure
+def test_derivatives_with_a_pull_below_one(kind, structure):
+    m, d, k, s = 8, 5, 2, 2
+    dictionary, membership = random_dictionary(d, k, s, structure), random_membership(m, k, kind)
+    assert torch.autograd.gradcheck(
+        lambda z: mismatch(z, checked(z, membership, k), dictionary, pull=0.3)[0], unit_rows(m, d).requires_grad_()
+    )
+
+
+@pytest.mark.parametrize("pull", [1.0, 0.5])
+def test_a_feature_far_from_its_class_is_pulled_as_hard_as_a_near_one_only_with_a_pull_below_one(pull):
+    loss = vmcr2.VMCR2Loss(1, 100, atoms_per_class=1, pull=pull).double()
+    atom = torch.zeros(1, 100, dtype=torch.float64)
+    atom[0, 0] = 1
+    loss.latch(atom, torch.zeros(1, dtype=torch.long))
+    across = torch.zeros(100, dtype=torch.float64)
+    across[1] = 1
+
+    def force(cosine):
+        # Many samples in all directions keep C_j small, so that B_j alone is felt.
+        others = torch.eye(100, dtype=torch.float64)[2:]
+        z = torch.cat([(cosine * atom + (1 - cosine**2) ** 0.5 * across), others]).requires_grad_()
+        loss.eval()(z, torch.zeros(len(z), dtype=torch.long)).backward()
+        assert z.grad is not None
+        sideways = (1 - cosine**2) ** 0.5 * atom[0] - cosine * across
+        return -float(z.grad[0] @ sideways) * len(z)
+
+    ratio = force(0.1) / force(0.7)
+    assert ratio < 0.25 if pull == 1 else 0.9 < ratio < 1.1

@@ -290,6 +290,9 @@ class VMCR2Loss(_OverRanks):
             alike are not left behind.
         energy: what the codes of every class sum to; 1 is the trace of C_j. None lets the sum run free, as the paper
             does: it grows (the more, the smaller ρ), and presses each class together.
+        pull: exponent in (0, 1] of how a sample is pulled into its class. 1 is eq. (7), in which the pull vanishes for
+            a feature orthogonal to its class: what spares wrong labels, and is slow where features start far from
+            their classes. Below a half it is stronger there: natural images from scratch (`mismatch._shortfall`).
         step: "ascent": eq. (7) never falls, no step size. "paper": the paper's Lipschitz bounds, the codes' gradient
             at the moved atoms (line 8). "simultaneous": the same with both gradients at the old dictionary.
         step_atoms: ν_Γ > 0, in units of the inverse Lipschitz bound; not used by "ascent".
@@ -321,6 +324,7 @@ class VMCR2Loss(_OverRanks):
         structure: Structure = "shared",
         balance: float = 0.05,
         energy: float | None = None,
+        pull: float = 1.0,
         step: Step = "ascent",
         step_atoms: float = 5.0,
         step_codes: float = 5.0,
@@ -336,6 +340,9 @@ class VMCR2Loss(_OverRanks):
         numbers = {"eps_sq": eps_sq, "balance": balance, "step_atoms": step_atoms, "step_codes": step_codes}
         for name, value in numbers.items():
             check_number(name, value)
+        check_number("pull", pull)
+        if pull > 1:
+            raise InputError(f"pull must be in (0, 1], got {pull}")
         for name, value in (("mu", mu), ("energy", energy)):
             if value is not None:
                 check_number(name, value)
@@ -359,6 +366,7 @@ class VMCR2Loss(_OverRanks):
         self.structure: Structure = structure
         self.balance = balance
         self.energy = energy
+        self.pull = pull
         self.step: Step = step
         self.step_atoms = step_atoms
         self.step_codes = step_codes
@@ -464,7 +472,7 @@ class VMCR2Loss(_OverRanks):
             self._watch.look(self, batch)
             value = self._step(batch)
         else:
-            value = precise_mismatch(batch.features, *self._read(batch))
+            value = precise_mismatch(batch.features, *self._read(batch), self.pull)
         value = value * self.mu_at(m) if self.reduction == "sum" else value / m
         return value.to(torch.promote_types(features.dtype, torch.float32))
 
@@ -506,7 +514,9 @@ class VMCR2Loss(_OverRanks):
             )
         self.dictionary.replace(after, membership)
         self.dictionary.steps += 1
-        return precise_mismatch(features, among, after) if small and features.dtype != torch.float64 else value
+        if small and features.dtype != torch.float64:
+            return precise_mismatch(features, among, after, self.pull)
+        return value
 
     def _stepped(
         self, features: Tensor, membership: Membership, mu: float, confined: bool
@@ -533,7 +543,7 @@ class VMCR2Loss(_OverRanks):
                         num_classes=self.num_classes,
                     )
                 energies, overlap, exposure = None, None, features.new_ones(())
-            value, terms = mismatch(features, among, after, energies, overlap)
+            value, terms = mismatch(features, among, after, energies, overlap, self.pull)
         balance = mu * membership.num_samples * self.eps_sq / self.feature_dim
         finite = (after.total(after.atoms.sum() + after.codes.sum()) + value.detach()).isfinite()
         alone = balance * _LARGEST_MOMENT <= 0.5 * (1 - exposure)
@@ -750,7 +760,8 @@ class VMCR2Loss(_OverRanks):
             f"num_classes={self.num_classes}, feature_dim={self.feature_dim}, "
             f"atoms_per_class={self.atoms_per_class}, mu={self.mu}, eps_sq={self.eps_sq}, "
             f"reduction={self.reduction!r}, structure={self.structure!r}, balance={self.balance}, "
-            f"energy={self.energy}, step={self.step!r}{steps}{', sharded=True' if self.sharded else ''}"
+            f"energy={self.energy}, pull={self.pull}, step={self.step!r}{steps}"
+            f"{', sharded=True' if self.sharded else ''}"
         )
 
 

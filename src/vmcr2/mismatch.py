@@ -13,6 +13,7 @@ by class, (k, c), so that whatever acts on single codes is written once for both
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -23,6 +24,20 @@ from vmcr2.linalg import gram, product
 from vmcr2.membership import Membership
 
 _PAIRS = 2**25  # inner products of samples held at once
+
+
+class Attraction(NamedTuple):
+    """Samples and the classes that they are weighed for, in shapes that meet.
+
+    Attributes:
+        own: z_iᵀ B_j z_i.
+        largest: the largest of Ã_j, which z_iᵀ B_j z_i attains where z_i is an atom that no other comes near.
+        weights: Π_ij.
+    """
+
+    own: Tensor
+    largest: Tensor
+    weights: Tensor
 
 
 @dataclass(frozen=True)
@@ -74,6 +89,15 @@ class SharedCodes:
     def energies(self, projections: list[Tensor], membership: Membership) -> Float[Tensor, "k q"]:
         """Returns (ΓᵀZ)^⊙2 Π, each class's energy along each atom. Differentiable in projections and Π."""
         return membership.collect(projections[0].square())
+
+    def attractions(self, projections: list[Tensor], membership: Membership) -> list[Attraction]:
+        """Returns z_iᵀ B_j z_i of each sample and its class. Differentiable in projections and Π."""
+        largest, squares = self.codes.amax(1), projections[0].square()
+        if membership.soft is None:
+            assert membership.labels is not None
+            own = (squares * membership.spread(self.codes)).sum(1)
+            return [Attraction(own, largest[membership.labels], torch.ones_like(own))]
+        return [Attraction(product(squares, self.codes.mT), largest, membership.soft)]
 
     def atom_gradient(
         self, features: Float[Tensor, "m d"], projections: list[Tensor], overlap: Tensor, membership: Membership
@@ -163,6 +187,14 @@ class BlockCodes:
             total = total.index_add(0, group.classes.flatten(), found.flatten(0, 1))
         return total
 
+    def attractions(self, projections: list[Tensor], membership: Membership) -> list[Attraction]:
+        """Returns z_iᵀ B_j z_i of each sample and its class. Differentiable in projections and Π."""
+        found, largest = [], self.codes.amax(1)
+        for projected, group in zip(projections, membership.groups(self.atoms.shape[1]), strict=True):
+            own = (projected.square() * self.codes[group.classes][:, None]).sum(3)
+            found.append(Attraction(own, largest[group.classes][:, None], group.weights))
+        return found
+
     def atom_gradient(
         self, features: Float[Tensor, "m d"], projections: list[Tensor], overlap: Tensor, membership: Membership
     ) -> Float[Tensor, "q d"]:
@@ -209,10 +241,12 @@ def mismatch(
     dictionary: Codes,
     energies: Float[Tensor, "k c"] | None = None,
     overlap: Tensor | None = None,
+    pull: float = 1.0,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
     """Returns ½ Σ_j n_j ‖C_j − B_j‖²_F by eq. (9), and the size of the terms that it is the difference of.
 
     Times µ it is the residual (µ/2m) M; its gradient in a feature is 2 Σ_j π_ij (C_j − B_j) z_i (Alg. 1, line 12).
+    With `pull` below 1 comes `_shortfall`.
 
     Args:
         features: Z, (m, d).
@@ -220,6 +254,7 @@ def mismatch(
         dictionary: Γ and Ã.
         energies: `dictionary.energies` of the features' projections, where it is known already.
         overlap: `dictionary.overlap()`, likewise.
+        pull: q of `_shortfall`, in (0, 1].
 
     Returns:
         Two float64 scalars ≥ 0. The first is wrong by about the dtype's precision times the second. Differentiable.
@@ -232,12 +267,35 @@ def mismatch(
     whole = (counts.double() * moment_norms(features, membership).double()).sum()
     cross = (codes.double() * energies.double()).sum()
     own = (codes.double() * dictionary.respond(overlap, codes * counts[:, None]).double()).sum()
-    terms = torch.stack([whole, cross, own])
-    whole, cross, own = dictionary.total(terms, features, membership.rows_or_labels).unbind()
-    return (0.5 * (whole + own) - cross).clamp_min(0), (0.5 * (whole + own)).detach()
+    terms = torch.stack([whole, cross, own, _shortfall(features, membership, dictionary, pull)])
+    whole, cross, own, short = dictionary.total(terms, features, membership.rows_or_labels).unbind()
+    return (0.5 * (whole + own) - cross).clamp_min(0) + short, (0.5 * (whole + own)).detach()
 
 
-def precise_mismatch(features: Float[Tensor, "m d"], membership: Membership, dictionary: Codes) -> Float[Tensor, ""]:
+def _shortfall(
+    features: Float[Tensor, "m d"], membership: Membership, dictionary: Codes, pull: float
+) -> Float[Tensor, ""]:
+    """Returns Σ_ij π_ij b_j [(1 − uᵠ)/q − (1 − u)] ≥ 0, u_ij = z_iᵀ B_j z_i / b_j + 1/d, with b_j the largest of Ã_j.
+
+    In eq. (9) a sample is pulled into its class by b_j times the gradient of u, which vanishes for a feature orthogonal
+    to the class: wrong labels are spared, and features that have still to find their class are left alone. With this
+    the pull is b_j u^(q−1) times that gradient: the same at u = 1, and at q = ½ about as hard however far the feature
+    is. It is to eq. (9) what the generalised cross-entropy (1 − pᵠ)/q (Zhang and Sabuncu, 2018) is to 1 − p. The 1/d,
+    what a random direction has, bounds it.
+    """
+    total = torch.zeros((), dtype=torch.float64, device=features.device)
+    if pull == 1:
+        return total
+    for own, largest, weights in dictionary.attractions(dictionary.project(features, membership), membership):
+        share = own / torch.where(largest > 0, largest, 1) + 1 / features.shape[1]
+        short = (1 - share**pull) / pull - (1 - share)
+        total = total + (weights.double() * largest.double() * short.double()).sum()
+    return total
+
+
+def precise_mismatch(
+    features: Float[Tensor, "m d"], membership: Membership, dictionary: Codes, pull: float = 1.0
+) -> Float[Tensor, ""]:
     """Returns `mismatch`, in float64, right relative to itself however small it is."""
     wide = dictionary.moved(dictionary.atoms.double(), dictionary.codes.double())
-    return mismatch(features.double(), membership.to(torch.float64), wide)[0]
+    return mismatch(features.double(), membership.to(torch.float64), wide, pull=pull)[0]

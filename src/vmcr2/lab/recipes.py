@@ -48,6 +48,8 @@ class VMCR2Settings:
         atoms_per_class: s = q/k, at most the feature dimension; None takes ⌊d/k⌋, and 1 at least.
         structure: shared: every class may use every atom; block: its own s only.
         energy: what every class's codes are scaled to sum to after each step; None lets them run free.
+        pull: exponent in (0, 1] of how a sample is pulled into its class: 1 spares wrong labels; 0.3 learns natural
+            images faster.
         step: how the dictionary moves: ascent needs no step size; paper takes the paper's bounds, the codes at the
             moved atoms; simultaneous takes both steps at the old point.
         step_atoms: ν_Γ, in units of the inverse Lipschitz bound. Not used by ascent.
@@ -66,6 +68,7 @@ class VMCR2Settings:
     atoms_per_class: int | None = None
     structure: Literal["shared", "block"] = "shared"
     energy: float | None = None
+    pull: float = 1.0
     step: Literal["ascent", "paper", "simultaneous"] = "ascent"
     step_atoms: float = 5.0
     step_codes: float = 5.0
@@ -74,8 +77,10 @@ class VMCR2Settings:
     stop_on_collapse: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("lr", "balance", "step_atoms", "step_codes"):
+        for name in ("lr", "balance", "pull", "step_atoms", "step_codes"):
             check_number(f"vmcr2.{name}", getattr(self, name))
+        if self.pull > 1:
+            raise InputError(f"vmcr2.pull must be in (0, 1], got {self.pull}")
         for name in ("mu", "energy", "gradient_clip"):
             if getattr(self, name) is not None:
                 check_number(f"vmcr2.{name}", getattr(self, name))
