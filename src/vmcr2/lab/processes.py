@@ -145,7 +145,10 @@ class Launch:
             return self
         from torch.distributed.rendezvous import rendezvous
 
-        self.store, rank, world = next(rendezvous("env://"))
+        store, rank, world = next(rendezvous("env://"))
+        # torchrun's store outlives a restart (--max-restarts), with the addresses of those who have died.
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        self.store = dist.PrefixStore(f"vmcr2/{attempt}", store)
         # Tensors by the device that they are on; what is no tensor goes by gloo.
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, store=self.store, rank=rank, world_size=world)
@@ -165,10 +168,9 @@ class Launch:
 
     def last_words(self, text: str) -> None:
         """Prints why the run ends to stderr, where no other process has yet."""
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         if self.store is not None:
             try:
-                if self.store.add(f"vmcr2/last words/{attempt}", 1) > 1:
+                if self.store.add("last words", 1) > 1:
                     return
             except RuntimeError:  # the launcher is gone, and with it the store
                 if not is_first():
