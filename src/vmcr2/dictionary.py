@@ -255,7 +255,7 @@ def _over(gradient: Tensor, bound: Tensor) -> Tensor:
 
 def _across(by_class: Tensor) -> Tensor:
     """Returns a state by class in the layout of the buffers."""
-    return by_class.flatten(0, 1).T if by_class.ndim == 3 else by_class.T
+    return by_class if by_class.ndim == 1 else by_class.flatten(0, -2).T
 
 
 class Dictionary(nn.Module):

@@ -410,7 +410,7 @@ class VMCR2Loss(_OverRanks):
         )
         shares, changed, latched, steps = ([numbers[place] for numbers in brought] for place in range(4))
         if not any(changed) or self.sharded:
-            require_equal("the number of steps that the dictionary has taken", steps)
+            require_equal("the number of steps that the dictionary has taken", steps, group)
         elif len(brought) > 1:
             broadcast(dictionary, group)
         gathered, held = gather_rows(features, checked.rows_or_labels, shares=shares, group=group)
@@ -465,9 +465,6 @@ class VMCR2Loss(_OverRanks):
             value = self._step(batch)
         else:
             value = precise_mismatch(batch.features, *self._read(batch))
-        if self.sharded:
-            # A rank without a sample of its own classes has to take part in the backward pass all the same.
-            value = value + 0 * batch.features.sum()
         value = value * self.mu_at(m) if self.reduction == "sum" else value / m
         return value.to(torch.promote_types(features.dtype, torch.float32))
 

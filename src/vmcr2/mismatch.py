@@ -43,7 +43,7 @@ class SharedCodes:
         """Returns the dictionary with other atoms, or other codes."""
         return replace(self, atoms=self.atoms if atoms is None else atoms, codes=self.codes if codes is None else codes)
 
-    def total(self, part: Tensor) -> Tensor:
+    def total(self, part: Tensor, *of: Tensor) -> Tensor:
         """Returns the sum over all classes of what `part` is over those held here: all of them."""
         return part
 
@@ -107,12 +107,20 @@ class BlockCodes:
         """The atoms of each class."""
         return self.atoms.view(*self.codes.shape, self.atoms.shape[1])
 
-    def total(self, part: Tensor) -> Tensor:
+    def total(self, part: Tensor, *of: Tensor) -> Tensor:
         """Returns the sum over all classes of what `part` is over those held here. Differentiable.
 
         All that passes between ranks in a formula passes here: what sums over classes is a small matrix or a scalar.
+
+        Args:
+            part: of any shape.
+            of: what it is a function of. A rank without a sample of its classes takes part in the backward pass too.
         """
-        return part if self.shards is None else self.shards.total(part)
+        if self.shards is None:
+            return part
+        for each in of:
+            part = part + 0 * each.sum()
+        return self.shards.total(part)
 
     def by_atom(self, values: Float[Tensor, "k s"]) -> Float[Tensor, " q"]:
         """Returns the sum over classes of a value by class and atom."""
@@ -224,7 +232,8 @@ def mismatch(
     whole = (counts.double() * moment_norms(features, membership).double()).sum()
     cross = (codes.double() * energies.double()).sum()
     own = (codes.double() * dictionary.respond(overlap, codes * counts[:, None]).double()).sum()
-    whole, cross, own = dictionary.total(torch.stack([whole, cross, own])).unbind()
+    terms = torch.stack([whole, cross, own])
+    whole, cross, own = dictionary.total(terms, features, membership.rows_or_labels).unbind()
     return (0.5 * (whole + own) - cross).clamp_min(0), (0.5 * (whole + own)).detach()
 
 
