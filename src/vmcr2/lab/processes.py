@@ -24,7 +24,7 @@ _ENVIRONMENT = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torc
 
 
 class PeerError(RuntimeError):
-    """Another process failed in a way that it says itself."""
+    """Another process failed or ended, and says itself why where it can."""
 
 
 class Terminated(BaseException):
