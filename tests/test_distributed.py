@@ -1,5 +1,7 @@
 """Two ranks give the losses, the dictionary and the gradients of one process, whatever share each of them has."""
 
+import contextlib
+import copy
 import time
 
 import pytest
@@ -233,6 +235,212 @@ def test_what_is_wrong_everywhere_is_an_error_everywhere(ranks):
     for first, second in ranks(2, errors):
         assert "norm 1" in first
         assert "batches must give at least one pair" in second
+
+
+def said_by(calls):
+    """Returns what the error of each call says, "" where there was none."""
+    said = []
+    for call in calls:
+        try:
+            call()
+        except Exception as error:
+            said.append(f"{type(error).__name__}: {error}")
+        else:
+            said.append("")
+    return said
+
+
+def batches_of(kind, wrong):
+    """Returns a batch, and the same with something wrong."""
+    z, labels = unit_rows(6, D), torch.arange(6) % K
+    held = rows_of(labels, K) if kind == "soft" else labels
+    if not wrong:
+        return z, held
+    if wrong == "NaN":
+        z = torch.cat([z[:5], torch.full((1, D), torch.nan)])
+    elif wrong == "norms":
+        z = 2 * z
+    elif wrong == "no rows":
+        z, held = z[:0], held[:0]
+    elif wrong == "a label beyond":
+        held = labels + 1
+    elif wrong == "rows that sum to 2":
+        held = 2 * rows_of(labels, K)
+    elif wrong == "no tensor":
+        z = z.tolist()
+    return z, held
+
+
+WRONG = {
+    "NaN": "features must be finite",
+    "norms": "features must have rows of norm 1",
+    "no rows": "features must have shape",
+    "a label beyond": "membership labels must lie in",
+    "rows that sum to 2": "membership rows must sum to 1",
+    "no tensor": "features must be a torch.Tensor",
+}
+
+
+def wrong_on_one(rank, faulty, wrong):
+    """One rank's batch is wrong: every call of every loss raises on every rank, and the next one works."""
+    kind = "soft" if "rows" in wrong else "labels"
+    z, held = batches_of(kind, wrong if rank == faulty else None)
+    said = []
+    for structure in ("exact", "shared", "block"):
+        loss = losses_of(structure)
+        calls = [lambda loss=loss: loss(z, held)]
+        if structure != "exact":
+            calls += [lambda f=loss: f.rates(z, held), lambda f=loss: f.latch(z, held)]
+            calls += [lambda f=loss: f.latch_from(torch.nn.Identity(), [(torch.as_tensor(z), held)])]
+        said += said_by(calls if wrong != "no tensor" else calls[:3])
+        value = loss(*batches_of(kind, None))
+        assert value.isfinite()
+    if wrong in ("NaN", "norms", "no rows", "no tensor"):
+        said += said_by([lambda: vmcr2.TotalCodingRateLoss()([z])])
+    return said
+
+
+@pytest.mark.parametrize("faulty", [0, 2])
+@pytest.mark.parametrize("wrong", WRONG)
+def test_what_is_wrong_on_one_rank_is_an_error_on_all(ranks, wrong, faulty):
+    results = ranks(3, wrong_on_one, faulty, wrong)
+    for rank, said in enumerate(results):
+        assert len(said) >= 7
+        for each in said:
+            assert each.startswith("InputError: ")
+            expected = WRONG[wrong] if rank == faulty else f"what rank {faulty} brought to the call is wrong"
+            assert expected in each
+
+
+def a_model_that_fails(rank):
+    def model(inputs):
+        if rank == 1:
+            raise RuntimeError("out of memory")
+        return inputs
+
+    return said_by([lambda: losses_of("block").latch_from(model, [batches_of("labels", None)])])
+
+
+def test_a_model_that_fails_on_one_rank_leaves_no_other_waiting(ranks):
+    (first,), (second,) = ranks(2, a_model_that_fails)
+    assert "what rank 1 brought to the call is wrong" in first
+    assert second == "RuntimeError: out of memory"
+
+
+def disagreement(rank, what):
+    z, labels = batches_of("labels", None)
+    odd = rank == 1
+    if what == "k":
+        return said_by([lambda: vmcr2.VMCR2Loss(K + odd, D, atoms_per_class=2).double()(z, labels)])
+    if what == "k, exact":
+        return said_by([lambda: vmcr2.MCR2Loss(K + odd)(z, labels)])
+    if what == "d":
+        z = unit_rows(6, D + odd)
+        return said_by([lambda: vmcr2.VMCR2Loss(K, D + odd, atoms_per_class=2).double()(z, labels)])
+    if what == "atoms":
+        return said_by([lambda: vmcr2.VMCR2Loss(K, D, atoms_per_class=1 + odd).double()(z, labels)])
+    if what == "settings":
+        return said_by([lambda: vmcr2.VMCR2Loss(K, D, eps_sq=0.5 + 0.1 * odd).double()(z, labels)])
+    loss = losses_of("block" if what.endswith("block") else "shared")
+    if what == "dtype":
+        return said_by([lambda: loss(z.float() if odd else z, labels)])
+    if what == "kind":
+        return said_by([lambda: loss(z, rows_of(labels, K) if odd else labels)])
+    if what == "gradient":
+        return said_by([lambda: loss(z.requires_grad_(odd), labels)])
+    if what == "views":
+        return said_by([lambda: vmcr2.TotalCodingRateLoss()([z] * (1 + odd))])
+    loss(z, labels)
+    if what.startswith("steps"):
+        loss.dictionary.steps += odd
+        return said_by([lambda: loss(z, labels)])
+    assert what.startswith("call")
+    return said_by([lambda: loss.latch(z, labels) if odd else loss(z, labels)]) + said_by(
+        [lambda: loss.rates(z, labels) if odd else loss.latch_from(torch.nn.Identity(), [(z, labels)])]
+    )
+
+
+DISAGREEMENTS = {
+    "k": f"num_classes: {K} on ranks 0, 2; {K + 1} on rank 1",
+    "k, exact": f"num_classes: {K} on ranks 0, 2; {K + 1} on rank 1",
+    "d": f"feature_dim: {D} on ranks 0, 2; {D + 1} on rank 1",
+    "atoms": "atoms_per_class: 1 on ranks 0, 2; 2 on rank 1",
+    "settings": "settings of the loss, see repr(loss)",
+    "dtype": "the dtype of features: torch.float64 on ranks 0, 2; torch.float32 on rank 1",
+    "kind": "the kind of membership: labels on ranks 0, 2; soft rows on rank 1",
+    "gradient": "what they have: without gradient on ranks 0, 2; with gradient on rank 1",
+    "views": "the number of views: 1 on ranks 0, 2; 2 on rank 1",
+    "steps": "the number of steps that the dictionary has taken: 1 on ranks 0, 2; 2 on rank 1",
+    "steps, block": "the number of steps that the dictionary has taken: 1 on ranks 0, 2; 2 on rank 1",
+    "call": "the call: ",
+}
+
+
+@pytest.mark.parametrize("what", DISAGREEMENTS)
+def test_ranks_that_disagree_are_named_on_all_of_them(ranks, what):
+    results = ranks(3, disagreement, what)
+    assert results[0] == results[1] == results[2]
+    assert f"InputError: ranks disagree on {DISAGREEMENTS[what]}" in results[0][0]
+    if what == "call":
+        assert "a training step on ranks 0, 2; latch on rank 1" in results[0][0]
+        assert "latch_from on ranks 0, 2; rates on rank 1" in results[0][1]
+
+
+def in_groups(rank):
+    """Two groups of two ranks at once, each with a batch of its own; and a copy of a loss shares its group."""
+    groups = [dist.new_group([0, 2]), dist.new_group([1, 3])]
+    group = groups[rank % 2]
+    z, labels = unit_rows(M, D, seed=rank % 2), random_labels(M, K, seed=rank % 2)
+    share = SHARES[rank // 2]
+    losses = {
+        "exact": vmcr2.MCR2Loss(K, process_group=group),
+        "shared": vmcr2.VMCR2Loss(K, D, atoms_per_class=2, process_group=group).double(),
+        "sharded": vmcr2.VMCR2Loss(
+            K, D, atoms_per_class=2, structure="block", sharded=True, process_group=group
+        ).double(),
+    }
+    values = [copy.deepcopy(loss)(z[share], labels[share]) for loss in losses.values()]
+    values.append(vmcr2.TotalCodingRateLoss(process_group=group)(z[share]))
+    full = losses["sharded"].full_state_dict()
+    assert full["dictionary.atoms"].shape == (D, 2 * K)
+    said = said_by([lambda: losses["exact"](z[share] * (1 + rank // 3), labels[share])])  # wrong on rank 3
+    said += said_by([lambda: vmcr2.MCR2Loss(K, process_group=groups[1 - rank % 2])])
+    return torch.stack(values), said
+
+
+def test_a_process_group_of_its_own_takes_all_communication(ranks):
+    for rank, (values, said) in enumerate(ranks(4, in_groups)):
+        z, labels = unit_rows(M, D, seed=rank % 2), random_labels(M, K, seed=rank % 2)
+        losses = [vmcr2.MCR2Loss(K), losses_of("shared"), losses_of("block")]
+        expected = [loss(z, labels) for loss in losses] + [vmcr2.TotalCodingRateLoss()(z)]
+        torch.testing.assert_close(values, torch.stack(expected))
+        if rank == 1:
+            assert "what rank 3 brought to the call" in said[0]
+        elif rank % 2 == 0:
+            assert not said[0]
+        assert "process_group must be one that this process belongs to" in said[1]
+
+
+def accumulated(rank, structure):
+    """Two micro-batches under `no_sync`, then one that synchronises, as DistributedDataParallel's docs have it."""
+    model, loss = network(), losses_of("block")
+    if structure == "sharded":
+        loss = vmcr2.VMCR2Loss(K, D, atoms_per_class=2, structure="block", sharded=True).double()
+    if rank is None:
+        share, unsynchronised = slice(None), contextlib.nullcontext
+    else:
+        model = DistributedDataParallel(model)
+        share, unsynchronised = SHARES[rank], model.no_sync
+    for seed in range(3):
+        inputs, labels = (each[share] for each in batch("labels", seed))
+        with unsynchronised() if seed < 2 else contextlib.nullcontext():
+            loss(normalize(model(inputs), dim=1), labels).backward()
+    return [p.grad.clone() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("structure", ["block", "sharded"])
+def test_gradients_accumulate_under_no_sync(ranks, structure):
+    assert_each(ranks(2, accumulated, structure), accumulated(None, "block"))
 
 
 def one_fails(rank):

@@ -4,8 +4,6 @@ import numpy as np
 import pytest
 import reference
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from conftest import random_labels, random_rows, unit_rows
 
 import vmcr2
@@ -101,19 +99,16 @@ def network():
     return torch.nn.Linear(6, 8).double()
 
 
-def worker(rank, rendezvous, out):
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
+def worker(rank):
     mine = slice(0, 12) if rank == 0 else slice(12, 19)  # unequal shares
     wrapped = torch.nn.parallel.DistributedDataParallel(network())
     inputs = unit_rows(19, 6)[mine]
     if rank == 1:  # so that both ranks' second views together lack the first sample alone
         inputs = torch.cat([inputs[:1], inputs])
-    torch.save(gradients(wrapped, inputs), f"{out}.{rank}")
-    dist.destroy_process_group()
+    return gradients(wrapped, inputs)
 
 
-def test_two_ranks_equal_one(tmp_path):
-    mp.spawn(worker, (tmp_path / "rendezvous", tmp_path / "out"), nprocs=2)
+def test_two_ranks_equal_one(ranks):
     inputs = unit_rows(19, 6)
     whole = torch.cat([inputs[:12], inputs[12:13], inputs[12:]])
     model = network()
@@ -125,8 +120,8 @@ def test_two_ranks_equal_one(tmp_path):
     )
     value.backward()
     expected += [value.detach(), *(p.grad for p in model.parameters())]
-    for rank in range(2):
-        for ours, theirs in zip(torch.load(f"{tmp_path / 'out'}.{rank}", weights_only=True), expected, strict=True):
+    for got in ranks(2, worker):
+        for ours, theirs in zip(got, expected, strict=True):
             torch.testing.assert_close(ours, theirs)
 
 

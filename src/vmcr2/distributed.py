@@ -95,29 +95,27 @@ def agree(
     heard = _exchanged(message + [0] * (_WIDTH - len(message)), group)
     if error is not None:
         raise error
-    names = [_name(rank, group) for rank in range(len(heard))]
-    faulty = [name for name, said in zip(names, heard, strict=True) if said[0]]
+    faulty = [rank for rank, said in enumerate(heard) if said[0]]
     if faulty:
         raise InputError(
-            f"what {_listed(faulty)} brought to the call is wrong, as the error there says; no rank goes on with it"
+            f"what {_named(faulty, group)} brought to the call is wrong, as the error there says; no rank goes on"
         )
-    require_equal("the call", [_WORDS[said[1]] for said in heard], names)
+    require_equal("the call", [_WORDS[said[1]] for said in heard], group)
     for place, name in enumerate(alike, start=2):
-        require_equal(name, [_decoded(said[place]) for said in heard], names)
+        require_equal(name, [_decoded(said[place]) for said in heard], group)
     start = 2 + len(alike)
     return made[0], [said[start : start + len(numbers)] for said in heard]
 
 
-def require_equal(name: str, values: Sequence[int | str], names: Sequence[str] | None = None) -> None:
-    """Raises InputError, naming which rank has what, unless all ranks have the same value."""
+def require_equal(name: str, values: Sequence[int | str], group: Any = None) -> None:
+    """Raises InputError, naming which rank has what, unless all ranks of a group have the same value."""
     if len(set(values)) == 1:
         return
-    names = [f"rank {rank}" for rank in range(len(values))] if names is None else names
     held = [
-        f"{value} on {_listed([each for each, its in zip(names, values, strict=True) if its == value])}"
+        f"{value} on {_named([rank for rank, its in enumerate(values) if its == value], group)}"
         for value in dict.fromkeys(values)
     ]
-    raise InputError(f"ranks disagree on {name}: {'; '.join(held)}. All must make the same calls with the same")
+    raise InputError(f"ranks disagree on {name}: {'; '.join(held)}. All must make the same calls, alike in this")
 
 
 def _exchanged(message: list[int], group: Any) -> list[list[int]]:
@@ -143,12 +141,10 @@ def _decoded(value: int) -> int | str:
     return value if value >= 0 else _WORDS[-1 - value]
 
 
-def _name(rank: int, group: Any) -> str:
-    return f"rank {rank if group is None else dist.get_global_rank(group, rank)}"
-
-
-def _listed(names: Sequence[str]) -> str:
-    return names[0] if len(names) == 1 else "ranks " + ", ".join(name.removeprefix("rank ") for name in names)
+def _named(ranks: Sequence[int], group: Any) -> str:
+    """Returns ranks of a group as they count among all processes."""
+    numbers = [str(rank if group is None else dist.get_global_rank(group, rank)) for rank in ranks]
+    return f"rank {numbers[0]}" if len(numbers) == 1 else f"ranks {', '.join(numbers)}"
 
 
 class _Gather(torch.autograd.Function):

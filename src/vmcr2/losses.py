@@ -418,7 +418,7 @@ class VMCR2Loss(_OverRanks):
         )
         shares, changed, latched, steps = ([numbers[place] for numbers in brought] for place in range(4))
         if not any(changed) or self.sharded:
-            require_equal("the number of steps that the dictionary has taken", steps)
+            require_equal("the number of steps that the dictionary has taken", steps, group)
         elif len(brought) > 1:
             broadcast(dictionary, group)
         gathered, held = gather_rows(features, checked.rows_or_labels, shares=shares, group=group)

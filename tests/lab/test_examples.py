@@ -1,5 +1,7 @@
 """The examples run as they are, at the size of a test; those whose package is missing are skipped by its name."""
 
+import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -24,6 +26,14 @@ def test_the_plain_loop_learns(capsys):
 
     assert plain_loop.main(epochs=12) > 0.95
     assert "= ΔR" in capsys.readouterr().out
+
+
+def test_the_loop_on_two_processes_learns():
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run([*launcher, EXAMPLES / "ddp.py"], capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+    (line,) = done.stdout.splitlines()
+    assert float(re.search(r"test accuracy ([\d.]+) on 2 processes", line)[1]) > 0.95
 
 
 def test_lightning_passes_its_sanity_check_before_any_latch_and_learns():

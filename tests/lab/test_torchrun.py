@@ -47,7 +47,7 @@ def resumed(rank, recipe, path):
     train.resume(RunFolder.open(path), recipe)
 
 
-def assert_alike(run, expected, **tolerances):
+def assert_alike(run, expected, weights=5e-6, **tolerances):
     for ours, theirs in zip(without_times(run.metrics()), without_times(expected.metrics()), strict=True):
         assert {name for name, value in ours.items() if value is None} <= {"head_accuracy"}
         assert {**ours, "head_accuracy": ours["head_accuracy"] or 0} == pytest.approx(
@@ -56,7 +56,7 @@ def assert_alike(run, expected, **tolerances):
     states = [torch.load(each.checkpoint_file, weights_only=True) for each in (run, expected)]
     assert states[0]["model"].keys() == states[1]["model"].keys()
     for name, tensor in states[0]["model"].items():
-        torch.testing.assert_close(tensor, states[1]["model"][name], rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(tensor, states[1]["model"][name], rtol=0, atol=weights)
     assert torch.equal(states[0]["rng"], states[1]["rng"])
 
 
@@ -301,4 +301,4 @@ def test_ctrl_c_and_kills_under_torchrun_leave_a_run_that_goes_on(tmp_path):
     assert seconds < 60
     assert "stopped, since another process of the run has ended; to continue: torchrun --nproc-per-node 2" in said
     train.resume(run)
-    assert_alike(run, expected, rel=1e-4, abs=1e-5)  # after 32 steps in float32
+    assert_alike(run, expected, weights=1e-4, rel=1e-4, abs=1e-5)  # after 32 steps in float32

@@ -479,9 +479,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             launch.last_words(f"vmcr2: interrupted{f'; to continue: {command}' if command else ''}")
             return 130
         except (RuntimeError, processes.Terminated) as error:
-            command = _how_to_continue(error, given)
-            if not command and not processes.is_loss(error):
+            if not processes.is_loss(error):
                 raise
+            command = _how_to_continue(error, given)
             why = "stopped, since another process of the run has ended"
             launch.last_words(f"vmcr2: {why}{f'; to continue: {command}' if command else ''}")
             return 1

@@ -16,7 +16,6 @@ from torch.nn import functional
 
 from vmcr2.distributed import agree, gather_rows
 from vmcr2.errors import NumericalError
-from vmcr2.lab import processes
 from vmcr2.lab.recipes import Recipe, VMCR2Settings
 from vmcr2.losses import MCR2Loss, VMCR2Loss
 from vmcr2.rates import rate_reduction
@@ -33,7 +32,7 @@ class CrossEntropyHead(nn.Module):
 
     def forward(self, features: Float[Tensor, "m d"], labels: Shaped[Tensor, "m ..."]) -> Float[Tensor, ""]:
         """Returns the mean cross-entropy: of the samples of all processes, as the other losses are."""
-        features, labels = _of_all(features, labels, "a training step" if self.training else "an evaluation")
+        features, labels = _of_all(features, labels, "a training step")
         return functional.cross_entropy(self.linear(features), labels)
 
     def predict(self, features: Float[Tensor, "m d"]) -> Int[Tensor, " m"]:
@@ -74,6 +73,7 @@ class Objective:
         self.eps_sq = eps_sq
         self.gradient_clip = gradient_clip
         self.cure = cure
+        self._batch_size = 0
 
     def before_epoch(self, epoch: int, model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
         """Does what is due before an epoch, the first of which is 1.
@@ -86,7 +86,8 @@ class Objective:
 
     def log(self, features: Float[Tensor, "m d"], labels: Int[Tensor, " m"]) -> dict[str, float]:
         """Returns figures of an epoch's last batch, that of all processes, for its line in the log."""
-        features, labels = _of_all(features, labels, "rates")
+        features, labels = _of_all(features, labels, "rates", getattr(self.criterion, "process_group", None))
+        self._batch_size = len(features)
         rates = rate_reduction(features, labels, num_classes=self.num_classes, eps_sq=self.eps_sq)
         return {"batch_expansion": float(rates.expansion), "batch_compression": float(rates.compression)}
 
@@ -127,7 +128,6 @@ class Variational(Objective):
         )
         self.loss = criterion
         self.settings = settings
-        self._batch_size = 0
 
     @property
     def predict(self) -> Callable[[Tensor], Tensor] | None:
@@ -141,7 +141,6 @@ class Variational(Objective):
 
     def log(self, features: Float[Tensor, "m d"], labels: Int[Tensor, " m"]) -> dict[str, float]:
         """Returns the exact rates of the batch, and those of the dictionary beside its residual."""
-        self._batch_size = sum(processes.gathered(len(features)))
         rates = self.loss.rates(features, labels)
         return super().log(features, labels) | {
             "residual": float(rates.residual),
@@ -182,10 +181,11 @@ class Variational(Objective):
         return {"codes": self.loss.dictionary.codes.float().cpu().numpy()}
 
 
-def _of_all(features: Tensor, labels: Tensor, call: str) -> tuple[Tensor, Tensor]:
-    """Returns the batch of all processes, to which gradients find back."""
-    _, sizes = agree(lambda: (None, [len(features)]), lambda _: {}, call)
-    features, labels = gather_rows(features, labels, shares=[size for (size,) in sizes])
+def _of_all(features: Tensor, labels: Tensor, call: str, group: Any = None) -> tuple[Tensor, Tensor]:
+    """Returns the batch of all processes, from which gradients find back to each."""
+    facts = {"feature_dim": features.shape[1], "the dtype of features": str(features.dtype)}
+    _, sizes = agree(lambda: (None, [len(features)]), lambda _: facts, call, group)
+    features, labels = gather_rows(features, labels, shares=[size for (size,) in sizes], group=group)
     return features, labels
 
 

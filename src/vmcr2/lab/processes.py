@@ -24,7 +24,7 @@ _ENVIRONMENT = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torc
 
 
 class PeerError(RuntimeError):
-    """Another process failed in a way that it says itself."""
+    """Another process failed or ended, and says itself why where it can."""
 
 
 class Terminated(BaseException):
@@ -124,9 +124,10 @@ def is_loss(error: BaseException) -> bool:
     """Whether an error comes of another process having ended."""
     if isinstance(error, (PeerError, Terminated)):
         return True
+    if world_size() == 1:
+        return False
     # gloo has no type of error of its own; its messages begin with the place in its sources.
-    told = isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "/gloo/" in str(error))
-    return told and world_size() > 1
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "/gloo/" in str(error))
 
 
 class Launch:
@@ -144,7 +145,10 @@ class Launch:
             return self
         from torch.distributed.rendezvous import rendezvous
 
-        self.store, rank, world = next(rendezvous("env://"))
+        store, rank, world = next(rendezvous("env://"))
+        # torchrun's store outlives a restart (--max-restarts), with the addresses of those who have died.
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        self.store = dist.PrefixStore(f"vmcr2/{attempt}", store)
         # Tensors by the device that they are on; what is no tensor goes by gloo.
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, store=self.store, rank=rank, world_size=world)
@@ -164,10 +168,9 @@ class Launch:
 
     def last_words(self, text: str) -> None:
         """Prints why the run ends to stderr, where no other process has yet."""
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         if self.store is not None:
             try:
-                if self.store.add(f"vmcr2/last words/{attempt}", 1) > 1:
+                if self.store.add("last words", 1) > 1:
                     return
             except RuntimeError:  # the launcher is gone, and with it the store
                 if not is_first():

@@ -53,9 +53,9 @@ def fit(
         model: maps inputs to features (m, d). It and the criterion are on the device to train on. With several
             processes it is wrapped in DistributedDataParallel, and each process has its share of every batch.
         objective: what to train on; anything with the interface of `Objective`.
-        batches: pairs (inputs, labels), such as a DataLoader with workers or a dataset that never ends in memory, gone
-            through once an epoch; or a function that returns those of an epoch, the first of which is 1, such as a
-            generator function. A sampler that has `set_epoch` is told the epoch, counted from 0 as samplers do.
+        batches: any iterable of pairs (inputs, labels), such as a DataLoader with workers, gone through once an epoch;
+            or a function that returns those of an epoch, the first of which is 1, such as a generator function. Where
+            it or its sampler has `set_epoch`, that is told the epoch, counted from 0 as samplers do.
         optimizer: of the parameters of the model and of `objective.criterion`.
         epochs: the last epoch.
         latch_on: what the objective may look at before an epoch, in the same form; best un-augmented. None means
@@ -295,7 +295,7 @@ class Interrupted(KeyboardInterrupt):
         self.run = run
 
 
-class LostProcessError(RuntimeError):
+class LostProcessError(processes.PeerError):
     """Another process ended, and with it a run that can be resumed, with as many processes or others.
 
     Attributes:
@@ -377,11 +377,10 @@ def _prepare(recipe: Recipe, data_root: str | Path | None) -> _Prepared:
     """Makes ready in every process; what is wrong in one is an error in all."""
     dataset = processes.in_turns(lambda: sources.load(recipe.data, data_root))
     prepared = processes.everywhere(lambda: _built(recipe, dataset))
-    for rank, theirs in enumerate(processes.gathered(prepared.fingerprint)):
-        if theirs != prepared.fingerprint:
-            raise InputError(
-                f"data must be the same for all processes, got other data in process {rank} than in others"
-            )
+    digests = processes.gathered(prepared.fingerprint)
+    others = [str(rank) for rank, digest in enumerate(digests) if digest != digests[0]]
+    if others:
+        raise InputError(f"data must be the same for all processes, got other data than in 0 in {', '.join(others)}")
     return prepared
 
 
@@ -482,7 +481,7 @@ class EpochBatches:
         epoch: the epoch's number.
         augment: whether crops and flips are drawn; otherwise images are cut from the middle.
         rank: the process whose shares these are.
-        processes: how many share each batch.
+        world: how many processes share each batch.
     """
 
     dataset: Dataset
@@ -490,7 +489,7 @@ class EpochBatches:
     epoch: int
     augment: bool = True
     rank: int = 0
-    processes: int = 1
+    world: int = 1
 
     def __len__(self) -> int:
         return _batches(len(self.dataset.train_labels), self.recipe.batch_size)
@@ -500,7 +499,7 @@ class EpochBatches:
         generator = torch.Generator(device).manual_seed(self.recipe.seed * 1_000_003 + self.epoch)
         order = torch.randperm(len(self.dataset.train_labels), generator=generator, device=device)
         for rows in order.tensor_split(len(self)):
-            share = processes.share(len(rows), self.rank, self.processes)
+            share = processes.share(len(rows), self.rank, self.world)
             images, settings = self.dataset.train_inputs[rows], self.recipe.augmentation
             inputs = augmented(images, settings, generator, share) if self.augment else plain(images[share], settings)
             yield inputs, self.dataset.train_labels[rows[share]]
@@ -634,7 +633,7 @@ def _train(
             progress.update(epoch, _figures(line))
             if on_epoch is not None:
                 on_epoch(line)
-            return line, interrupt.asked
+            return line, interrupt.asked and interrupt.saved == epoch  # not where it was asked too late for the above
 
         def after(line: dict[str, Any]) -> None:
             epoch = line["epoch"]
