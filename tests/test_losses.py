@@ -565,3 +565,21 @@ def test_training_that_goes_well_does_not_warn():
     assert not watch_features(vmcr2.VMCR2Loss(4, 8), 400, 400)
     # Nor does a start from features that are all alike, since nothing has been lost.
     assert not watch_features(vmcr2.VMCR2Loss(4, 8), 0, 200)
+
+
+def test_a_dip_that_comes_back_does_not_warn_and_one_that_stays_does():
+    labels = torch.arange(40) % 4
+
+    def said(low_until):
+        loss = vmcr2.VMCR2Loss(4, 8)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for step in range(300):
+                z = unit_rows(40, 8, seed=1, dtype=torch.float32)
+                if 20 <= step < low_until:  # ΔR is 0.14 of what it was
+                    z = torch.nn.functional.normalize(torch.ones(1, 8) + z, dim=1)
+                loss(z.requires_grad_(), labels)
+        return any("collapsed" in str(each.message) for each in caught)
+
+    assert not said(120)
+    assert said(300)

@@ -42,7 +42,9 @@ _FIRST_BALANCE = 6.0
 _BALANCE_DECAY = 0.97
 _WATCH_EVERY = 20  # training steps between looks at ΔR: seldom enough to cost little
 _LARGEST_MOMENT = 1.05  # ‖C_j‖ of unit rows, with the tolerance of their norms
-_COLLAPSED = 0.2  # of the best ΔR so far
+# Of the best ΔR so far, and for how many looks in a row. Training on natural images by small batches dips to 0.17 for
+# its first 100 steps and comes back; features that have collapsed go to 0.
+_COLLAPSED = ((0.05, 3), (0.2, 10))
 
 
 class _OverRanks(nn.Module):
@@ -798,7 +800,7 @@ def _pair(batch: Any) -> tuple[Tensor, Tensor]:
 
 
 class _CollapseWatch:
-    """Warns once when the features have collapsed: ΔR of three batches in a row far below the best there was.
+    """Warns once when the features have collapsed: ΔR of several batches in a row far below the best there was.
 
     The loss's value alone does not show it: features that all coincide match a dictionary that followed them.
     """
@@ -806,7 +808,7 @@ class _CollapseWatch:
     def __init__(self) -> None:
         self.steps = 0
         self.best = 0.0
-        self.low = 0
+        self.low = [0] * len(_COLLAPSED)
         self.warned = False
 
     def look(self, loss: VMCR2Loss, batch: _Batch) -> None:
@@ -823,8 +825,9 @@ class _CollapseWatch:
         reduction = float(checked_rates(features, membership, loss.eps_sq).reduction)
         self.best = max(self.best, reduction)
         # Of a single class, and of features that are all alike from the start, ΔR is 0 but for rounding.
-        self.low = self.low + 1 if self.best > 1e-3 and reduction < _COLLAPSED * self.best else 0
-        if self.low < 3:
+        for place, (share, _) in enumerate(_COLLAPSED):
+            self.low[place] = self.low[place] + 1 if self.best > 1e-3 and reduction < share * self.best else 0
+        if all(low < patience for low, (_, patience) in zip(self.low, _COLLAPSED, strict=True)):
             return
         self.warned = True
         balance = loss.mu_at(len(features)) * len(features) * loss.eps_sq / loss.feature_dim
