@@ -39,6 +39,7 @@ RESULTS = Path(__file__).parent.parent / "results"
 WORLD, K, D, S, M = 4, 1_000_000, 128, 1, 4096
 K_TIMED = 100_000
 MIB = 2**20
+_M_MMAP_THRESHOLD = -3  # of glibc's mallopt
 
 
 def inputs_of(labels: Tensor, seed: int) -> Tensor:
@@ -130,6 +131,8 @@ def a_step(model: Any, loss: Any, optimizer: Any, step: int, rank: int, k: int) 
 
 def million(rank: int, folder: str) -> dict[str, Any]:
     """Latches, trains, saves, loads and predicts with a million classes; returns what each took."""
+    # Tensors that are freed go back to the system at once: what is resident is then what is in use.
+    ctypes.CDLL("libc.so.6").mallopt(_M_MMAP_THRESHOLD, 2**17)
     phase = Phases()
     torch.manual_seed(0)
     model = DistributedDataParallel(Network())
@@ -320,6 +323,10 @@ def text_of(found: list[dict[str, Any]], alone: dict[str, Any], whole: list[Any]
     accuracy = 100 * sum(each["accuracy"] for each in found) / WORLD
     device = f"{device_name(torch.device('cpu'))}, {os.cpu_count()} cores"
     versions = f"torch {torch.__version__}, Python {platform.python_version()}"
+    loss_from, loss_to = first["values"][0], first["values"][-1]
+    bound_parts = f"{bound - batch:.0f} + {batch:.0f}"
+    equal, three_terms = all(each["equal"] for each in found), kib(sent(THREE_TERMS, WORLD))
+    flops = f"{first['flops'] / 1e9:.2f} GFLOP for {M // WORLD} samples a rank"
     return f"""# A dictionary sharded by class
 
 Made by `python benchmarks/distributed.py`; {device}, {versions}, gloo, one thread a rank.
@@ -328,15 +335,16 @@ Made by `python benchmarks/distributed.py`; {device}, {versions}, gloo, one thre
 ## A million classes on {WORLD} ranks
 
 k = {K:,}, d = {D}, s = {S}, batches of m = {M} ({M // WORLD} a rank), float32, a linear network. The bound is
-k s d / {WORLD} floats and the batch of all ranks, {bound - batch:.0f} + {batch:.0f} = **{bound:.0f} MiB** a rank. The loss's buffers (atoms, codes,
-flags) are {first["buffers"]:.0f} MiB; with all that 25 training steps take beside them, at most **{training:.0f} MiB, {training / bound:.2f} of the bound**.
+k s d / {WORLD} floats and the batch of all ranks, {bound_parts} = **{bound:.0f} MiB** a rank. The loss's buffers
+(atoms, codes, flags) are {first["buffers"]:.0f} MiB; with all that 25 training steps take beside them, gradients and
+optimizer included, at most **{training:.0f} MiB, {training / bound:.2f} of the bound**.
 
 Growth of resident memory in each phase, the largest of the ranks:
 
 {memory_table(found, bound)}
 Latching holds the samples beside the dictionary, here one of each class and so as much again, and their singular
-vectors, as much once more. The loss went from {first["values"][0]:.4f} to {first["values"][-1]:.4f} in 25 steps. What was loaded equals what was
-saved, bit by bit: {all(each["equal"] for each in found)}. `predict` is right for {accuracy:.1f} % of {M} fresh samples.
+vectors, as much once more. The loss went from {loss_from:.4f} to {loss_to:.4f} in 25 steps. What was loaded equals
+what was saved, bit by bit: {equal}. `predict` is right for {accuracy:.1f} % of {M} fresh samples.
 
 ## What is sent in a step
 
@@ -345,10 +353,12 @@ go round a ring: (W−1)/W of what is gathered or scattered, twice that of what 
 network's own gradients, which DistributedDataParallel takes, is not part of it.
 
 {sent_table(named(first["notes"]))}
-Together **{kib(ours)} KiB**. The three terms (gather m × d, sum d × d, sum m × d) are {kib(sent(THREE_TERMS, WORLD))} KiB: the features'
+Together **{kib(ours)} KiB**. The three terms (gather m × d, sum d × d, sum m × d) are {three_terms} KiB: the features'
 gradient is scattered rather than summed everywhere; S is summed twice, as the codes move at atoms that have moved.
+The 16 integers and the scalars cost latency, not bytes.
 
-Partial FC (An et al., CVPR 2022, [arXiv 2203.15565](https://arxiv.org/abs/2203.15565)) for the same m, d and k, computed, with all classes sampled:
+Partial FC (An et al., CVPR 2022, [arXiv 2203.15565](https://arxiv.org/abs/2203.15565)) for the same m, d and k,
+computed, with all classes sampled:
 
 {sent_table(PARTIAL_FC)}
 Together {kib(theirs)} KiB: ours is **{ours / theirs:.2f}** times that. Neither grows with k.
@@ -363,8 +373,9 @@ The values of all 30 steps, on every rank and in all three ways, agree to {diffe
 ## k = 10⁷ on 64 GPUs, computed
 
 d = {D}, s = {S}, float32. No run of that size was made: bytes are those above at W = 64, FLOPs those of the matrix
-products that torch counted in one step on rank 0 ({first["flops"] / 1e9:.2f} GFLOP for {M // WORLD} samples a rank, the network's included),
-scaled to a rank's share of the batch, and the two factorisations of S. The two rates are round numbers to divide by.
+products that torch counted in one step on rank 0 ({flops}, the network's
+included), scaled to a rank's share of the batch, and the two factorisations of S. The two rates are round numbers to
+divide by. Every twentieth step looks at ΔR of the whole batch on every rank, which is not part of it.
 
 {table_of_64(first["flops"])}"""
 

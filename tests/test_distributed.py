@@ -31,6 +31,8 @@ def batch(kind, seed=0):
 def losses_of(structure, step="ascent"):
     if structure == "exact":
         return vmcr2.MCR2Loss(K)
+    if structure == "sharded":
+        return vmcr2.VMCR2Loss(K, D, atoms_per_class=2, structure="block", sharded=True).double()
     return vmcr2.VMCR2Loss(K, D, atoms_per_class=2, structure=structure, step=step).double()
 
 
@@ -286,7 +288,7 @@ def wrong_on_one(rank, faulty, wrong):
     kind = "soft" if "rows" in wrong else "labels"
     z, held = batches_of(kind, wrong if rank == faulty else None)
     said = []
-    for structure in ("exact", "shared", "block"):
+    for structure in ("exact", "shared", "block", "sharded"):
         loss = losses_of(structure)
         calls = [lambda loss=loss: loss(z, held)]
         if structure != "exact":
@@ -312,17 +314,18 @@ def test_what_is_wrong_on_one_rank_is_an_error_on_all(ranks, wrong, faulty):
             assert expected in each
 
 
-def a_model_that_fails(rank):
+def a_model_that_fails(rank, structure):
     def model(inputs):
         if rank == 1:
             raise RuntimeError("out of memory")
         return inputs
 
-    return said_by([lambda: losses_of("block").latch_from(model, [batches_of("labels", None)])])
+    return said_by([lambda: losses_of(structure).latch_from(model, [batches_of("labels", None)])])
 
 
-def test_a_model_that_fails_on_one_rank_leaves_no_other_waiting(ranks):
-    (first,), (second,) = ranks(2, a_model_that_fails)
+@pytest.mark.parametrize("structure", ["block", "sharded"])
+def test_a_model_that_fails_on_one_rank_leaves_no_other_waiting(ranks, structure):
+    (first,), (second,) = ranks(2, a_model_that_fails, structure)
     assert "what rank 1 brought to the call is wrong" in first
     assert second == "RuntimeError: out of memory"
 
@@ -423,9 +426,7 @@ def test_a_process_group_of_its_own_takes_all_communication(ranks):
 
 def accumulated(rank, structure):
     """Two micro-batches under `no_sync`, then one that synchronises, as DistributedDataParallel's docs have it."""
-    model, loss = network(), losses_of("block")
-    if structure == "sharded":
-        loss = vmcr2.VMCR2Loss(K, D, atoms_per_class=2, structure="block", sharded=True).double()
+    model, loss = network(), losses_of(structure)
     if rank is None:
         share, unsynchronised = slice(None), contextlib.nullcontext
     else:

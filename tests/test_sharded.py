@@ -217,7 +217,7 @@ def test_a_checkpoint_of_some_ranks_is_loaded_by_any_other_number(ranks, world, 
             assert steps == 7
     loss = loss_of(sharded=True)  # one process without torch.distributed
     state = {"loss": loss.state_dict()}
-    dcp.load(state, checkpoint_id=tmp_path / "checkpoint")
+    dcp.load(state, checkpoint_id=tmp_path / "checkpoint", no_dist=True)
     loss.load_state_dict(state["loss"])
     assert_state(loss.full_state_dict(), expected)
     unsharded = loss_of()
@@ -281,6 +281,18 @@ def test_prediction_needs_atoms_of_each_class_and_a_latch():
 def test_sharded_takes_block_structure():
     with pytest.raises(vmcr2.InputError, match="sharded takes structure='block'"):
         vmcr2.VMCR2Loss(K, D, sharded=True)
+
+
+def made_before(rank, folder):
+    dist.destroy_process_group()
+    loss = loss_of(sharded=True)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/again", rank=rank, world_size=2)
+    with pytest.raises(vmcr2.InputError, match="construct it after torch.distributed.init_process_group"):
+        loss(unit_rows(5, D), torch.arange(5))
+
+
+def test_a_loss_made_before_its_processes_met_says_so(ranks, tmp_path):
+    ranks(2, made_before, str(tmp_path))
 
 
 def not_latched(rank):

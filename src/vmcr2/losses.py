@@ -380,6 +380,12 @@ class VMCR2Loss(_OverRanks):
     def _check(
         self, features: Tensor, membership: Tensor, beside: Tensor | None = None
     ) -> tuple[Membership, Tensor | None]:
+        shards = self.dictionary.shards
+        if shards is not None and len(shards.own) != len(self.dictionary.latched):
+            raise InputError(
+                f"sharded: the loss was made to hold {len(self.dictionary.latched)} classes on this rank, whose share "
+                f"now is {len(shards.own)}; construct it after torch.distributed.init_process_group, anew for other processes"
+            )
         if isinstance(features, Tensor) and features.device != self.dictionary.atoms.device:
             raise InputError(
                 f"features must be on the loss's device {self.dictionary.atoms.device}, got {features.device}; "

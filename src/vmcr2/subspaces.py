@@ -11,7 +11,7 @@ from vmcr2.latching import latched_blocks
 from vmcr2.membership import as_membership
 from vmcr2.mismatch import BlockCodes
 
-_SCORES = 2**22  # of samples and classes held at once
+_SCORES = 2**21  # of samples and classes held at once
 _CACHED = 2**20  # projections found at once: few enough to be squared and summed while they are in the cache
 
 
