@@ -384,7 +384,7 @@ class VMCR2Loss(_OverRanks):
         if shards is not None and len(shards.own) != len(self.dictionary.latched):
             raise InputError(
                 f"sharded: the loss was made to hold {len(self.dictionary.latched)} classes on this rank, whose share "
-                f"now is {len(shards.own)}; construct it after torch.distributed.init_process_group, anew for other processes"
+                f"now is {len(shards.own)}; construct it after torch.distributed.init_process_group"
             )
         if isinstance(features, Tensor) and features.device != self.dictionary.atoms.device:
             raise InputError(
