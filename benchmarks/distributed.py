@@ -158,7 +158,7 @@ def million(rank: int, folder: str) -> dict[str, Any]:
         return (loss.predict(features) == labels).double().mean().item()
 
     # What torch and gloo take themselves on their first calls.
-    phase("a step with 100 classes", lambda: a_step(model, make(100), optimizer, 0, rank, 100))
+    phase("first, a step with 100 classes", lambda: a_step(model, make(100), optimizer, 0, rank, 100))
     loss = phase("constructing the loss", make)
     phase(f"`latch_from` {K:,} samples", latch)
     values = phase(
@@ -349,8 +349,8 @@ what was saved, bit by bit: {equal}. `predict` is right for {accuracy:.1f} % of 
 ## What is sent in a step
 
 Counted from the tensors given to torch.distributed in one step on rank 0. «Sent» is what a rank sends where collectives
-go round a ring: (W−1)/W of what is gathered or scattered, twice that of what is summed everywhere. The mean of the
-network's own gradients, which DistributedDataParallel takes, is not part of it.
+go round a ring, as NCCL's do: (W−1)/W of what is gathered or scattered, twice that of what is summed everywhere; gloo
+may send more. The mean of the network's own gradients, which DistributedDataParallel takes, is not part of it.
 
 {sent_table(named(first["notes"]))}
 Together **{kib(ours)} KiB**. The three terms (gather m × d, sum d × d, sum m × d) are {three_terms} KiB: the features'
