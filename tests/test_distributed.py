@@ -155,6 +155,54 @@ def steps_of(loss, share):
     return [loss(z[share], labels[share]).detach() for _ in range(2)] + list(loss.state_dict().values())
 
 
+def latched_after_loading(rank):
+    """The first rank alone has loaded; both latch onto two classes; the third is the first rank's on both."""
+    loss = losses_of("block")
+    if rank == 0:
+        loss.load_state_dict(losses_of("block").state_dict() | source_block())
+    z, labels = unit_rows(20, D), torch.arange(20) % 2
+    loss.latch_from(torch.nn.Identity(), [(z[rank::2], labels[rank::2])])
+    loss(unit_rows(6, D, seed=1), torch.arange(6) % K)
+    return list(loss.state_dict().values())
+
+
+def source_block():
+    z, labels = unit_rows(40, D, seed=3), torch.arange(40) % K
+    loss = losses_of("block")
+    loss.dictionary.latch(*latched_blocks(z, checked(z, labels, K), 2), torch.ones(K, dtype=torch.bool))
+    return loss.state_dict()
+
+
+def test_what_one_rank_had_loaded_before_a_latch_is_given_to_all_after_it(ranks):
+    first, second = ranks(2, latched_after_loading)
+    for ours, theirs in zip(first, second, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def half_precision(rank, dtype):
+    z, labels = unit_rows(M, D)[SHARES[rank]].to(dtype).requires_grad_(), random_labels(M, K)[SHARES[rank]]
+    values = []
+    for structure in ("exact", "shared", "sharded"):
+        value = losses_of(structure)(z, labels)
+        value.backward()
+        values.append(value.detach())
+    return [torch.stack(values), z.grad]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_features_of_any_precision_are_gathered(ranks, dtype):
+    z, labels = unit_rows(M, D).to(dtype).requires_grad_(), random_labels(M, K)
+    values = []
+    for structure in ("exact", "shared", "block"):
+        value = losses_of(structure)(z, labels)
+        value.backward()
+        values.append(value.detach())
+    results = ranks(2, half_precision, dtype)
+    for got, _ in results:
+        torch.testing.assert_close(got, torch.stack(values))
+    torch.testing.assert_close(torch.cat([each for _, each in results]), 2 * z.grad)
+
+
 def gathered(rank):
     z, labels = unit_rows(M, D), random_labels(M, K)
     share = SHARES[rank]

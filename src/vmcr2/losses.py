@@ -639,15 +639,17 @@ class VMCR2Loss(_OverRanks):
                 checked, _ = self._check(features, held)
                 with torch.autocast(atoms.device.type, enabled=False):
                     stream.add(features.to(dtype), checked.to(dtype))
-            return None, stream.brings()
+            return None, [*stream.brings(), int(self.dictionary.changed)]
 
         _, brought = agree(prepare, lambda _: self._settings(), "latch_from", self.process_group)
         with torch.autocast(atoms.device.type, enabled=False):
             if len(brought) > 1:
-                stream.meet(brought, self.process_group)
+                stream.meet([numbers[:-1] for numbers in brought], self.process_group)
             if not bool((stream.counts > 0).any()):
                 raise _no_batches()
             self._take(stream)
+        # All ranks have latched onto the same; where they differed before, classes without a sample still do.
+        self.dictionary.changed = len(brought) > 1 and any(numbers[-1] for numbers in brought)
 
     def _latch_shard(self, pairs: Iterator[tuple[Tensor, Tensor]], call: str) -> None:
         """Latches each rank's classes onto their rows: batch by batch all ranks' are gathered, and the own kept."""
@@ -684,7 +686,6 @@ class VMCR2Loss(_OverRanks):
     def _take(self, stream: MomentStream) -> None:
         blocks, energies, counts = stream.blocks(self.atoms_per_class)
         self.dictionary.latch(blocks, energies, counts > 0)
-        self.dictionary.changed = False
 
     @torch.no_grad()
     def predict(self, features: Float[Tensor, "m d"]) -> Int[Tensor, " m"]:
