@@ -155,7 +155,7 @@ def million(rank: int, folder: str) -> dict[str, Any]:
         labels = labels_at(999, rank, K)
         with torch.no_grad():
             features = model.module(inputs_of(labels, 999 + rank))
-        return (loss.predict(features) == labels).double().mean().item()
+        return (loss.nearest_class(features) == labels).double().mean().item()
 
     # What torch and gloo take themselves on their first calls.
     phase("first, a step with 100 classes", lambda: a_step(model, make(100), optimizer, 0, rank, 100))
@@ -168,7 +168,7 @@ def million(rank: int, folder: str) -> dict[str, Any]:
         a_step(model, loss, optimizer, 30, rank, K)
     phase("`dcp.save`", lambda: dcp.save({"loss": loss.state_dict()}, checkpoint_id=folder))
     equal = phase("constructing another, `dcp.load`", lambda: load(make()))
-    accuracy = phase(f"`predict` of {M} samples", predict)
+    accuracy = phase(f"`nearest_class` of {M} samples", predict)
     buffers = sum(buffer.nbytes for buffer in loss.buffers()) / MIB
     return {
         "phases": phase.noted,
@@ -344,7 +344,7 @@ Growth of resident memory in each phase, the largest of the ranks:
 {memory_table(found, bound)}
 Latching holds the samples beside the dictionary, here one of each class and so as much again, and their singular
 vectors, as much once more. The loss went from {loss_from:.4f} to {loss_to:.4f} in 25 steps. What was loaded equals
-what was saved, bit by bit: {equal}. `predict` is right for {accuracy:.1f} % of {M} fresh samples.
+what was saved, bit by bit: {equal}. `nearest_class` is right for {accuracy:.1f} % of {M} fresh samples.
 
 ## What is sent in a step
 

@@ -26,7 +26,7 @@ for membership in (labels, torch.nn.functional.one_hot(labels, 3), torch.full((3
     loss.latch_from(torch.nn.Identity(), zip(z.split(6), membership.split(6)))
     loss(z.clone().requires_grad_(), membership).backward()
     loss.rates(z, membership)
-    loss.predict(z)
+    loss.nearest_class(z)
 vmcr2.TotalCodingRateLoss()([z, z[:7]])
 vmcr2.coding_rate(z)
 vmcr2.variational_logdet(torch.randn(2, 5, 3))

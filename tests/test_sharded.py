@@ -250,8 +250,8 @@ def predicted(rank, world):
     loss = loss_of(sharded=True)
     loss.load_state_dict(a_loss_state())
     z = unit_rows(M, D, seed=9)
-    none = loss.predict(z[:0] if rank else z[:3])
-    return loss.predict(z[share_of(rank, world)]), none
+    none = loss.nearest_class(z[:0] if rank else z[:3])
+    return loss.nearest_class(z[share_of(rank, world)]), none
 
 
 @pytest.mark.parametrize("world", WORLDS)
@@ -265,17 +265,17 @@ def test_predictions_by_shards_are_those_of_the_classes_subspaces(ranks, world):
     assert torch.equal(torch.cat([none for _, none in found]), expected[:3])
     loss = loss_of()
     loss.load_state_dict(a_loss_state())
-    assert torch.equal(loss.predict(unit_rows(M, D, seed=9)), expected)
+    assert torch.equal(loss.nearest_class(unit_rows(M, D, seed=9)), expected)
 
 
 def test_prediction_needs_atoms_of_each_class_and_a_latch():
-    with pytest.raises(vmcr2.InputError, match="predict takes structure='block'"):
-        vmcr2.VMCR2Loss(K, D).predict(unit_rows(3, D).float())
+    with pytest.raises(vmcr2.InputError, match="nearest_class takes structure='block'"):
+        vmcr2.VMCR2Loss(K, D).nearest_class(unit_rows(3, D).float())
     for sharded in (False, True):
         with pytest.raises(vmcr2.NotLatchedError):
-            loss_of(sharded=sharded).predict(unit_rows(3, D))
+            loss_of(sharded=sharded).nearest_class(unit_rows(3, D))
         with pytest.raises(vmcr2.InputError, match="feature_dim"):
-            loss_of(sharded=sharded).predict(unit_rows(3, D + 1))
+            loss_of(sharded=sharded).nearest_class(unit_rows(3, D + 1))
 
 
 def test_sharded_takes_block_structure():

@@ -22,7 +22,7 @@ _T = TypeVar("_T")
 
 # What ranks can differ in and that is no number, sent as an index into this.
 _WORDS = (
-    *("a training step", "an evaluation", "rates", "latch", "latch_from", "predict", "full_state_dict"),
+    *("a training step", "an evaluation", "rates", "latch", "latch_from", "nearest_class", "full_state_dict"),
     *("MCR2Loss", "TotalCodingRateLoss", "labels", "soft rows", "with gradient", "without gradient"),
     *map(str, (torch.float16, torch.bfloat16, torch.float32, torch.float64)),
 )

@@ -688,7 +688,7 @@ class VMCR2Loss(_OverRanks):
         self.dictionary.latch(blocks, energies, counts > 0)
 
     @torch.no_grad()
-    def predict(self, features: Float[Tensor, "m d"]) -> Int[Tensor, " m"]:
+    def nearest_class(self, features: Float[Tensor, "m d"]) -> Int[Tensor, " m"]:
         """Returns the class whose subspace in the dictionary is nearest to each sample (eq. 8); block structure only.
 
         A class's subspace is spanned by those of its atoms whose codes are above 0; a class without any is never
@@ -708,7 +708,7 @@ class VMCR2Loss(_OverRanks):
         dictionary, shards = self.dictionary, self.dictionary.shards
         if self.structure != "block":
             raise InputError(
-                f"predict takes structure='block', in which classes have atoms of their own, got {self.structure!r}; "
+                f"nearest_class takes structure='block', in which classes have atoms of their own, got {self.structure!r}; "
                 "fit vmcr2.NearestSubspaceClassifier on features instead"
             )
 
@@ -725,7 +725,7 @@ class VMCR2Loss(_OverRanks):
         _, brought = agree(
             prepare,
             lambda _: self._settings() | {"the dtype of features": str(features.dtype)},
-            "predict",
+            "nearest_class",
             self.process_group,
         )
         if not any(latched for _, latched in brought):
