@@ -31,6 +31,8 @@ def batch(kind, seed=0):
 def losses_of(structure, step="ascent"):
     if structure == "exact":
         return vmcr2.MCR2Loss(K)
+    if structure == "sharded":
+        return vmcr2.VMCR2Loss(K, D, atoms_per_class=2, structure="block", sharded=True).double()
     return vmcr2.VMCR2Loss(K, D, atoms_per_class=2, structure=structure, step=step).double()
 
 
@@ -151,6 +153,54 @@ def stepped(rank, how):
 def steps_of(loss, share):
     z, labels = unit_rows(M, D, seed=4), random_labels(M, K, seed=4)
     return [loss(z[share], labels[share]).detach() for _ in range(2)] + list(loss.state_dict().values())
+
+
+def latched_after_loading(rank):
+    """The first rank alone has loaded; both latch onto two classes; the third is the first rank's on both."""
+    loss = losses_of("block")
+    if rank == 0:
+        loss.load_state_dict(losses_of("block").state_dict() | source_block())
+    z, labels = unit_rows(20, D), torch.arange(20) % 2
+    loss.latch_from(torch.nn.Identity(), [(z[rank::2], labels[rank::2])])
+    loss(unit_rows(6, D, seed=1), torch.arange(6) % K)
+    return list(loss.state_dict().values())
+
+
+def source_block():
+    z, labels = unit_rows(40, D, seed=3), torch.arange(40) % K
+    loss = losses_of("block")
+    loss.dictionary.latch(*latched_blocks(z, checked(z, labels, K), 2), torch.ones(K, dtype=torch.bool))
+    return loss.state_dict()
+
+
+def test_what_one_rank_had_loaded_before_a_latch_is_given_to_all_after_it(ranks):
+    first, second = ranks(2, latched_after_loading)
+    for ours, theirs in zip(first, second, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def half_precision(rank, dtype):
+    z, labels = unit_rows(M, D)[SHARES[rank]].to(dtype).requires_grad_(), random_labels(M, K)[SHARES[rank]]
+    values = []
+    for structure in ("exact", "shared", "sharded"):
+        value = losses_of(structure)(z, labels)
+        value.backward()
+        values.append(value.detach())
+    return [torch.stack(values), z.grad]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_features_of_any_precision_are_gathered(ranks, dtype):
+    z, labels = unit_rows(M, D).to(dtype).requires_grad_(), random_labels(M, K)
+    values = []
+    for structure in ("exact", "shared", "block"):
+        value = losses_of(structure)(z, labels)
+        value.backward()
+        values.append(value.detach())
+    results = ranks(2, half_precision, dtype)
+    for got, _ in results:
+        torch.testing.assert_close(got, torch.stack(values))
+    torch.testing.assert_close(torch.cat([each for _, each in results]), 2 * z.grad)
 
 
 def gathered(rank):
@@ -286,7 +336,7 @@ def wrong_on_one(rank, faulty, wrong):
     kind = "soft" if "rows" in wrong else "labels"
     z, held = batches_of(kind, wrong if rank == faulty else None)
     said = []
-    for structure in ("exact", "shared", "block"):
+    for structure in ("exact", "shared", "block", "sharded"):
         loss = losses_of(structure)
         calls = [lambda loss=loss: loss(z, held)]
         if structure != "exact":
@@ -312,17 +362,18 @@ def test_what_is_wrong_on_one_rank_is_an_error_on_all(ranks, wrong, faulty):
             assert expected in each
 
 
-def a_model_that_fails(rank):
+def a_model_that_fails(rank, structure):
     def model(inputs):
         if rank == 1:
             raise RuntimeError("out of memory")
         return inputs
 
-    return said_by([lambda: losses_of("block").latch_from(model, [batches_of("labels", None)])])
+    return said_by([lambda: losses_of(structure).latch_from(model, [batches_of("labels", None)])])
 
 
-def test_a_model_that_fails_on_one_rank_leaves_no_other_waiting(ranks):
-    (first,), (second,) = ranks(2, a_model_that_fails)
+@pytest.mark.parametrize("structure", ["block", "sharded"])
+def test_a_model_that_fails_on_one_rank_leaves_no_other_waiting(ranks, structure):
+    (first,), (second,) = ranks(2, a_model_that_fails, structure)
     assert "what rank 1 brought to the call is wrong" in first
     assert second == "RuntimeError: out of memory"
 
@@ -423,9 +474,7 @@ def test_a_process_group_of_its_own_takes_all_communication(ranks):
 
 def accumulated(rank, structure):
     """Two micro-batches under `no_sync`, then one that synchronises, as DistributedDataParallel's docs have it."""
-    model, loss = network(), losses_of("block")
-    if structure == "sharded":
-        loss = vmcr2.VMCR2Loss(K, D, atoms_per_class=2, structure="block", sharded=True).double()
+    model, loss = network(), losses_of(structure)
     if rank is None:
         share, unsynchronised = slice(None), contextlib.nullcontext
     else:

@@ -217,7 +217,7 @@ def test_a_checkpoint_of_some_ranks_is_loaded_by_any_other_number(ranks, world, 
             assert steps == 7
     loss = loss_of(sharded=True)  # one process without torch.distributed
     state = {"loss": loss.state_dict()}
-    dcp.load(state, checkpoint_id=tmp_path / "checkpoint")
+    dcp.load(state, checkpoint_id=tmp_path / "checkpoint", no_dist=True)
     loss.load_state_dict(state["loss"])
     assert_state(loss.full_state_dict(), expected)
     unsharded = loss_of()
@@ -250,8 +250,8 @@ def predicted(rank, world):
     loss = loss_of(sharded=True)
     loss.load_state_dict(a_loss_state())
     z = unit_rows(M, D, seed=9)
-    none = loss.predict(z[:0] if rank else z[:3])
-    return loss.predict(z[share_of(rank, world)]), none
+    none = loss.nearest_class(z[:0] if rank else z[:3])
+    return loss.nearest_class(z[share_of(rank, world)]), none
 
 
 @pytest.mark.parametrize("world", WORLDS)
@@ -265,22 +265,34 @@ def test_predictions_by_shards_are_those_of_the_classes_subspaces(ranks, world):
     assert torch.equal(torch.cat([none for _, none in found]), expected[:3])
     loss = loss_of()
     loss.load_state_dict(a_loss_state())
-    assert torch.equal(loss.predict(unit_rows(M, D, seed=9)), expected)
+    assert torch.equal(loss.nearest_class(unit_rows(M, D, seed=9)), expected)
 
 
 def test_prediction_needs_atoms_of_each_class_and_a_latch():
-    with pytest.raises(vmcr2.InputError, match="predict takes structure='block'"):
-        vmcr2.VMCR2Loss(K, D).predict(unit_rows(3, D).float())
+    with pytest.raises(vmcr2.InputError, match="nearest_class takes structure='block'"):
+        vmcr2.VMCR2Loss(K, D).nearest_class(unit_rows(3, D).float())
     for sharded in (False, True):
         with pytest.raises(vmcr2.NotLatchedError):
-            loss_of(sharded=sharded).predict(unit_rows(3, D))
+            loss_of(sharded=sharded).nearest_class(unit_rows(3, D))
         with pytest.raises(vmcr2.InputError, match="feature_dim"):
-            loss_of(sharded=sharded).predict(unit_rows(3, D + 1))
+            loss_of(sharded=sharded).nearest_class(unit_rows(3, D + 1))
 
 
 def test_sharded_takes_block_structure():
     with pytest.raises(vmcr2.InputError, match="sharded takes structure='block'"):
         vmcr2.VMCR2Loss(K, D, sharded=True)
+
+
+def made_before(rank, folder):
+    dist.destroy_process_group()
+    loss = loss_of(sharded=True)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/again", rank=rank, world_size=2)
+    with pytest.raises(vmcr2.InputError, match="construct it after torch.distributed.init_process_group"):
+        loss(unit_rows(5, D), torch.arange(5))
+
+
+def test_a_loss_made_before_its_processes_met_says_so(ranks, tmp_path):
+    ranks(2, made_before, str(tmp_path))
 
 
 def not_latched(rank):

@@ -30,6 +30,7 @@ Structure = Literal["shared", "block"]
 # from each other before codes that compete are pressed to zero, and ends higher (benchmarks/ascent.py).
 _CODE_SHARE = 0.5
 _NEGLIGIBLE = 1e-6  # of the shift: codes that add so little to R^v and R_c^v are 0
+_COPIED = 2**22  # entries of the atoms that are written at once
 _NEWTON_STEPS = 12  # of the multiplier that keeps a class's energy; it converges quadratically, from one side
 
 
@@ -309,11 +310,11 @@ class Dictionary(nn.Module):
         return self._known
 
     def _by_class(self) -> dict[str, Tensor]:
-        """Returns views of the buffers of block structure, by class."""
+        """Returns the buffers of block structure by class: views of them, while they have the layout of the start."""
         k, s = len(self.latched), self.atoms_per_class
         return {
-            "atoms": self.atoms.T.view(k, s, self.atoms.shape[0]),
-            "codes": self.codes.T,
+            "atoms": self.atoms.T.unflatten(0, (k, s)).contiguous(),
+            "codes": self.codes.T.contiguous(),
             "latched": self.latched,
         }
 
@@ -369,9 +370,11 @@ class Dictionary(nn.Module):
     @torch.no_grad()
     def latch(self, blocks: Float[Tensor, "k d s"], energies: Float[Tensor, "k s"], chosen: Bool[Tensor, " k"]) -> None:
         """Sets the chosen classes' atoms and codes (Alg. 2); the others keep theirs."""
-        k, _, s = blocks.shape
+        k, d, s = blocks.shape
+        atoms = self.atoms.T.unflatten(0, (k, s))
+        for classes in chosen.nonzero()[:, 0].split(max(1, _COPIED // (s * d))):
+            atoms[classes] = blocks[classes].mT.to(atoms.dtype)
         places = torch.arange(k * s, device=blocks.device).view(k, s)
-        self.atoms.T[places[chosen].flatten()] = blocks.mT[chosen].flatten(0, 1).to(self.atoms.dtype)
         values = energies.to(self.codes.dtype)
         if self.structure == "shared":
             values = values.new_zeros(k, k * s).scatter_(1, places, values)

@@ -22,7 +22,7 @@ _T = TypeVar("_T")
 
 # What ranks can differ in and that is no number, sent as an index into this.
 _WORDS = (
-    *("a training step", "an evaluation", "rates", "latch", "latch_from", "predict", "full_state_dict"),
+    *("a training step", "an evaluation", "rates", "latch", "latch_from", "nearest_class", "full_state_dict"),
     *("MCR2Loss", "TotalCodingRateLoss", "labels", "soft rows", "with gradient", "without gradient"),
     *map(str, (torch.float16, torch.bfloat16, torch.float32, torch.float64)),
 )
@@ -148,7 +148,7 @@ def _named(ranks: Sequence[int], group: Any) -> str:
 
 
 class _Gather(torch.autograd.Function):
-    """Rows of all ranks, in rank order: all-gather forward, all-reduce backward.
+    """Rows of all ranks, in rank order: all-gather forward, reduce-scatter backward.
 
     The loss that gradients are taken of is the sum over ranks of what each of them returns. Every rank returns the same
     loss of the gathered rows, so a rank's gradient is the world size times that of a single process, which the mean
@@ -157,21 +157,28 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, shares: list[int], group: Any) -> Tensor:
-        rank = dist.get_rank(group)
-        ctx.own, ctx.group = slice(sum(shares[:rank]), sum(shares[: rank + 1])), group
+        ctx.shares, ctx.group = shares, group
         largest = max(shares)
-        sent = rows.contiguous()
-        if len(rows) < largest:  # backends want shares of one size
-            sent = torch.cat([sent, rows.new_zeros(largest - len(rows), *rows.shape[1:])])
-        gathered = rows.new_empty(len(shares), *sent.shape)
-        dist.all_gather(list(gathered), sent, group=group)
+        gathered = rows.new_empty(len(shares), largest, *rows.shape[1:])
+        dist.all_gather(list(gathered), _padded(rows, largest), group=group)
         if min(shares) == largest:
             return gathered.flatten(0, 1)
         return torch.cat([part[:share] for part, share in zip(gathered, shares, strict=True)])
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
-        return sum_over_ranks(grad_outputs[0].contiguous(), ctx.group)[ctx.own], None, None
+        largest, own = max(ctx.shares), ctx.shares[dist.get_rank(ctx.group)]
+        parts = [_padded(part, largest) for part in grad_outputs[0].split(ctx.shares)]
+        gradient = torch.empty_like(parts[0])
+        dist.reduce_scatter(gradient, parts, group=ctx.group)
+        return gradient[:own], None, None
+
+
+def _padded(rows: Tensor, size: int) -> Tensor:
+    """Returns so many rows, zeros after those given: collectives want shares of one size."""
+    if len(rows) == size:
+        return rows.contiguous()
+    return torch.cat([rows, rows.new_zeros(size - len(rows), *rows.shape[1:])])
 
 
 def gather_rows(*tensors: Tensor, shares: list[int], group: Any = None) -> tuple[Tensor, ...]:

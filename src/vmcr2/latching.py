@@ -22,6 +22,7 @@ from vmcr2.errors import NumericalError
 from vmcr2.membership import Membership
 
 _EIGH_ELEMENTS = 2**24  # entries of the d×d matrices decomposed at once
+_COPIES = 8  # of the rows that are decomposed, counting what the decomposition makes itself
 
 
 def latched_blocks(
@@ -42,7 +43,7 @@ def latched_blocks(
     d, s = features.shape[1], atoms_per_class
     blocks = features.new_zeros(membership.num_classes, d, s)
     energies = features.new_zeros(membership.num_classes, s)
-    for group in membership.groups(d):
+    for group in membership.groups(_COPIES * d):
         rows, shares = group.take(features), group.shares.mT[..., None]  # (b, n, d), (b, c, n, 1)
         n = rows.shape[1]
         at_once = max(1, _EIGH_ELEMENTS // (rows.shape[0] * max(n, d) * d))
@@ -132,6 +133,7 @@ class MomentStream:
     def _rows(self, soft: bool) -> tuple[Tensor, Tensor]:
         """Returns the rows that are kept, and their labels or soft rows."""
         features = torch.cat([self.empty, *self.features])
+        self.features = [features]  # not twice
         if not soft:
             return features, torch.cat([torch.zeros(0, dtype=torch.long, device=features.device), *self.held])
         rows = [

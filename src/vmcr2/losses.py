@@ -390,6 +390,12 @@ class VMCR2Loss(_OverRanks):
     def _check(
         self, features: Tensor, membership: Tensor, beside: Tensor | None = None
     ) -> tuple[Membership, Tensor | None]:
+        shards = self.dictionary.shards
+        if shards is not None and len(shards.own) != len(self.dictionary.latched):
+            raise InputError(
+                f"sharded: the loss was made to hold {len(self.dictionary.latched)} classes on this rank, whose share "
+                f"now is {len(shards.own)}; construct it after torch.distributed.init_process_group"
+            )
         if isinstance(features, Tensor) and features.device != self.dictionary.atoms.device:
             raise InputError(
                 f"features must be on the loss's device {self.dictionary.atoms.device}, got {features.device}; "
@@ -645,15 +651,17 @@ class VMCR2Loss(_OverRanks):
                 checked, _ = self._check(features, held)
                 with torch.autocast(atoms.device.type, enabled=False):
                     stream.add(features.to(dtype), checked.to(dtype))
-            return None, stream.brings()
+            return None, [*stream.brings(), int(self.dictionary.changed)]
 
         _, brought = agree(prepare, lambda _: self._settings(), "latch_from", self.process_group)
         with torch.autocast(atoms.device.type, enabled=False):
             if len(brought) > 1:
-                stream.meet(brought, self.process_group)
+                stream.meet([numbers[:-1] for numbers in brought], self.process_group)
             if not bool((stream.counts > 0).any()):
                 raise _no_batches()
             self._take(stream)
+        # All ranks have latched onto the same; where they differed before, classes without a sample still do.
+        self.dictionary.changed = len(brought) > 1 and any(numbers[-1] for numbers in brought)
 
     def _latch_shard(self, pairs: Iterator[tuple[Tensor, Tensor]], call: str) -> None:
         """Latches each rank's classes onto their rows: batch by batch all ranks' are gathered, and the own kept."""
@@ -690,10 +698,9 @@ class VMCR2Loss(_OverRanks):
     def _take(self, stream: MomentStream) -> None:
         blocks, energies, counts = stream.blocks(self.atoms_per_class)
         self.dictionary.latch(blocks, energies, counts > 0)
-        self.dictionary.changed = False
 
     @torch.no_grad()
-    def predict(self, features: Float[Tensor, "m d"]) -> Int[Tensor, " m"]:
+    def nearest_class(self, features: Float[Tensor, "m d"]) -> Int[Tensor, " m"]:
         """Returns the class whose subspace in the dictionary is nearest to each sample (eq. 8); block structure only.
 
         A class's subspace is spanned by those of its atoms whose codes are above 0; a class without any is never
@@ -713,7 +720,7 @@ class VMCR2Loss(_OverRanks):
         dictionary, shards = self.dictionary, self.dictionary.shards
         if self.structure != "block":
             raise InputError(
-                f"predict takes structure='block', in which classes have atoms of their own, got {self.structure!r}; "
+                f"nearest_class takes structure='block', in which classes have atoms of their own, got {self.structure!r}; "
                 "fit vmcr2.NearestSubspaceClassifier on features instead"
             )
 
@@ -730,7 +737,7 @@ class VMCR2Loss(_OverRanks):
         _, brought = agree(
             prepare,
             lambda _: self._settings() | {"the dtype of features": str(features.dtype)},
-            "predict",
+            "nearest_class",
             self.process_group,
         )
         if not any(latched for _, latched in brought):

@@ -11,6 +11,7 @@ from vmcr2.latching import latched_blocks
 from vmcr2.membership import as_membership
 from vmcr2.mismatch import BlockCodes
 
+_SCORES = 2**21  # of samples and classes held at once
 _CACHED = 2**20  # projections found at once: few enough to be squared and summed while they are in the cache
 
 
@@ -110,7 +111,7 @@ def nearest_in_dictionary(
     """
     scores = features.new_full((len(features),), -1, dtype=torch.float64)
     nearest = torch.zeros_like(scores, dtype=torch.long)
-    at_once = max(1, _CACHED // max(len(features), dictionary.codes.shape[1] * features.shape[1]))
+    at_once = max(1, _SCORES // max(len(features), dictionary.codes.shape[1] * features.shape[1]))
     s = dictionary.codes.shape[1]
     for start in range(0, len(dictionary.codes), at_once):
         part = BlockCodes(
