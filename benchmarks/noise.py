@@ -244,8 +244,9 @@ def accuracies(
         name: accuracy(nearest_subspace(features.test, subspaces(features, judged, r)), labels)
         for name, r in (("one", 1), ("many", None))
     }
-    predict = getattr(criterion, "predict", None)
-    return found | ({"head": accuracy(predict(features.test), labels)} if predict else {}), features
+    if isinstance(criterion, Head):
+        found["head"] = accuracy(criterion.predict(features.test), labels)
+    return found, features
 
 
 def auroc(scores: Tensor, wrong: Tensor) -> float:
