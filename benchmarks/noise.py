@@ -1,6 +1,7 @@
 """Wrong training labels: V-MCR² beside cross-entropy, its robust kin and SupCon; and who finds the wrong labels.
 
     python benchmarks/noise.py run [--data-root DIR] [--only omniglot100 ...] [--methods ...]    runs what is missing
+    python benchmarks/noise.py cleanlab [--only ...]              cleanlab's scores of out-of-sample probabilities
     python benchmarks/noise.py table                               results/noise.md and noise.png from the lines
     python benchmarks/noise.py influence                           results/influence.png: what a wrong label pulls with
 
@@ -270,13 +271,17 @@ def finding(criterion: nn.Module, features: Tensor, labels: Tensor, wrong: Tenso
         "label_quality": torch.from_numpy(vmcr2.label_quality(features, labels).scores),
     }
     if isinstance(criterion, Head):
-        scores["small loss"] = criterion.logits(features).log_softmax(1).gather(1, labels[:, None])[:, 0]
+        scores["own softmax"] = criterion.logits(features).log_softmax(1).gather(1, labels[:, None])[:, 0]
     return {name: [auroc(score, wrong), precision(score, wrong)] for name, score in scores.items()}
 
 
-def run_one(setting: Setting, root: Path | None) -> dict[str, Any]:
-    """Trains one setting; a line of the file."""
-    recipe, dataset, wrong, (held_inputs, held_labels) = prepared(setting, root)
+def trained(
+    setting: Setting,
+    recipe: Recipe,
+    dataset: Dataset,
+    after: Callable[[dict[str, Any], nn.Module, nn.Module], None] | None,
+) -> tuple[nn.Module, nn.Module]:
+    """Returns a network and its criterion, trained by a setting's method on a data set."""
     k, d = dataset.num_classes, recipe.feature_dim
     shape = plain(dataset.train_inputs[:1], recipe.augmentation).shape[1:]
     model, _ = train.build(recipe, tuple(shape), k)
@@ -287,10 +292,30 @@ def run_one(setting: Setting, root: Path | None) -> dict[str, Any]:
     given = dataset
     if isinstance(criterion, EarlyLearning):  # its labels are places
         given = replace(dataset, train_labels=torch.arange(len(dataset.train_labels)))
+    at_rate = replace(recipe, objective="ce", ce=replace(recipe.ce, lr=setting.lr))
+    torch.manual_seed(setting.seed)
+    with torch.enable_grad():
+        train.fit(
+            model,
+            objective,
+            lambda epoch: train.EpochBatches(given, recipe, epoch),
+            optimizer,
+            recipe.epochs,
+            latch_on=lambda epoch: train.EpochBatches(given, recipe, epoch, augment=False),
+            lr_at=at_rate.lr_at,
+            on_epoch=None if after is None else lambda epoch: after(epoch, model, criterion),
+        )
+    return model, criterion
+
+
+def run_one(setting: Setting, root: Path | None) -> dict[str, Any]:
+    """Trains one setting; a line of the file."""
+    recipe, dataset, wrong, (held_inputs, held_labels) = prepared(setting, root)
+    k = dataset.num_classes
     line: dict[str, Any] = {**vars(setting), "failed": None}
     best: dict[str, Any] = {}
 
-    def state() -> dict[str, Any]:
+    def state(model: nn.Module, criterion: nn.Module) -> dict[str, Any]:
         found: dict[str, Any] = {}
         if setting.held:
             found["validation"], _ = accuracies(model, criterion, recipe, dataset, held_inputs, held_labels)
@@ -301,31 +326,47 @@ def run_one(setting: Setting, root: Path | None) -> dict[str, Any]:
             found["finding"] = finding(criterion, features.train, dataset.train_labels, wrong, k)
         return found
 
-    def after(epoch: dict[str, Any]) -> None:
+    def after(epoch: dict[str, Any], model: nn.Module, criterion: nn.Module) -> None:
         nonlocal best
         if setting.method != "ce-stopped" or epoch["epoch"] % max(1, recipe.epochs // 20):
             return
-        now = state() | {"epoch": epoch["epoch"]}
+        now = state(model, criterion) | {"epoch": epoch["epoch"]}
         if not best or max(now["validation"].values()) > max(best["validation"].values()):
             best = now
 
     began = time.perf_counter()
-    torch.manual_seed(setting.seed)
     try:
-        train.fit(
-            model,
-            objective,
-            lambda epoch: train.EpochBatches(given, recipe, epoch),
-            optimizer,
-            recipe.epochs,
-            latch_on=lambda epoch: train.EpochBatches(given, recipe, epoch, augment=False),
-            lr_at=lambda epoch: replace(recipe, ce=replace(recipe.ce, lr=setting.lr), objective="ce").lr_at(epoch),
-            on_epoch=after,
-        )
-        line |= best or state()
+        model, criterion = trained(setting, recipe, dataset, after)
+        line |= best or state(model, criterion)
     except (vmcr2.InputError, vmcr2.NumericalError) as error:
         line["failed"] = str(error)[:160]
     return line | {"seconds": round(time.perf_counter() - began, 1)}
+
+
+@torch.no_grad()
+def out_of_sample(setting: Setting, root: Path | None) -> dict[str, Any]:
+    """Returns cleanlab's scores of the labels from cross-entropy's probabilities in five folds, as it recommends."""
+    from cleanlab.rank import get_label_quality_scores
+
+    recipe, dataset, wrong, _ = prepared(setting, root)
+    k, labels = dataset.num_classes, dataset.train_labels
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(setting.seed))
+    shares = torch.zeros(len(labels), k)
+    began = time.perf_counter()
+    for fold in order.tensor_split(5):
+        kept = torch.ones(len(labels), dtype=torch.bool)
+        kept[fold] = False
+        part = replace(dataset, train_inputs=dataset.train_inputs[kept], train_labels=labels[kept])
+        model, criterion = trained(setting, recipe, part, None)
+        assert isinstance(criterion, Head)
+        features = extract(model, replace(part, test_inputs=dataset.train_inputs[fold]), recipe.augmentation, 1000)
+        shares[fold] = criterion.logits(features.test).softmax(1)
+    found = {}
+    for name in ("self_confidence", "normalized_margin"):
+        scores = torch.from_numpy(get_label_quality_scores(labels.numpy(), shares.numpy(), method=name))
+        found[f"cleanlab, {name}"] = [auroc(scores, wrong), precision(scores, wrong)]
+    seconds = round(time.perf_counter() - began, 1)
+    return {**vars(setting), "method": "cleanlab", "failed": None, "finding": found, "seconds": seconds}
 
 
 KEYS = ("data", "method", "share", "kind", "seed", "lr", "held")
@@ -335,12 +376,15 @@ def lines() -> list[dict[str, Any]]:
     return [json.loads(text) for text in RUNS.read_text().splitlines()] if RUNS.is_file() else []
 
 
-def completed(setting: Setting, root: Path | None) -> dict[str, Any]:
+def completed(
+    setting: Setting, root: Path | None, run_it: Callable[[Setting, Path | None], dict[str, Any]] = run_one
+) -> dict[str, Any]:
     """Returns a setting's line, after running it where it is not there yet."""
+    wanted = vars(setting) if run_it is run_one else vars(setting) | {"method": "cleanlab"}
     for line in lines():
-        if all(line[name] == getattr(setting, name) for name in KEYS):
+        if all(line[name] == wanted[name] for name in KEYS):
             return line
-    line = run_one(setting, root)
+    line = run_it(setting, root)
     with RUNS.open("a") as file:
         file.write(json.dumps(line) + "\n")
     shown = {name: line.get(name) for name in (*KEYS, "validation", "test", "failed", "seconds")}
@@ -380,6 +424,13 @@ def run(data: list[str], methods: list[str], shares: list[float], seeds: list[in
                 for share in shares:
                     completed(Setting(name, method, share, "symmetric", seed, lr, method == "ce-stopped"), root)
                 completed(Setting(name, method, CHOSEN_AT, "similar", seed, lr, method == "ce-stopped"), root)
+
+
+def run_cleanlab(data: list[str], seeds: list[int], root: Path | None) -> None:
+    for name in data:
+        lr, _ = chosen_rate(name, "ce", lambda setting: completed(setting, root))
+        for seed in seeds:
+            completed(Setting(name, "ce", CHOSEN_AT, "symmetric", seed, lr, False), root, out_of_sample)
 
 
 class UnfinishedError(Exception):
@@ -434,6 +485,11 @@ def table() -> None:
             scored = [line for line in members if (line["share"], line["kind"]) == (CHOSEN_AT, "symmetric")]
             if scored:
                 found_rows.append([title, *(_found(scored, score) for score in _SCORES)])
+        for score in ("self_confidence", "normalized_margin"):
+            scored = [line for line in known if (line["data"], line["method"]) == (data, "cleanlab")]
+            if scored:
+                cell = _found(scored, f"cleanlab, {score}")
+                found_rows.append([f"cross-entropy out of sample, cleanlab's {score}", "–", "–", cell])
         if rows:
             shares = [f"{share:.0%}" for share in LEVELS]
             text += f"\n## {data}: {base.network}, d = {base.feature_dim}, {base.epochs} epochs\n\n"
@@ -446,7 +502,7 @@ def table() -> None:
 
 
 _PREDICTOR = {"head": "own head", "one": "subspace, 1", "many": "subspace, ⌊d/k⌋"}
-_SCORES = ("first direction", "label_quality", "small loss")
+_SCORES = ("first direction", "label_quality", "own softmax")
 
 
 def _found(members: list[dict[str, Any]], score: str) -> str:
@@ -530,7 +586,7 @@ def influence() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=("run", "table", "influence"))
+    parser.add_argument("command", choices=("run", "cleanlab", "table", "influence"))
     parser.add_argument("--data-root", type=Path)
     parser.add_argument("--only", nargs="*", choices=tuple(BASES), default=["digits", "omniglot100"])
     parser.add_argument("--methods", nargs="*", choices=tuple(METHODS), default=list(METHODS))
@@ -542,6 +598,8 @@ def main() -> None:
         table()
     elif arguments.command == "influence":
         influence()
+    elif arguments.command == "cleanlab":
+        run_cleanlab(arguments.only, arguments.seeds, arguments.data_root)
     else:
         run(arguments.only, arguments.methods, arguments.shares, arguments.seeds, arguments.data_root)
 

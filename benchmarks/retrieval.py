@@ -6,7 +6,7 @@
 Omniglot, conv4, d = 384, 20 epochs of class-balanced batches (100 classes × 5 samples) for every method. 300 classes
 for training, 300 others for test. Each method's learning rate is the one with the best MAP@R on 60 of the training
 classes that a network trained on the other 240 has not seen; a rate at the end of the range makes the range longer.
-Losses and measures other than ours are pytorch-metric-learning's (`pip install pytorch-metric-learning`), at its
+Losses and measures other than ours are pytorch-metric-learning's (the extra `benchmarks`), at its
 defaults. The optimiser is SGD with momentum 0.9.
 """
 

@@ -720,7 +720,8 @@ class VMCR2Loss(_OverRanks):
         dictionary, shards = self.dictionary, self.dictionary.shards
         if self.structure != "block":
             raise InputError(
-                f"nearest_class takes structure='block', in which classes have atoms of their own, got {self.structure!r}; "
+                "nearest_class takes structure='block', in which classes have atoms of their own, got "
+                f"{self.structure!r}; "
                 "fit vmcr2.NearestSubspaceClassifier on features instead"
             )
 
