@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from conftest import random_labels, random_rows, unit_rows
+from conftest import LargestTensor, random_labels, random_rows, unit_rows
 from torch.nn.functional import normalize
 from torch.nn.parallel import DistributedDataParallel
 
@@ -103,6 +103,7 @@ def assert_each(results, expected):
         ("labels", "in memory", {}),
         ("labels", "by the first batches", {"energy": 1.0, "reduction": "sum"}),
         ("labels", "in memory", {"step": "paper"}),
+        ("labels", "in memory", {"pull": 0.3}),
         ("soft", "in memory", {}),
     ],
 )
@@ -162,11 +163,21 @@ def test_a_rank_holds_its_chunk_of_the_classes_and_shows_it_as_a_dtensor_without
     ranks(world, held, world)
 
 
-def a_loss(seed=3, **settings):
-    loss = loss_of(**settings)
-    loss.latch(unit_rows(40, D, seed=seed), torch.arange(40) % K)
-    loss.dictionary.steps = 7
-    return loss
+def largest_of_a_step(rank):
+    """Returns the entries of the largest tensor that latching by a batch, a step and an evaluation make."""
+    k = 40_000
+    loss = vmcr2.VMCR2Loss(k, D, atoms_per_class=1, structure="block", sharded=True)
+    z, labels = unit_rows(16, D, dtype=torch.float32).requires_grad_(), torch.arange(rank, k, k // 16)[:16]
+    with LargestTensor() as largest:
+        for _ in range(2):
+            loss(z, labels).backward()
+        loss.rates(z.detach(), labels)
+    return largest.numel, largest.shape
+
+
+def test_a_step_makes_nothing_of_more_entries_than_a_rank_has_classes(ranks):
+    for numel, shape in ranks(2, largest_of_a_step):
+        assert numel <= 20_000, shape
 
 
 def states(state):

@@ -368,18 +368,32 @@ class Dictionary(nn.Module):
         return value
 
     @torch.no_grad()
-    def latch(self, blocks: Float[Tensor, "k d s"], energies: Float[Tensor, "k s"], chosen: Bool[Tensor, " k"]) -> None:
-        """Sets the chosen classes' atoms and codes (Alg. 2); the others keep theirs."""
-        k, d, s = blocks.shape
+    def latch(
+        self,
+        blocks: Float[Tensor, "p d s"],
+        energies: Float[Tensor, "p s"],
+        chosen: Bool[Tensor, " p"],
+        classes: Int[Tensor, " p"] | None = None,
+    ) -> None:
+        """Sets the chosen classes' atoms and codes (Alg. 2); the others keep theirs.
+
+        Args:
+            blocks: orthonormal directions of some classes.
+            energies: their energies.
+            chosen: which of those classes are set.
+            classes: which classes those are; None for all.
+        """
+        k, (_, d, s) = len(self.latched), blocks.shape
         atoms = self.atoms.T.unflatten(0, (k, s))
-        for classes in chosen.nonzero()[:, 0].split(max(1, _COPIED // (s * d))):
-            atoms[classes] = blocks[classes].mT.to(atoms.dtype)
-        places = torch.arange(k * s, device=blocks.device).view(k, s)
-        values = energies.to(self.codes.dtype)
+        for part in chosen.nonzero()[:, 0].split(max(1, _COPIED // (s * d))):
+            atoms[part if classes is None else classes[part]] = blocks[part].mT.to(atoms.dtype)
+        held = chosen if classes is None else classes[chosen]
+        values = energies[chosen].to(self.codes.dtype)
         if self.structure == "shared":
-            values = values.new_zeros(k, k * s).scatter_(1, places, values)
-        self.codes.T[chosen] = values[chosen]
-        self.latched |= chosen
+            places = torch.arange(k * s, device=blocks.device).view(k, s)[held]
+            values = values.new_zeros(len(values), k * s).scatter_(1, places, values)
+        self.codes.T[held] = values
+        self.latched[held] = True
         self._known, self.changed = None, True
 
     def confined(self) -> Bool[Tensor, ""]:

@@ -268,7 +268,8 @@ class VMCR2Loss(_OverRanks):
     In training mode a call first moves the dictionary by one step (Alg. 1, lines 6 to 10) and returns the mismatch
     between the features and the moved dictionary, whose gradient in the features is line 12. In eval mode, and wherever
     gradients are off (`torch.no_grad`, `torch.inference_mode`), it returns the mismatch with the dictionary as it
-    stands, and changes nothing. With gradient accumulation the dictionary moves once a micro-batch.
+    stands, and changes nothing. With gradient accumulation the dictionary moves once a micro-batch; under `no_sync` of
+    DistributedDataParallel too, which holds back the mean of the network's gradients alone (docs/many-processes.md).
 
     A class is latched the first time training sees it: call `latch` or `latch_from` before training so that all
     classes start from all their samples, or let the first batches do it (a class that comes much later replaces atoms
@@ -611,8 +612,9 @@ class VMCR2Loss(_OverRanks):
             chosen = chosen & ~self.dictionary.known()
         if bool(chosen.any()):
             with torch.autocast(features.device.type, enabled=False):
-                blocks, energies = latched_blocks(features, membership, self.atoms_per_class)
-            self.dictionary.latch(blocks, energies, chosen.to(blocks.device))
+                blocks, energies = latched_blocks(features, membership.among_present(), self.atoms_per_class)
+            chosen = chosen[membership.sizes > 0].to(blocks.device)
+            self.dictionary.latch(blocks, energies, chosen, membership.present)
             self.dictionary.changed = False  # every rank has latched onto the same
 
     @torch.no_grad()
@@ -721,8 +723,7 @@ class VMCR2Loss(_OverRanks):
         if self.structure != "block":
             raise InputError(
                 "nearest_class takes structure='block', in which classes have atoms of their own, got "
-                f"{self.structure!r}; "
-                "fit vmcr2.NearestSubspaceClassifier on features instead"
+                f"{self.structure!r}; fit vmcr2.NearestSubspaceClassifier on features instead"
             )
 
         def prepare() -> tuple[None, list[int]]:
