@@ -216,7 +216,16 @@ class _Total(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
-        return sum_over_ranks(grad_outputs[0], ctx.group), None
+        return sum_over_ranks(grad_outputs[0].contiguous(), ctx.group), None
+
+
+def total_over_ranks(part: Tensor, group: Any = None) -> Tensor:
+    """Returns the sum over ranks of a tensor. Differentiable: its gradient is the sum of all ranks'."""
+    if world_size(group) == 1:
+        return part
+    result = _Total.apply(part, group)
+    assert isinstance(result, Tensor)
+    return result
 
 
 @dataclass(frozen=True)
@@ -247,11 +256,7 @@ class Shards:
 
     def total(self, part: Tensor) -> Tensor:
         """Returns the sum over ranks of what each has for its classes. Differentiable."""
-        if world_size(self.group) == 1:
-            return part
-        result = _Total.apply(part, self.group)
-        assert isinstance(result, Tensor)
-        return result
+        return total_over_ranks(part, self.group)
 
     def gathered(self, own: Tensor) -> Tensor:
         """Returns the values by class, (k, ...), of all ranks from each rank's own."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable
 from itertools import pairwise
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.parallel import DistributedDataParallel
 
-from vmcr2.distributed import process_rank, sum_over_ranks, world_size
+from vmcr2.distributed import process_rank, sum_over_ranks, total_over_ranks, world_size
 from vmcr2.errors import InputError
 from vmcr2.lab._torchvision import import_torchvision
 
@@ -190,18 +189,6 @@ def build(network: str, input_shape: tuple[int, ...], feature_dim: int) -> nn.Mo
         raise InputError(f"network {network} cannot take inputs of shape {input_shape}: {error}") from error
 
 
-class _SumOverRanks(torch.autograd.Function):
-    """The sum over ranks, which every rank uses: its gradient is the sum of theirs."""
-
-    @staticmethod
-    def forward(ctx: Any, values: Tensor) -> Tensor:
-        return sum_over_ranks(values)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:
-        return sum_over_ranks(grad_outputs[0].contiguous())
-
-
 class SyncBatchNorm(_BatchNorm):
     """BatchNorm with the statistics of all processes' batches together, wherever it takes those of a batch.
 
@@ -223,11 +210,11 @@ class SyncBatchNorm(_BatchNorm):
         wide = input.float() if input.dtype in (torch.bfloat16, torch.float16) else input
         others, shape = [0, *range(2, wide.ndim)], [1, -1] + [1] * (wide.ndim - 2)
         count = wide.new_full((1,), wide.numel() / wide.shape[1])
-        *sums, n = _summed(torch.cat([wide.sum(others), count])).split([wide.shape[1], 1])
+        *sums, n = total_over_ranks(torch.cat([wide.sum(others), count])).split([wide.shape[1], 1])
         n = n.detach()
         mean = sums[0] / n
         centred = wide - mean.view(shape)
-        variance = _summed(centred.square().sum(others)) / n
+        variance = total_over_ranks(centred.square().sum(others)) / n
         if self.training and self.track_running_stats:
             self._follow(mean.detach(), variance.detach() * n / (n - 1))
         normal = centred * (variance + self.eps).rsqrt().view(shape)
@@ -243,12 +230,6 @@ class SyncBatchNorm(_BatchNorm):
         step = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
         self.running_mean.lerp_(mean.to(self.running_mean.dtype), step)
         self.running_var.lerp_(variance.to(self.running_var.dtype), step)
-
-
-def _summed(values: Tensor) -> Tensor:
-    total = _SumOverRanks.apply(values)
-    assert isinstance(total, Tensor)
-    return total
 
 
 def synchronise_batchnorm(model: nn.Module) -> nn.Module:
