@@ -36,6 +36,15 @@ RUNS = {
 }
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """As torchrun gives its processes: another number of threads rounds otherwise."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def started(rank, recipe, path):
     """Trains a recipe as one of several processes; returns what each of them was told and left with."""
     told = []
