@@ -451,9 +451,9 @@ def table() -> None:
         "# Wrong training labels\n\nMade by `python benchmarks/noise.py`, "
         f"{describe_device(torch.device('cpu'))}. Test accuracy (right labels), mean ± standard deviation over "
         "seeds. The learning rate and what predicts were chosen on a validation split with wrong labels, at 30 % and "
-        "seed 0; so other columns are at a rate chosen there: on clean labels cross-entropy has more at a rate of its own "
-        "(omniglot100/comparison.md). The rivals' other settings are their papers'. `similar`: 30 % got the label of the "
-        "likest class.\n"
+        "seed 0; so other columns are at a rate chosen there: on clean labels cross-entropy has more at its own rate "
+        "(omniglot100/comparison.md). The rivals' other settings are their papers'. `similar`: 30 % got the label of "
+        "the likest class.\n"
     )
     curves: dict[str, dict[str, list[tuple[float, float, float]]]] = {}
     for data, base in BASES.items():
