@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,6 +29,21 @@ def check_count(name: str, value: int, *, at_least: int = 1, at_most: int | None
         raise InputError(f"{name} must be an integer >= {at_least}, got {value!r}")
     if at_most is not None and value > at_most:
         raise InputError(f"{name} must be at most {at_most}{f' ({limit})' if limit else ''}, got {value}")
+
+
+def pair_of(batch: Any, second: str = "membership") -> tuple[Tensor, Tensor]:
+    """Returns a batch as (inputs, `second`).
+
+    Raises:
+        InputError: it is no pair; a dict of two would unpack into its keys.
+    """
+    if isinstance(batch, tuple | list) and len(batch) == 2:
+        return batch[0], batch[1]
+    got = f"a dict of {', '.join(map(repr, batch))}" if isinstance(batch, dict) else f"a {type(batch).__name__}"
+    raise InputError(
+        f"batches must give pairs (inputs, {second}), got {got}; of dicts make pairs: "
+        "((batch['pixel_values'], batch['labels']) for batch in loader)"
+    )
 
 
 class Condition(NamedTuple):

@@ -39,12 +39,14 @@ class Ascent(NamedTuple):
 
     Attributes:
         dictionary: Γ and Ã after the step.
-        energies: `Codes.energies` of the features, which carries their gradient.
+        projections: `Codes.project` of the features, which carry their gradient.
+        energies: `Codes.energies` of those, likewise.
         overlap: ΓᵀΓ as `Codes.overlap` gives it.
         exposure: the largest Γ_lᵀ S⁻¹ Γ_l ≤ 1, near 1 for an atom along which R^v has hardly any energy.
     """
 
     dictionary: Codes
+    projections: list[Tensor]
     energies: Float[Tensor, "k c"]
     overlap: Tensor
     exposure: Float[Tensor, ""]
@@ -79,10 +81,12 @@ def ascending_step(
         dictionary = scaled_to(dictionary, energy)
         dictionary = dictionary.moved(atoms=_ascended_atoms(features.detach(), held, dictionary, mu, eps_sq))
         overlap = dictionary.overlap()
-    energies = dictionary.energies(dictionary.project(features, membership), membership)
+    projections = dictionary.project(features, membership)
+    energies = dictionary.energies(projections, membership)
     with torch.no_grad():
-        codes, exposure = _ascended_codes(held, dictionary, energies.detach(), overlap, mu, eps_sq, energy)
-    return Ascent(dictionary.moved(codes=codes), energies, overlap, exposure)
+        bound, exposure = _code_bound(held, dictionary, energies.detach(), overlap, mu, eps_sq)
+        codes = _ascended_codes(dictionary.codes, bound, energy)
+    return Ascent(dictionary.moved(codes=codes), projections, energies, overlap, exposure)
 
 
 def scaled_to(dictionary: Codes, energy: float | None) -> Codes:
@@ -126,18 +130,10 @@ def _ascended_atoms(
     return torch.where(length > 0, nn.functional.normalize(moved, dim=1), dictionary.atoms)
 
 
-def _ascended_codes(
-    membership: Membership,
-    dictionary: Codes,
-    energies: Float[Tensor, "k c"],
-    overlap: Tensor,
-    mu: float,
-    eps_sq: float,
-    energy: float | None,
-) -> tuple[Float[Tensor, "k c"], Float[Tensor, ""]]:
-    """Returns Ã, and the exposure of `Ascent`, after a step towards the maximum of a lower bound of eq. (7).
+class _CodeBound(NamedTuple):
+    """A lower bound of eq. (7) in the codes, which touches it where they stand: a sum over single codes.
 
-    The bound is a sum over single codes. For a code a, now a₀, and u = a + δ it is
+    For a code a, now a₀, and u = a + δ it is
 
         w log(u/u₀) + b (a − a₀) − h/2 (a − a₀)²   with   w = u₀ ∂R^v/∂a,   b = −∂R_c^v/∂a − ∂(µM/2m)/∂a
 
@@ -146,7 +142,45 @@ def _ascended_codes(
     shifts δ together are at most I. That holds for δ_j = 1/(β s_j), s_j the codes of a class that move. M is quadratic
     with the non-negative matrix H = (ΓᵀΓ)^⊙2, so h = µ n_j (H v)_l / v_l bounds its curvature for any positive v: the
     codes, lifted by their mean so that small ones are not held back.
+
+    Attributes:
+        moves: which codes the bound is about: of classes with a sample, above 0 or rising.
+        rise: the slope of eq. (7) at the codes.
+        curvature: h.
+        shift: δ.
+        slope: b + h u₀.
+        expansion: h w.
     """
+
+    moves: Bool[Tensor, "k c"]
+    rise: Float[Tensor, "k c"]
+    curvature: Float[Tensor, "k c"]
+    shift: Float[Tensor, "k 1"]
+    slope: Float[Tensor, "k c"]
+    expansion: Float[Tensor, "k c"]
+
+    def maximum(self, multiplier: Float[Tensor, "k 1"] | float) -> tuple[Float[Tensor, "k c"], Float[Tensor, "k c"]]:
+        """Returns the codes at the maximum of the bound less `multiplier` times each, and minus their derivative in it.
+
+        u is the root of h u² − (slope − multiplier) u − w, by the formula that does not cancel.
+        """
+        tilted = self.slope - multiplier
+        root = (tilted.square() + 4 * self.expansion).sqrt()
+        upper = (tilted + root) / (2 * self.curvature)
+        u = torch.where(tilted >= 0, upper, 2 * self.expansion / self.curvature / (root - tilted))
+        codes = torch.where(self.moves, (u - self.shift).clamp_min(0), 0)
+        return codes, torch.where(self.moves & (u > self.shift), u / root, 0)
+
+
+def _code_bound(
+    membership: Membership,
+    dictionary: Codes,
+    energies: Float[Tensor, "k c"],
+    overlap: Tensor,
+    mu: float,
+    eps_sq: float,
+) -> tuple[_CodeBound, Float[Tensor, ""]]:
+    """Returns the lower bound of eq. (7) in the codes, and the exposure of `Ascent`."""
     codes, counts = dictionary.codes, membership.counts[:, None]
     beta = dictionary.atoms.shape[1] / eps_sq
     weights = membership.class_weights
@@ -163,33 +197,31 @@ def _ascended_codes(
     moves = moves & (counts > 0) & (curvature > 0)
     curvature = torch.where(moves, curvature, 1)
     shift = 1 / (beta * number)
-    slope = linear + curvature * (codes + shift)
-    pull = curvature * grows * (codes + shift)  # h w
+    slope, expansion = linear + curvature * (codes + shift), curvature * grows * (codes + shift)
+    # With a zero, since of a sharded dictionary a rank may hold no atom of the batch.
+    exposure = torch.cat([exposed, exposed.new_zeros(1)]).max()
+    return _CodeBound(moves, grows + linear, curvature, shift, slope, expansion), exposure
 
-    def best(multiplier: Tensor | float) -> tuple[Tensor, Tensor]:
-        """Returns the maximum less `multiplier` times a, and minus its derivative in the multiplier."""
-        tilted = slope - multiplier
-        root = (tilted.square() + 4 * pull).sqrt()
-        # The root of h u² − tilted u − w, by the formula that does not cancel.
-        u = torch.where(tilted >= 0, (tilted + root) / (2 * curvature), 2 * pull / curvature / (root - tilted))
-        return torch.where(moves, (u - shift).clamp_min(0), 0), torch.where(moves & (u > shift), u / root, 0)
 
+def _ascended_codes(codes: Float[Tensor, "k c"], bound: _CodeBound, energy: float | None) -> Float[Tensor, "k c"]:
+    """Returns Ã after a step towards the maximum of its bound, among the codes of each class that sum to `energy`."""
+    moves = bound.moves
     if energy is None:
-        found = best(0.0)[0]
+        found, _ = bound.maximum(0.0)
     else:
         # The sum of the maxima is convex and falling in the multiplier: Newton's method from where it is too large.
-        multiplier = torch.where(moves, grows + linear, torch.inf).amin(1, keepdim=True)
+        multiplier = torch.where(moves, bound.rise, torch.inf).amin(1, keepdim=True)
         multiplier = torch.where(multiplier.isfinite(), multiplier, 0)
         for _ in range(_NEWTON_STEPS):
-            found, slopes = best(multiplier)
+            found, slopes = bound.maximum(multiplier)
             multiplier = multiplier + (found.sum(1, keepdim=True) - energy) / _nonzero(slopes.sum(1, keepdim=True))
-        found = best(multiplier)[0]
+        found, _ = bound.maximum(multiplier)
         found = found * (energy / _nonzero(found.sum(1, keepdim=True)))
-        moves = moves & (sums > 0)
+        moves = moves & (codes.sum(1, keepdim=True) > 0)
     found = codes + _CODE_SHARE * (found - codes)
     # A code that goes to 0 gets there, rather than halving down to where its square underflows.
-    found = torch.where(found <= _NEGLIGIBLE * shift, 0, found)  # NaN stays, to be found
-    return torch.where(moves, found, codes), torch.cat([exposed, exposed.new_zeros(1)]).max()
+    found = torch.where(found <= _NEGLIGIBLE * bound.shift, 0, found)  # NaN stays, to be found
+    return torch.where(moves, found, codes)
 
 
 def paper_step(
@@ -225,10 +257,10 @@ def paper_step(
     weights, counts = membership.class_weights, membership.counts
     overlap = dictionary.overlap()
     projections = dictionary.project(features, membership)
-    norms = moment_norms(features, membership)
-    bound_atoms = dictionary.total(lipschitz_atoms(norms, counts, dictionary.codes, mu))  # line 6
-    norms = dictionary.overlap_norms(overlap, num_classes or membership.num_classes)
-    bound_codes = lipschitz_codes(norms, counts, mu)[:, None]
+    moments = moment_norms(features, membership)
+    bound_atoms = dictionary.total(lipschitz_atoms(moments, counts, dictionary.codes, mu))  # line 6
+    overlaps = dictionary.overlap_norms(overlap, num_classes or membership.num_classes)
+    bound_codes = lipschitz_codes(overlaps, counts, mu)[:, None]
     solved = solved_atoms(dictionary, weights, eps_sq)
     gradient = expansion_atom_gradient(dictionary, solved, weights, eps_sq)
     gradient = gradient - mu * dictionary.atom_gradient(features, projections, overlap, membership)
@@ -254,7 +286,7 @@ def _over(gradient: Tensor, bound: Tensor) -> Tensor:
     return torch.where(bound > 0, gradient / _nonzero(bound), 0)
 
 
-def _across(by_class: Tensor) -> Tensor:
+def _in_columns(by_class: Tensor) -> Tensor:
     """Returns a state by class in the layout of the buffers."""
     return by_class if by_class.ndim == 1 else by_class.flatten(0, -2).T
 
@@ -340,27 +372,27 @@ class Dictionary(nn.Module):
         loaded = {name: state_dict[f"{prefix}{name}"] for name in self._buffers if f"{prefix}{name}" in state_dict}
         by_class = "atoms" in loaded and loaded["atoms"].ndim == 3
         for name, value in loaded.items():
-            state_dict[f"{prefix}{name}"] = self._taken(name, value, by_class)
+            state_dict[f"{prefix}{name}"] = self._own_part(name, value, by_class)
         if f"{prefix}latched" not in state_dict and f"{prefix}codes" in state_dict:
             state_dict[f"{prefix}latched"] = (state_dict[f"{prefix}codes"] > 0).any(0)
         self.steps = int(state_dict.pop(f"{prefix}steps", self.steps))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self._known, self.changed = None, True
 
-    def _taken(self, name: str, value: Tensor, by_class: bool) -> Tensor:
+    def _own_part(self, name: str, value: Tensor, by_class: bool) -> Tensor:
         """Returns what this dictionary's buffer takes of a state, be either of them sharded or not.
 
         A state of another number of classes is left as it is, to be refused.
         """
         if self.shards is None:
             value = full_tensor(value)
-            return _across(value) if by_class else value
+            return _in_columns(value) if by_class else value
         own, k = self.shards.own, self.shards.num_classes
         if by_class and len(value) == k:
             local = value.to_local() if hasattr(value, "to_local") else value  # pyrefly: ignore[not-callable]
             if local is value or len(local) != len(own) or not value.placements[0].is_shard(0):  # pyrefly: ignore
                 local = full_tensor(value)[own.start : own.stop]
-            return _across(local)
+            return _in_columns(local)
         value = full_tensor(value)
         s = self.atoms_per_class if name == "atoms" else 1
         if not by_class and value.shape[-1] == k * s:

@@ -263,7 +263,7 @@ class Shards:
         shares = [len(self.range_of(rank)) for rank in range(world_size(self.group))]
         return gather_rows(own, shares=shares, group=self.group)[0]
 
-    def best(self, scores: Float[Tensor, " m"], classes: Int[Tensor, " m"]) -> Int[Tensor, " m"]:
+    def best_class(self, scores: Float[Tensor, " m"], classes: Int[Tensor, " m"]) -> Int[Tensor, " m"]:
         """Returns, of what each rank has for the same samples, the class of the highest score; of equals the first."""
         if world_size(self.group) == 1:
             return classes

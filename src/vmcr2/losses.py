@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
-from vmcr2.checks import UNIT_NORM_TOLERANCE, Condition, check_count, check_number, feature_conditions, read
+from vmcr2.checks import UNIT_NORM_TOLERANCE, Condition, check_count, check_number, feature_conditions, pair_of, read
 from vmcr2.dictionary import Dictionary, Structure, ascending_step, paper_step
 from vmcr2.distributed import Shards, agree, broadcast, check_group, gather_rows, process_rank, require_equal
 from vmcr2.errors import InputError, NotLatchedError, NumericalError
@@ -42,8 +42,8 @@ _FIRST_BALANCE = 6.0
 _BALANCE_DECAY = 0.97
 _WATCH_EVERY = 20  # training steps between looks at ΔR: seldom enough to cost little
 _LARGEST_MOMENT = 1.05  # ‖C_j‖ of unit rows, with the tolerance of their norms
-# Of the best ΔR so far, and for how many looks in a row. Training on natural images by small batches dips to 0.17 for
-# its first 100 steps and comes back; features that have collapsed go to 0.
+# Shares of the best ΔR so far, and for how many looks in a row. In small batches of natural images ΔR falls below a
+# fifth of what a fresh network has, and comes back within an epoch; that of features that have collapsed goes to 0.
 _COLLAPSED = ((0.05, 3), (0.2, 10))
 
 
@@ -301,7 +301,7 @@ class VMCR2Loss(_OverRanks):
         step_atoms: ν_Γ > 0, in units of the inverse Lipschitz bound; not used by "ascent".
         step_codes: ν_A > 0, likewise.
         sharded: whether each rank holds the atoms, codes and latched flags of its own range of classes alone, with
-            structure "block": the same loss, gradients and steps, in the W-th part of the memory. Ranks hold
+            structure "block": the same loss, gradients and steps, in a W-th of the memory on W ranks. Ranks hold
             `torch.chunk`'s ranges; the last may hold fewer classes, or none.
         process_group: the ranks whose batches make one; None for all.
 
@@ -340,10 +340,10 @@ class VMCR2Loss(_OverRanks):
         if atoms_per_class is None:
             atoms_per_class = max(1, feature_dim // num_classes)
         check_count("atoms_per_class", atoms_per_class, at_most=feature_dim, limit="feature_dim")
-        numbers = {"eps_sq": eps_sq, "balance": balance, "step_atoms": step_atoms, "step_codes": step_codes}
+        numbers = {"eps_sq": eps_sq, "balance": balance, "pull": pull}
+        numbers |= {"step_atoms": step_atoms, "step_codes": step_codes}
         for name, value in numbers.items():
             check_number(name, value)
-        check_number("pull", pull)
         if pull > 1:
             raise InputError(f"pull must be in (0, 1], got {pull}")
         for name, value in (("mu", mu), ("energy", energy)):
@@ -534,7 +534,7 @@ class VMCR2Loss(_OverRanks):
         before, among = self.dictionary.read(membership, features.dtype, confined=confined)
         with torch.autocast(features.device.type, enabled=False):
             if self.step == "ascent":
-                after, energies, overlap, exposure = ascending_step(
+                after, projections, energies, overlap, exposure = ascending_step(
                     features, among, before, mu=mu, eps_sq=self.eps_sq, energy=self.energy
                 )
             else:
@@ -551,8 +551,10 @@ class VMCR2Loss(_OverRanks):
                         energy=self.energy,
                         num_classes=self.num_classes,
                     )
-                energies, overlap, exposure = None, None, features.new_ones(())
-            value, terms = mismatch(features, among, after, energies, overlap, self.pull)
+                projections, energies, overlap, exposure = None, None, None, features.new_ones(())
+            value, terms = mismatch(
+                features, among, after, self.pull, projections=projections, energies=energies, overlap=overlap
+            )
         balance = mu * membership.num_samples * self.eps_sq / self.feature_dim
         finite = (after.total(after.atoms.sum() + after.codes.sum()) + value.detach()).isfinite()
         alone = balance * _LARGEST_MOMENT <= 0.5 * (1 - exposure)
@@ -636,7 +638,7 @@ class VMCR2Loss(_OverRanks):
         """
         atoms = self.dictionary.atoms
         with batch_statistics(model) as run:
-            pairs = ((run(inputs.to(atoms.device)), held.to(atoms.device)) for inputs, held in map(_pair, batches))
+            pairs = ((run(inputs.to(atoms.device)), held.to(atoms.device)) for inputs, held in map(pair_of, batches))
             if self.sharded:
                 self._latch_shard(pairs, "latch_from")
             else:
@@ -661,7 +663,7 @@ class VMCR2Loss(_OverRanks):
                 stream.meet([numbers[:-1] for numbers in brought], self.process_group)
             if not bool((stream.counts > 0).any()):
                 raise _no_batches()
-            self._take(stream)
+            self._latch_onto(stream)
         # All ranks have latched onto the same; where they differed before, classes without a sample still do.
         self.dictionary.changed = len(brought) > 1 and any(numbers[-1] for numbers in brought)
 
@@ -695,9 +697,9 @@ class VMCR2Loss(_OverRanks):
         if not rounds:
             raise _no_batches()
         with torch.autocast(atoms.device.type, enabled=False):
-            self._take(stream)
+            self._latch_onto(stream)
 
-    def _take(self, stream: MomentStream) -> None:
+    def _latch_onto(self, stream: MomentStream) -> None:
         blocks, energies, counts = stream.blocks(self.atoms_per_class)
         self.dictionary.latch(blocks, energies, counts > 0)
 
@@ -750,7 +752,7 @@ class VMCR2Loss(_OverRanks):
             own = features[start : start + shares[rank]] if shares[rank] else features[:0]
             (gathered,) = gather_rows(own, shares=shares, group=self.process_group)
             scores, classes = nearest_in_dictionary(gathered, dictionary.whole())
-            best = shards.best(scores, classes + shards.own.start)
+            best = shards.best_class(scores, classes + shards.own.start)
             found.append(best[sum(shares[:rank]) : sum(shares[: rank + 1])])
         return torch.cat(found)
 
@@ -795,17 +797,6 @@ def _pieces(features: Any, membership: Any) -> Iterator[tuple[Tensor, Tensor]]:
         yield from zip(features.split(_ROWS), membership.split(_ROWS), strict=True)
     else:
         yield features, membership
-
-
-def _pair(batch: Any) -> tuple[Tensor, Tensor]:
-    """Returns a batch of `latch_from`, which must be a pair; a dict of two would unpack into its keys."""
-    if isinstance(batch, tuple | list) and len(batch) == 2:
-        return batch[0], batch[1]
-    got = f"a dict of {', '.join(map(repr, batch))}" if isinstance(batch, dict) else f"a {type(batch).__name__}"
-    raise InputError(
-        f"batches must give pairs (inputs, membership), got {got}; of dicts make pairs: "
-        "((batch['pixel_values'], batch['labels']) for batch in loader)"
-    )
 
 
 class _CollapseWatch:

@@ -66,14 +66,14 @@ class Membership:
         soft: (m, k), or None.
         counts: n_j, (k,), in the dtype of the computation.
         sizes: how many samples each class has a share in, (k,), on the CPU: the shapes of all that follows.
-        of: m of the batch that these samples and classes are a part of; None where they are all of it.
+        batch_size: m of the batch that these samples and classes are a part of; None where they are all of it.
     """
 
     labels: Int[Tensor, " m"] | None
     soft: Float[Tensor, "m k"] | None
     counts: Float[Tensor, " k"]
     sizes: Int[Tensor, " k"]
-    of: int | None = None
+    batch_size: int | None = None
     _packed: dict[int, list[ClassGroup]] = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -84,7 +84,7 @@ class Membership:
     @property
     def num_samples(self) -> int:
         """The number of samples m, of the whole batch where this is a part of one."""
-        return len(self.rows_or_labels) if self.of is None else self.of
+        return len(self.rows_or_labels) if self.batch_size is None else self.batch_size
 
     @property
     def rows_or_labels(self) -> Tensor:
@@ -122,13 +122,13 @@ class Membership:
         if self.counts.dtype == dtype:
             return self
         soft = None if self.soft is None else self.soft.to(dtype)
-        return Membership(self.labels, soft, self.counts.to(dtype), self.sizes, self.of)
+        return Membership(self.labels, soft, self.counts.to(dtype), self.sizes, self.batch_size)
 
     def detach(self) -> Membership:
         """Returns the membership without gradient."""
         if self.soft is None or not self.soft.requires_grad:
             return self
-        return Membership(None, self.soft.detach(), self.counts.detach(), self.sizes, self.of)
+        return Membership(None, self.soft.detach(), self.counts.detach(), self.sizes, self.batch_size)
 
     def among_present(self) -> Membership:
         """Returns the membership among the classes of `present` alone, numbered in their order."""
@@ -137,10 +137,10 @@ class Membership:
         sizes = self.sizes[self.sizes > 0]
         if self.labels is None:
             assert self.soft is not None
-            return Membership(None, self.soft[:, self.present], self.counts[self.present], sizes, self.of)
+            return Membership(None, self.soft[:, self.present], self.counts[self.present], sizes, self.batch_size)
         places = torch.zeros_like(self.counts, dtype=torch.long)
         places[self.present] = torch.arange(len(self.present), device=places.device)
-        return Membership(places[self.labels], None, self.counts[self.present], sizes, self.of)
+        return Membership(places[self.labels], None, self.counts[self.present], sizes, self.batch_size)
 
     def rows(self) -> Float[Tensor, "m k"]:
         """Returns Π as rows."""

@@ -239,9 +239,11 @@ def mismatch(
     features: Float[Tensor, "m d"],
     membership: Membership,
     dictionary: Codes,
+    pull: float = 1.0,
+    *,
+    projections: list[Tensor] | None = None,
     energies: Float[Tensor, "k c"] | None = None,
     overlap: Tensor | None = None,
-    pull: float = 1.0,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
     """Returns ½ Σ_j n_j ‖C_j − B_j‖²_F by eq. (9), and the size of the terms that it is the difference of.
 
@@ -252,29 +254,31 @@ def mismatch(
         features: Z, (m, d).
         membership: Π, among the dictionary's classes.
         dictionary: Γ and Ã.
-        energies: `dictionary.energies` of the features' projections, where it is known already.
-        overlap: `dictionary.overlap()`, likewise.
         pull: q of `_shortfall`, in (0, 1].
+        projections: `dictionary.project` of the features, where they are known already.
+        energies: `dictionary.energies` of those, likewise.
+        overlap: `dictionary.overlap()`, likewise.
 
     Returns:
         Two float64 scalars ≥ 0. The first is wrong by about the dtype's precision times the second. Differentiable.
     """
+    if projections is None:
+        projections = dictionary.project(features, membership)
     if energies is None:
-        energies = dictionary.energies(dictionary.project(features, membership), membership)
+        energies = dictionary.energies(projections, membership)
     if overlap is None:
         overlap = dictionary.overlap()
     codes, counts = dictionary.codes, membership.counts
     whole = (counts.double() * moment_norms(features, membership).double()).sum()
     cross = (codes.double() * energies.double()).sum()
     own = (codes.double() * dictionary.respond(overlap, codes * counts[:, None]).double()).sum()
-    terms = torch.stack([whole, cross, own, _shortfall(features, membership, dictionary, pull)])
+    short = _shortfall(projections, membership, dictionary, pull)
+    terms = torch.stack([whole, cross, own, short])
     whole, cross, own, short = dictionary.total(terms, features, membership.rows_or_labels).unbind()
     return (0.5 * (whole + own) - cross).clamp_min(0) + short, (0.5 * (whole + own)).detach()
 
 
-def _shortfall(
-    features: Float[Tensor, "m d"], membership: Membership, dictionary: Codes, pull: float
-) -> Float[Tensor, ""]:
+def _shortfall(projections: list[Tensor], membership: Membership, dictionary: Codes, pull: float) -> Float[Tensor, ""]:
     """Returns Σ_ij π_ij b_j [(1 − uᵠ)/q − (1 − u)] ≥ 0, u_ij = z_iᵀ B_j z_i / b_j + 1/d, with b_j the largest of Ã_j.
 
     In eq. (9) a sample is pulled into its class by b_j times the gradient of u, which vanishes for a feature orthogonal
@@ -283,11 +287,11 @@ def _shortfall(
     is. It is to eq. (9) what the generalised cross-entropy (1 − pᵠ)/q (Zhang and Sabuncu, 2018) is to 1 − p. The 1/d,
     what a random direction has, bounds it.
     """
-    total = torch.zeros((), dtype=torch.float64, device=features.device)
+    total = dictionary.atoms.new_zeros((), dtype=torch.float64)
     if pull == 1:
         return total
-    for own, largest, weights in dictionary.attractions(dictionary.project(features, membership), membership):
-        share = own / torch.where(largest > 0, largest, 1) + 1 / features.shape[1]
+    for own, largest, weights in dictionary.attractions(projections, membership):
+        share = own / torch.where(largest > 0, largest, 1) + 1 / dictionary.atoms.shape[1]
         short = (1 - share**pull) / pull - (1 - share)
         total = total + (weights.double() * largest.double() * short.double()).sum()
     return total
@@ -298,4 +302,4 @@ def precise_mismatch(
 ) -> Float[Tensor, ""]:
     """Returns `mismatch`, in float64, right relative to itself however small it is."""
     wide = dictionary.moved(dictionary.atoms.double(), dictionary.codes.double())
-    return mismatch(features.double(), membership.to(torch.float64), wide, pull=pull)[0]
+    return mismatch(features.double(), membership.to(torch.float64), wide, pull)[0]

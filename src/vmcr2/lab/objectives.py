@@ -129,11 +129,6 @@ class Variational(Objective):
         self.loss = criterion
         self.settings = settings
 
-    @property
-    def predict(self) -> Callable[[Tensor], Tensor] | None:
-        """None: the loss's own `predict` is by its dictionary, for loops that keep no features."""
-        return None
-
     def before_epoch(self, epoch: int, model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
         """Latches in the first epoch and every `latch_every` after it."""
         if (epoch - 1) % self.settings.latch_every == 0:

@@ -18,6 +18,7 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
+from vmcr2.checks import pair_of
 from vmcr2.distributed import process_rank, world_size
 from vmcr2.errors import InputError, NumericalError
 from vmcr2.lab import networks, objectives, processes, recipes, sources, trained
@@ -105,7 +106,7 @@ def _fit_epoch(
         criterion.train()
         current = _of(epoch, batches)
         length = None if lr_at is None else _length(current)
-        for inputs, given in map(_pair, current):
+        for inputs, given in (pair_of(batch, "labels") for batch in current):
             if lr_at is not None and length is not None:
                 for group in optimizer.param_groups:
                     group["lr"] = lr_at(epoch - 1 + (steps + 0.5) / length)
@@ -150,14 +151,6 @@ def _length(batches: Any) -> int:
         return len(batches)
     except TypeError as error:  # a generator, or a DataLoader of an IterableDataset
         raise InputError(f"batches must have a length where lr_at is given, got a {type(batches).__name__}") from error
-
-
-def _pair(batch: Any) -> tuple[Tensor, Tensor]:
-    """Returns a batch, which must be a pair; a dict of two would unpack into its keys."""
-    if isinstance(batch, tuple | list) and len(batch) == 2:
-        return batch[0], batch[1]
-    got = f"a dict of {', '.join(map(repr, batch))}" if isinstance(batch, dict) else f"a {type(batch).__name__}"
-    raise InputError(f"batches must give pairs (inputs, labels), got {got}")
 
 
 def _check(objective: Objective, lines: list[dict[str, Any]]) -> None:
@@ -516,6 +509,7 @@ class _Run:
         self.trained: dict[str, Any] = {"config": trained.config(recipe, prepared.dataset)}
         self.trained |= {"bases": None, "measured_at": 0}
         self.seconds = 0.0
+        self.saved_at = time.monotonic()
         self.optimizer = torch.optim.SGD(
             [*model.parameters(), *criterion.parameters()],
             recipe.lr,
@@ -565,6 +559,18 @@ class _Run:
             state["cuda_rng"] = torch.cuda.get_rng_state(self.prepared.device)
         self.run.save_checkpoint(state)
 
+    def record(self, line: dict[str, Any], interrupt: _Interrupt) -> bool:
+        """Writes what an epoch came to, and a checkpoint where one is due; returns whether to stop after it."""
+        recipe, epoch = self.prepared.recipe, line["epoch"]
+        self.seconds += line["seconds"]
+        self.run.add_metrics(line)
+        interrupt.done = epoch
+        due = time.monotonic() - self.saved_at >= recipe.checkpoint_seconds
+        if epoch == recipe.epochs or interrupt.asked or due:
+            self.save(epoch)
+            interrupt.saved, self.saved_at = epoch, time.monotonic()
+        return interrupt.asked and interrupt.saved == epoch  # not where it was asked too late for the above
+
     def finish(self) -> None:
         """Writes what the figures need and, last, the summary, whose presence says that the run is complete."""
         if processes.first(lambda: self.measured is None):  # the run was broken off after its last epoch
@@ -603,37 +609,21 @@ def _train(
     on_epoch: OnEpoch | None,
     state: dict[str, Any] | None = None,
 ) -> None:
-    recipe, dataset, objective = prepared.recipe, prepared.dataset, prepared.objective
+    recipe = prepared.recipe
     kept = _Run(prepared, run, state)
     done = 0 if state is None else state["epoch"]
-    saved_at = time.monotonic()
     title = f"{recipe.name} {recipe.objective} seed {recipe.seed}"
     if not processes.is_first():
         console = Console(quiet=True, force_terminal=False)
-
-    def history() -> list[dict[str, Any]]:
-        run.truncate_metrics(done)
-        return run.metrics()
-
-    def batches(epoch: int, *, augment: bool) -> EpochBatches:
-        return EpochBatches(dataset, recipe, epoch, augment, process_rank(), world_size())
-
     with EpochProgress(title, recipe.epochs, done, console) as progress, _Interrupt(run, done, console) as interrupt:
 
         def note(line: dict[str, Any]) -> tuple[dict[str, Any], bool]:
             """Writes and shows what an epoch came to; returns that, and whether to stop."""
-            nonlocal saved_at
-            epoch = line["epoch"]
-            kept.seconds += line["seconds"]
-            run.add_metrics(line)
-            interrupt.done = epoch
-            if epoch == recipe.epochs or interrupt.asked or time.monotonic() - saved_at >= recipe.checkpoint_seconds:
-                kept.save(epoch)
-                interrupt.saved, saved_at = epoch, time.monotonic()
-            progress.update(epoch, _figures(line))
+            stop = kept.record(line, interrupt)
+            progress.update(line["epoch"], _figures(line))
             if on_epoch is not None:
                 on_epoch(line)
-            return line, interrupt.asked and interrupt.saved == epoch  # not where it was asked too late for the above
+            return line, stop
 
         def after(line: dict[str, Any]) -> None:
             epoch = line["epoch"]
@@ -641,7 +631,7 @@ def _train(
                 try:
                     line |= asdict(kept.measure(epoch))
                 except (InputError, NumericalError) as error:
-                    raise _diverged(objective, epoch, error) from error
+                    raise _diverged(prepared.objective, epoch, error) from error
             interrupt.asked = processes.any_of(interrupt.asked)
             noted, stop = processes.first(lambda: note(line))
             line |= noted
@@ -649,19 +639,7 @@ def _train(
                 raise Interrupted(run.path)
 
         try:
-            fit(
-                networks.distributed(prepared.model),
-                objective,
-                lambda epoch: batches(epoch, augment=True),
-                kept.optimizer,
-                recipe.epochs,
-                latch_on=lambda epoch: batches(epoch, augment=False),
-                lr_at=recipe.lr_at,
-                precision=recipe.precision,
-                on_epoch=after,
-                done=done,
-                history=processes.first(history),
-            )
+            _fit_recipe(kept, done, after)
             kept.finish()
             if processes.any_of(interrupt.asked):
                 raise Interrupted(run.path)
@@ -671,6 +649,33 @@ def _train(
             if interrupt.asked:  # the first process has stopped at once
                 raise Interrupted(run.path) from None
             raise LostProcessError(run.path) from error
+
+
+def _fit_recipe(kept: _Run, done: int, after: OnEpoch) -> None:
+    """Runs `fit` as a recipe has it, from the epoch after `done` on."""
+    prepared, run = kept.prepared, kept.run
+    recipe = prepared.recipe
+
+    def history() -> list[dict[str, Any]]:
+        run.truncate_metrics(done)
+        return run.metrics()
+
+    def batches(epoch: int, *, augment: bool) -> EpochBatches:
+        return EpochBatches(prepared.dataset, recipe, epoch, augment, process_rank(), world_size())
+
+    fit(
+        networks.distributed(prepared.model),
+        prepared.objective,
+        lambda epoch: batches(epoch, augment=True),
+        kept.optimizer,
+        recipe.epochs,
+        latch_on=lambda epoch: batches(epoch, augment=False),
+        lr_at=recipe.lr_at,
+        precision=recipe.precision,
+        on_epoch=after,
+        done=done,
+        history=processes.first(history),
+    )
 
 
 def _figures(line: dict[str, Any]) -> dict[str, str]:
