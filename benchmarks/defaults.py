@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from runs import Runs
 from torch import Tensor, nn
 
 import vmcr2
@@ -27,7 +27,6 @@ from vmcr2.lab.report import describe_device, markdown_table
 from vmcr2.subspaces import class_subspaces, nearest_subspace
 
 RESULTS = Path(__file__).parent.parent / "results"
-RUNS = RESULTS / "defaults.jsonl"
 # data set: settings, network, feature dimension, epochs
 DATA = {
     "digits": (sources.DataSettings("digits"), "mlp", 128, 40),
@@ -118,31 +117,22 @@ def trained(objective: str, data: str, norms: bool, optimiser: str, batch: int, 
     return line | {"reduction": None, "expansion": None, "accuracy": None}
 
 
-KEYS = ("objective", "data", "norms", "optimiser", "batch", "seed")
-
-
-def lines() -> list[dict]:
-    return [json.loads(line) for line in RUNS.read_text().splitlines()] if RUNS.is_file() else []
+RUNS = Runs(RESULTS / "defaults.jsonl", ("objective", "data", "norms", "optimiser", "batch", "seed"))
 
 
 def run(data_root: Path | None, only: list[str], objectives: list[str], seeds: list[int]) -> None:
-    done = {tuple(line[key] for key in KEYS) for line in lines()}
     for data in only:
         parts = split(data, data_root)
-        for seed, objective, norms, optimiser, batch in itertools.product(
-            seeds, objectives, (True, False), OPTIMISERS, BATCHES
-        ):
-            if (objective, data, norms, optimiser, batch, seed) in done:
-                continue
-            line = trained(objective, data, norms, optimiser, batch, seed, parts)
-            with RUNS.open("a") as file:
-                file.write(json.dumps(line) + "\n")
-            print({key: line[key] for key in (*KEYS, "reduction", "accuracy", "failed", "seconds")}, flush=True)
+        for cell in itertools.product(seeds, objectives, (True, False), OPTIMISERS, BATCHES):
+            setting = {"data": data} | dict(
+                zip(("seed", "objective", "norms", "optimiser", "batch"), cell, strict=True)
+            )
+            RUNS.completed(setting, lambda setting=setting, parts=parts: trained(**setting, parts=parts))
 
 
 def table() -> None:
     """Writes results/defaults.md: a row a network, optimiser and batch; ΔR and accuracy of each objective."""
-    held = {tuple(line[key] for key in KEYS): line for line in lines()}
+    held = {tuple(line[key] for key in RUNS.keys): line for line in RUNS.lines()}
     text = (
         "# Do the defaults train?\n\nMade by `python benchmarks/defaults.py`; seed 0, "
         f"{describe_device(torch.device('cpu'))}. "

@@ -14,7 +14,6 @@ that split too. The final runs train on everything; `ce-stopped` keeps the split
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import statistics
 import time
@@ -25,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from runs import Line, MissingRunError, Runs, best_rate
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -34,12 +34,12 @@ from vmcr2.lab.augmentation import Augmentation, plain
 from vmcr2.lab.evaluate import Features, accuracy, extract, subspaces
 from vmcr2.lab.objectives import Objective
 from vmcr2.lab.recipes import RECIPES, Recipe
-from vmcr2.lab.report import describe_device, markdown_table
+from vmcr2.lab.report import describe_device, markdown_table, mean_and_spread
 from vmcr2.lab.sources import Dataset
 from vmcr2.subspaces import class_subspaces, nearest_subspace, subspace_energies
 
 RESULTS = Path(__file__).parent.parent / "results"
-RUNS = RESULTS / "noise.jsonl"
+RUNS = Runs(RESULTS / "noise.jsonl", ("data", "method", "share", "kind", "seed", "lr", "held"))
 LEVELS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)
 CHOSEN_AT = 0.3
 HELD_OUT = 7  # every seventh sample of a class is for validation
@@ -308,7 +308,7 @@ def trained(
     return model, criterion
 
 
-def run_one(setting: Setting, root: Path | None) -> dict[str, Any]:
+def run_one(setting: Setting, root: Path | None) -> Line:
     """Trains one setting; a line of the file."""
     recipe, dataset, wrong, (held_inputs, held_labels) = prepared(setting, root)
     k = dataset.num_classes
@@ -344,7 +344,7 @@ def run_one(setting: Setting, root: Path | None) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def out_of_sample(setting: Setting, root: Path | None) -> dict[str, Any]:
+def out_of_sample(setting: Setting, root: Path | None) -> Line:
     """Returns cleanlab's scores of the labels from cross-entropy's probabilities in five folds, as it recommends."""
     from cleanlab.rank import get_label_quality_scores
 
@@ -369,58 +369,35 @@ def out_of_sample(setting: Setting, root: Path | None) -> dict[str, Any]:
     return {**vars(setting), "method": "cleanlab", "failed": None, "finding": found, "seconds": seconds}
 
 
-KEYS = ("data", "method", "share", "kind", "seed", "lr", "held")
-
-
-def lines() -> list[dict[str, Any]]:
-    return [json.loads(text) for text in RUNS.read_text().splitlines()] if RUNS.is_file() else []
-
-
-def completed(
-    setting: Setting, root: Path | None, run_it: Callable[[Setting, Path | None], dict[str, Any]] = run_one
-) -> dict[str, Any]:
-    """Returns a setting's line, after running it where it is not there yet."""
-    wanted = vars(setting) if run_it is run_one else vars(setting) | {"method": "cleanlab"}
-    for line in lines():
-        if all(line[name] == wanted[name] for name in KEYS):
-            return line
-    line = run_it(setting, root)
-    with RUNS.open("a") as file:
-        file.write(json.dumps(line) + "\n")
-    shown = {name: line.get(name) for name in (*KEYS, "validation", "test", "failed", "seconds")}
-    print(shown, flush=True)
-    return line
-
-
-def best_of(line: dict[str, Any]) -> float:
+def best_of(line: Line) -> float:
+    """Returns the best predictor's accuracy on the noisy validation split, −1 of a run that failed."""
     return max(line["validation"].values()) if "validation" in line else -1.0
 
 
-def chosen_rate(data: str, method: str, seek: Callable[[Setting], dict[str, Any]]) -> tuple[float, str]:
+def chosen(data: str, method: str, seek: Callable[[Setting], Line]) -> tuple[float, str]:
     """Returns the learning rate and the predictor that do best on the noisy validation split."""
-    rates = list(FIRST_RATES.get(method, OTHER_RATES))
 
-    def at(lr: float) -> dict[str, Any]:
+    def at(lr: float) -> Line:
         return seek(Setting(data, method, CHOSEN_AT, "symmetric", 0, lr, True))
 
-    found = {lr: at(lr) for lr in rates}
-    for _ in range(3):
-        best = max(found, key=lambda lr: best_of(found[lr]))
-        longer = max(found) * 2.0 if best == max(found) else min(found) / 3.0 if best == min(found) else None
-        if longer is None:
-            break
-        longer = float(f"{longer:.2g}")
-        found[longer] = at(longer)
-    best = max(found, key=lambda lr: best_of(found[lr]))
-    validation = found[best]["validation"]
-    return best, max(validation, key=lambda name: validation[name])
+    lr = best_rate(FIRST_RATES.get(method, OTHER_RATES), lambda lr: best_of(at(lr)))
+    validation = at(lr)["validation"]
+    return lr, max(validation, key=lambda name: validation[name])
+
+
+def kept(setting: Setting) -> Line:
+    return RUNS.kept(vars(setting))
+
+
+def completed(setting: Setting, root: Path | None) -> Line:
+    return RUNS.completed(vars(setting), lambda: run_one(setting, root))
 
 
 def run(data: list[str], methods: list[str], shares: list[float], seeds: list[int], root: Path | None) -> None:
     for name in data:
         for seed in seeds:
             for method in methods:
-                lr, _ = chosen_rate(name, method, lambda setting: completed(setting, root))
+                lr, _ = chosen(name, method, lambda setting: completed(setting, root))
                 for share in shares:
                     completed(Setting(name, method, share, "symmetric", seed, lr, method == "ce-stopped"), root)
                 completed(Setting(name, method, CHOSEN_AT, "similar", seed, lr, method == "ce-stopped"), root)
@@ -428,25 +405,15 @@ def run(data: list[str], methods: list[str], shares: list[float], seeds: list[in
 
 def run_cleanlab(data: list[str], seeds: list[int], root: Path | None) -> None:
     for name in data:
-        lr, _ = chosen_rate(name, "ce", lambda setting: completed(setting, root))
+        lr, _ = chosen(name, "ce", lambda setting: completed(setting, root))
         for seed in seeds:
-            completed(Setting(name, "ce", CHOSEN_AT, "symmetric", seed, lr, False), root, out_of_sample)
-
-
-class UnfinishedError(Exception):
-    """A line that the table needs is not there yet."""
+            setting = Setting(name, "ce", CHOSEN_AT, "symmetric", seed, lr, False)
+            RUNS.completed(vars(setting) | {"method": "cleanlab"}, lambda setting=setting: out_of_sample(setting, root))
 
 
 def table() -> None:
     """Writes results/noise.md and noise.png."""
-    known = lines()
-
-    def seek(setting: Setting) -> dict[str, Any]:
-        for line in known:
-            if all(line[name] == getattr(setting, name) for name in KEYS):
-                return line
-        raise UnfinishedError
-
+    known = RUNS.lines()
     text = (
         "# Wrong training labels\n\nMade by `python benchmarks/noise.py`, "
         f"{describe_device(torch.device('cpu'))}. Test accuracy (right labels), mean ± standard deviation over "
@@ -460,8 +427,8 @@ def table() -> None:
         rows, found_rows = [], []
         for method, title in NAMES.items():
             try:
-                lr, predictor = chosen_rate(data, method, seek)
-            except UnfinishedError:
+                lr, predictor = chosen(data, method, kept)
+            except MissingRunError:
                 continue
             members = [
                 line
@@ -475,8 +442,7 @@ def table() -> None:
                     line["test"][predictor] for line in members if line["share"] == share and line["kind"] == kind
                 ]
                 seeds = max(seeds, len(values))
-                spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-                cells.append(f"{statistics.mean(values):.3f}{spread}" if values else "–")
+                cells.append(mean_and_spread(values, 3))
                 if values and kind == "symmetric":
                     spread_value = statistics.stdev(values) if len(values) > 1 else 0.0
                     curves.setdefault(data, {}).setdefault(method, []).append(

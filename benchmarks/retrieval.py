@@ -13,8 +13,6 @@ defaults. The optimiser is SGD with momentum 0.9.
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,17 +23,18 @@ import torch
 from pytorch_metric_learning import distances, losses
 from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
 from pytorch_metric_learning.utils.inference import CustomKNN
+from runs import Line, MissingRunError, Runs, best_rate
 from torch import Tensor, nn
 from torch.nn import functional
 
 import vmcr2
 from vmcr2.lab import networks, sources
 from vmcr2.lab.augmentation import Augmentation, augmented, plain
-from vmcr2.lab.report import describe_device, markdown_table
+from vmcr2.lab.report import describe_device, markdown_table, mean_and_spread
 from vmcr2.subspaces import class_subspaces, subspace_energies
 
 RESULTS = Path(__file__).parent.parent / "results"
-RUNS = RESULTS / "retrieval.jsonl"
+RUNS = Runs(RESULTS / "retrieval.jsonl", ("method", "seed", "lr", "held"))
 CLASSES, HELD_CLASSES, D, EPOCHS = 300, 60, 384, 20
 SHIFTED = Augmentation(padding=2, crop=28)
 
@@ -144,7 +143,7 @@ def novelty(criterion: nn.Module, z: Tensor, y: Tensor, seen: Tensor, unseen: Te
     return found
 
 
-def run_one(setting: Setting, root: Path | None) -> dict[str, Any]:
+def run_one(setting: Setting, root: Path | None) -> Line:
     """Trains one setting; a line of the file."""
     x, y, x_seen, _, x_new, y_new = images(root, setting.held)
     k = int(y.max()) + 1
@@ -183,70 +182,37 @@ def run_one(setting: Setting, root: Path | None) -> dict[str, Any]:
     return line | {"seconds": round(time.perf_counter() - began, 1)}
 
 
-def lines() -> list[dict[str, Any]]:
-    return [json.loads(text) for text in RUNS.read_text().splitlines()] if RUNS.is_file() else []
+def chosen_rate(method: str, seek: Callable[[Setting], Line]) -> float:
+    """Returns the learning rate that does best on the held-out classes."""
+    return best_rate(METHODS[method][2], lambda lr: seek(Setting(method, 0, lr, True)).get("map_at_r", -1.0))
 
 
-def found(setting: Setting) -> dict[str, Any] | None:
-    for line in lines():
-        if all(line[name] == value for name, value in vars(setting).items()):
-            return line
-    return None
-
-
-def completed(setting: Setting, root: Path | None) -> dict[str, Any]:
-    """Returns a setting's line, after running it where it is not there yet."""
-    line = found(setting)
-    if line is None:
-        line = run_one(setting, root)
-        with RUNS.open("a") as file:
-            file.write(json.dumps(line) + "\n")
-        print(line, flush=True)
-    return line
-
-
-def chosen_rate(method: str, seek: Callable[[Setting], dict[str, Any] | None]) -> float | None:
-    """Returns the rate that does best on the held-out classes; None where a run that it takes is missing."""
-
-    def at(lr: float) -> float | None:
-        line = seek(Setting(method, 0, lr, True))
-        return None if line is None else line.get("map_at_r", -1.0)
-
-    scores = {lr: at(lr) for lr in METHODS[method][2]}
-    for _ in range(4):
-        if None in scores.values():
-            return None
-        best = max(scores, key=lambda lr: scores[lr] or 0.0)
-        longer = 3 * max(scores) if best == max(scores) else min(scores) / 3 if best == min(scores) else None
-        if longer is None:
-            return best
-        longer = float(f"{longer:.1g}")
-        scores[longer] = at(longer)
-    return max(scores, key=lambda lr: scores[lr] or 0.0)
+def kept(setting: Setting) -> Line:
+    return RUNS.kept(vars(setting))
 
 
 def run(methods: list[str], seeds: list[int], root: Path | None) -> None:
+    def completed(setting: Setting) -> Line:
+        return RUNS.completed(vars(setting), lambda: run_one(setting, root))
+
     for method in methods:
-        lr = chosen_rate(method, lambda setting: completed(setting, root))
-        assert lr is not None
+        lr = chosen_rate(method, completed)
         for seed in seeds:
-            completed(Setting(method, seed, lr, False), root)
+            completed(Setting(method, seed, lr, False))
 
 
 _NOVELTY = ("subspaces", "k-NN", "max softmax", "energy", "ViM")
-
-
-def _mean(values: list[float], digits: int = 3) -> str:
-    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.{digits}f}{spread}" if values else "–"
 
 
 def table() -> None:
     """Writes results/retrieval.md."""
     rows, novel = [], []
     for method, (title, *_) in METHODS.items():
-        lr = chosen_rate(method, found)
-        members = [line for line in lines() if (line["method"], line["lr"], line["held"]) == (method, lr, False)]
+        try:
+            lr = chosen_rate(method, kept)
+        except MissingRunError:
+            continue
+        members = [line for line in RUNS.lines() if (line["method"], line["lr"], line["held"]) == (method, lr, False)]
         members = [line for line in members if not line["failed"]]
         if not members:
             continue
@@ -255,12 +221,10 @@ def table() -> None:
                 title,
                 f"{lr:g}",
                 str(len(members)),
-                *(_mean([line[of] for line in members]) for of in ("r_at_1", "map_at_r")),
+                *(mean_and_spread([line[of] for line in members], 3) for of in ("r_at_1", "map_at_r")),
             ]
         )
-        novel.append(
-            [title, *(_mean([line["novelty"][by] for line in members if by in line["novelty"]]) for by in _NOVELTY)]
-        )
+        novel.append([title, *(mean_and_spread([line["novelty"].get(by) for line in members], 3) for by in _NOVELTY)])
     text = (
         "# Classes never seen in training\n\nMade by `python benchmarks/retrieval.py`, "
         f"{describe_device(torch.device('cpu'))}. Omniglot, 300 classes of 15 samples for training, 300 others of 20 "

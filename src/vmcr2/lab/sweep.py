@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +12,7 @@ from rich.console import Console
 from vmcr2.errors import InputError
 from vmcr2.lab import figures, sources, train
 from vmcr2.lab.recipes import OBJECTIVES, ObjectiveName, Recipe
-from vmcr2.lab.report import markdown_table
+from vmcr2.lab.report import markdown_table, mean_and_spread
 from vmcr2.lab.run import RunFolder, is_free, write_atomically, write_json
 
 COLUMNS = ("objective", "R", "R_c", "ΔR", "test accuracy", "own head", "s/epoch")
@@ -103,14 +102,6 @@ def rows(summaries: Sequence[dict[str, Any]]) -> list[list[str]]:
             ("head_accuracy", 4),
             ("seconds_per_epoch", 2),
         ):
-            row.append(_mean([summary[key] for summary in members], digits))
+            row.append(mean_and_spread([summary[key] for summary in members], digits))
         table.append(row)
     return table
-
-
-def _mean(values: list[float | None], digits: int) -> str:
-    known = [value for value in values if value is not None]
-    if not known:
-        return "–"
-    spread = f" ± {statistics.stdev(known):.{digits}f}" if len(known) > 1 else ""
-    return f"{statistics.mean(known):.{digits}f}{spread}"
