@@ -215,6 +215,12 @@ def ranks():
     pool.end()
 
 
+def needs(*packages):
+    """Skips a test of packages that the development extra leaves out as heavy, naming the one that is missing."""
+    for package in packages:
+        pytest.importorskip(package, reason=f"needs {package}: pip install '.[examples]'")
+
+
 @pytest.fixture(scope="session")
 def data_root(tmp_path_factory):
     """Returns a folder with MNIST, CIFAR-100 and Omniglot in torchvision's layout, or skips naming what is missing."""

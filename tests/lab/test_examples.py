@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import needs
 
 import vmcr2
 from vmcr2.lab._torchvision import import_torchvision
@@ -37,7 +38,7 @@ def test_the_loop_on_two_processes_learns():
 
 
 def test_lightning_passes_its_sanity_check_before_any_latch_and_learns():
-    pytest.importorskip("lightning")
+    needs("lightning")
     import lightning_module
 
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
@@ -47,7 +48,7 @@ def test_lightning_passes_its_sanity_check_before_any_latch_and_learns():
 
 
 def test_a_validation_before_any_latch_says_what_to_do(monkeypatch):
-    pytest.importorskip("lightning")
+    needs("lightning")
     import lightning_module
 
     class Careless(lightning_module.Digits):
@@ -72,8 +73,7 @@ def test_batches_that_are_dicts_are_refused_with_what_to_make_of_them():
 
 
 def test_hugging_faces_trainer_latches_and_learns():
-    pytest.importorskip("transformers")
-    pytest.importorskip("accelerate")
+    needs("transformers", "accelerate")
     import huggingface_trainer
 
     assert huggingface_trainer.main(epochs=6)["eval_reduction"] > 5
@@ -81,7 +81,7 @@ def test_hugging_faces_trainer_latches_and_learns():
 
 @pytest.mark.parametrize("service", ["tensorboard", "trackio", "wandb"])
 def test_a_logger_gets_every_epoch(service, tmp_path, monkeypatch):
-    pytest.importorskip(service)
+    needs(service)
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
     import logging_hooks

@@ -4,6 +4,7 @@ import sys
 
 import pytest
 import torch
+from conftest import needs
 
 from vmcr2.errors import InputError
 from vmcr2.lab import networks
@@ -23,7 +24,7 @@ def test_preact_resnet18_has_the_parameters_it_should():
 
 def test_a_network_of_timm_is_trained_by_its_name():
     import_torchvision()
-    pytest.importorskip("timm")
+    needs("timm")
     for name, size in (("resnet10t", 32), ("vit_tiny_patch16_224", 48)):
         model = networks.build(f"timm:{name}", (1, size, size), 24)
         features = model(torch.rand(3, 1, size, size))
