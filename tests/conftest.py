@@ -26,6 +26,7 @@ from vmcr2.mismatch import BlockCodes, SharedCodes
 
 settings.register_profile("vmcr2", deadline=None, max_examples=25, derandomize=True)
 settings.load_profile("vmcr2")
+os.environ["SCIPY_ARRAY_API"] = "1"  # without it scikit-learn skips some of its checks; read when SciPy is imported
 
 REPOSITORY = Path(__file__).parents[1]
 STRUCTURES = ["shared", "block"]
