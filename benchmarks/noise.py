@@ -32,7 +32,7 @@ import vmcr2
 from vmcr2.lab import sources, train
 from vmcr2.lab.augmentation import Augmentation, plain
 from vmcr2.lab.evaluate import Features, accuracy, extract, subspaces
-from vmcr2.lab.objectives import Objective
+from vmcr2.lab.objectives import Objective, Variational
 from vmcr2.lab.recipes import RECIPES, Recipe
 from vmcr2.lab.report import describe_device, markdown_table, mean_and_spread
 from vmcr2.lab.sources import Dataset
@@ -140,14 +140,6 @@ class Rival(Objective):
 
     def log(self, features: Tensor, labels: Tensor) -> dict[str, float]:
         return {}
-
-
-class Ours(Rival):
-    """V-MCR² at its defaults, latched before the first epoch and every fifty."""
-
-    def before_epoch(self, epoch: int, model: nn.Module, batches: Any) -> None:
-        if epoch % 50 == 1:
-            self.criterion.latch_from(model, batches)
 
 
 Given = tuple[Tensor, int, int]  # labels to train on, d, k
@@ -286,7 +278,8 @@ def trained(
     shape = plain(dataset.train_inputs[:1], recipe.augmentation).shape[1:]
     model, _ = train.build(recipe, tuple(shape), k)
     criterion = METHODS[setting.method]((dataset.train_labels, d, k))
-    objective = (Ours if setting.method.startswith("vmcr2") else Rival)(criterion, k)
+    ours = isinstance(criterion, vmcr2.VMCR2Loss)
+    objective = Variational(criterion, recipe.vmcr2) if ours else Rival(criterion, k)
     parameters = [*model.parameters(), *criterion.parameters()]
     optimizer = torch.optim.SGD(parameters, setting.lr, recipe.momentum, weight_decay=recipe.weight_decay)
     given = dataset

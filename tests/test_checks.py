@@ -109,6 +109,8 @@ def test_step_sizes_and_penalty(name, value):
         ("reduction must be one of 'mean', 'sum', got 'none'", {"reduction": "none"}),
         ("step must be one of 'ascent', 'paper', 'simultaneous', got None", {"step": None}),
         ("energy must be a finite number > 0, got 0", {"energy": 0}),
+        ("pull must be a finite number > 0 and at most 1, got 0", {"pull": 0}),
+        ("pull must be a finite number > 0 and at most 1, got 1.5", {"pull": 1.5}),
     ],
 )
 def test_sizes(message, arguments):

@@ -16,11 +16,12 @@ from vmcr2.linalg import is_batched, wide_dtype
 UNIT_NORM_TOLERANCE = 0.02  # bf16 normalisation is off by up to 2⁻⁸ in the norm and as much in each entry
 
 
-def check_number(name: str, value: float, *, positive: bool = True) -> None:
-    """Raises InputError unless the value is a finite number, above 0 (or at least 0 where positive is false)."""
+def check_number(name: str, value: float, *, positive: bool = True, at_most: float = math.inf) -> None:
+    """Raises InputError unless the value is a finite number, above 0 (at least 0 where positive is false), in reach."""
     ok = isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
-    if not ok or value < 0 or (positive and value == 0):
-        raise InputError(f"{name} must be a finite number {'> 0' if positive else '>= 0'}, got {value!r}")
+    if not ok or value < 0 or (positive and value == 0) or value > at_most:
+        limit = "" if at_most == math.inf else f" and at most {at_most}"
+        raise InputError(f"{name} must be a finite number {'> 0' if positive else '>= 0'}{limit}, got {value!r}")
 
 
 def check_count(name: str, value: int, *, at_least: int = 1, at_most: int | None = None, limit: str = "") -> None:

@@ -340,12 +340,10 @@ class VMCR2Loss(_OverRanks):
         if atoms_per_class is None:
             atoms_per_class = max(1, feature_dim // num_classes)
         check_count("atoms_per_class", atoms_per_class, at_most=feature_dim, limit="feature_dim")
-        numbers = {"eps_sq": eps_sq, "balance": balance, "pull": pull}
-        numbers |= {"step_atoms": step_atoms, "step_codes": step_codes}
+        numbers = {"eps_sq": eps_sq, "balance": balance, "step_atoms": step_atoms, "step_codes": step_codes}
         for name, value in numbers.items():
             check_number(name, value)
-        if pull > 1:
-            raise InputError(f"pull must be in (0, 1], got {pull}")
+        check_number("pull", pull, at_most=1)
         for name, value in (("mu", mu), ("energy", energy)):
             if value is not None:
                 check_number(name, value)

@@ -13,7 +13,7 @@ def test_every_row_has_its_recipe_with_the_papers_settings():
         assert recipe.eps_sq == 0.5
         assert recipe.vmcr2.latch_every == 50
         assert (recipe.vmcr2.step_atoms, recipe.vmcr2.step_codes) == (5.0, 5.0)
-        assert recipe.vmcr2.energy is None
+        assert (recipe.vmcr2.energy, recipe.vmcr2.pull) == (None, 1.0)
         assert (recipe.vmcr2.step, recipe.vmcr2.reduction) == ("paper", "sum")
         assert not recipe.vmcr2.stop_on_collapse
         assert recipe.batch_size == (1000 if name in ("mnist", "cifar10") else 2000)
@@ -31,3 +31,10 @@ def test_every_row_has_its_recipe_with_the_papers_settings():
     strong = PAPER["cifar100-strong"]
     rates = [strong.lr_at(epoch) for epoch in (0.5, 999.9, 1000.1, 1499.9, 1500.1, 1999.9)]
     assert rates == pytest.approx([0.1, 0.1, 0.01, 0.01, 0.001, 0.001])
+
+
+def test_our_recipes_keep_the_papers_network_images_and_dimension():
+    for name in TABLE2:
+        ours, papers = PAPER[f"{name}-ours"], PAPER[name]
+        for kept in ("network", "data", "augmentation", "feature_dim", "eps_sq", "momentum"):
+            assert getattr(ours, kept) == getattr(papers, kept)

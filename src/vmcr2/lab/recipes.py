@@ -77,10 +77,9 @@ class VMCR2Settings:
     stop_on_collapse: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("lr", "balance", "pull", "step_atoms", "step_codes"):
+        for name in ("lr", "balance", "step_atoms", "step_codes"):
             check_number(f"vmcr2.{name}", getattr(self, name))
-        if self.pull > 1:
-            raise InputError(f"vmcr2.pull must be in (0, 1], got {self.pull}")
+        check_number("vmcr2.pull", self.pull, at_most=1)
         for name in ("mu", "energy", "gradient_clip"):
             if getattr(self, name) is not None:
                 check_number(f"vmcr2.{name}", getattr(self, name))
