@@ -20,7 +20,7 @@ def check_number(name: str, value: float, *, positive: bool = True, at_most: flo
     """Raises InputError unless the value is a finite number, above 0 (at least 0 where positive is false), in reach."""
     ok = isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
     if not ok or value < 0 or (positive and value == 0) or value > at_most:
-        limit = "" if at_most == math.inf else f" and at most {at_most}"
+        limit = "" if at_most == math.inf else f" and at most {at_most:g}"
         raise InputError(f"{name} must be a finite number {'> 0' if positive else '>= 0'}{limit}, got {value!r}")
 
 

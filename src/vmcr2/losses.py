@@ -343,7 +343,7 @@ class VMCR2Loss(_OverRanks):
         numbers = {"eps_sq": eps_sq, "balance": balance, "step_atoms": step_atoms, "step_codes": step_codes}
         for name, value in numbers.items():
             check_number(name, value)
-        check_number("pull", pull, at_most=1)
+        check_number("pull", pull, at_most=1.0)
         for name, value in (("mu", mu), ("energy", energy)):
             if value is not None:
                 check_number(name, value)

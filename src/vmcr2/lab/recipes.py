@@ -79,7 +79,7 @@ class VMCR2Settings:
     def __post_init__(self) -> None:
         for name in ("lr", "balance", "step_atoms", "step_codes"):
             check_number(f"vmcr2.{name}", getattr(self, name))
-        check_number("vmcr2.pull", self.pull, at_most=1)
+        check_number("vmcr2.pull", self.pull, at_most=1.0)
         for name in ("mu", "energy", "gradient_clip"):
             if getattr(self, name) is not None:
                 check_number(f"vmcr2.{name}", getattr(self, name))
