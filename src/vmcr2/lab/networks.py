@@ -28,6 +28,35 @@ class Normalize(nn.Module):
         return functional.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=1)
 
 
+class MapConv2d(nn.Conv2d):
+    """A convolution that on a CPU is one matrix product where each of its outputs sees the whole input map.
+
+    Such are the last stages of a ResNet on small images, 3×3 over maps of 2×2 and 1×1, where most of the kernel lies on
+    padding. The same function of the same parameters; `benchmarks/network.py` times both.
+    """
+
+    def forward(self, input: Float[Tensor, "m c h w"]) -> Float[Tensor, "m o i j"]:
+        """Returns the convolution of the maps."""
+        rows, columns = (self._offsets(axis, length) for axis, length in enumerate(input.shape[2:]))
+        plain = self.groups == 1 and self.dilation == (1, 1) and self.padding_mode == "zeros"
+        if input.device.type != "cpu" or not plain or not rows or not columns:
+            return super().forward(input)
+        h, w = input.shape[2:]
+        weight = self.weight.permute(0, 2, 3, 1)  # channels last, as the maps are
+        seen = torch.stack([weight[:, y : y + h, x : x + w] for y in rows for x in columns])
+        bias = None if self.bias is None else self.bias.repeat(len(seen))
+        maps = functional.linear(input.permute(0, 2, 3, 1).flatten(1), seen.flatten(2).flatten(0, 1), bias)
+        return maps.unflatten(1, (len(rows), len(columns), -1)).permute(0, 3, 1, 2)
+
+    def _offsets(self, axis: int, length: int) -> list[int]:
+        """Where in the kernel the map starts, for each output along an axis; empty if one sees a part of it only."""
+        size, stride, padding = self.kernel_size[axis], self.stride[axis], self.padding[axis]
+        if isinstance(padding, str):
+            return []
+        offsets = [padding - stride * i for i in range((length + 2 * padding - size) // stride + 1)]
+        return offsets if all(0 <= start <= size - length for start in offsets) else []
+
+
 def reshaping_head(width: int, feature_dim: int) -> list[nn.Module]:
     """Returns Architecture 2's head from `width` to unit features; the paper has width 512."""
     return [
@@ -183,10 +212,15 @@ def build(network: str, input_shape: tuple[int, ...], feature_dim: int) -> nn.Mo
     check_network(network)
     try:
         if network.startswith(TIMM):
-            return _timm(network.removeprefix(TIMM), input_shape, feature_dim)
-        return NETWORKS[network](input_shape, feature_dim)
+            model = _timm(network.removeprefix(TIMM), input_shape, feature_dim)
+        else:
+            model = NETWORKS[network](input_shape, feature_dim)
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"network {network} cannot take inputs of shape {input_shape}: {error}") from error
+    for layer in model.modules():
+        if type(layer) is nn.Conv2d:
+            layer.__class__ = MapConv2d  # it has the same state
+    return model
 
 
 class SyncBatchNorm(_BatchNorm):
