@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 import vmcr2
 from vmcr2.lab import networks, sources
-from vmcr2.lab.report import describe_device, markdown_table
+from vmcr2.lab.report import markdown_table
 from vmcr2.subspaces import class_subspaces, nearest_subspace
 
 RESULTS = Path(__file__).parent.parent / "results"
@@ -135,7 +135,7 @@ def table() -> None:
     held = {tuple(line[key] for key in RUNS.keys): line for line in RUNS.lines()}
     text = (
         "# Do the defaults train?\n\nMade by `python benchmarks/defaults.py`; seed 0, "
-        f"{describe_device(torch.device('cpu'))}. "
+        f"{RUNS.where()}. "
         "ΔR of the training part and accuracy on the validation split; V-MCR² is `VMCR2Loss(num_classes, "
         "feature_dim)`, latched by the first batches.\n"
     )

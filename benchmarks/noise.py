@@ -34,7 +34,7 @@ from vmcr2.lab.augmentation import Augmentation, plain
 from vmcr2.lab.evaluate import Features, accuracy, extract, subspaces
 from vmcr2.lab.objectives import Objective, Variational
 from vmcr2.lab.recipes import RECIPES, Recipe
-from vmcr2.lab.report import describe_device, markdown_table, mean_and_spread
+from vmcr2.lab.report import markdown_table, mean_and_spread
 from vmcr2.lab.sources import Dataset
 from vmcr2.subspaces import class_subspaces, nearest_subspace, subspace_energies
 
@@ -409,7 +409,7 @@ def table() -> None:
     known = RUNS.lines()
     text = (
         "# Wrong training labels\n\nMade by `python benchmarks/noise.py`, "
-        f"{describe_device(torch.device('cpu'))}. Test accuracy (right labels), mean ± standard deviation over "
+        f"{RUNS.where()}. Test accuracy (right labels), mean ± standard deviation over "
         "seeds. The learning rate and what predicts were chosen on a validation split with wrong labels, at 30 % and "
         "seed 0; so other columns are at a rate chosen there: on clean labels cross-entropy has more at its own rate "
         "(omniglot100/comparison.md). The rivals' other settings are their papers'. `similar`: 30 % got the label of "

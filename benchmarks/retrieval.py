@@ -30,7 +30,7 @@ from torch.nn import functional
 import vmcr2
 from vmcr2.lab import networks, sources
 from vmcr2.lab.augmentation import Augmentation, augmented, plain
-from vmcr2.lab.report import describe_device, markdown_table, mean_and_spread
+from vmcr2.lab.report import markdown_table, mean_and_spread
 from vmcr2.subspaces import class_subspaces, subspace_energies
 
 RESULTS = Path(__file__).parent.parent / "results"
@@ -227,7 +227,7 @@ def table() -> None:
         novel.append([title, *(mean_and_spread([line["novelty"].get(by) for line in members], 3) for by in _NOVELTY)])
     text = (
         "# Classes never seen in training\n\nMade by `python benchmarks/retrieval.py`, "
-        f"{describe_device(torch.device('cpu'))}. Omniglot, 300 classes of 15 samples for training, 300 others of 20 "
+        f"{RUNS.where()}. Omniglot, 300 classes of 15 samples for training, 300 others of 20 "
         f"for test; conv4, d = {D}, {EPOCHS} epochs of class-balanced batches. Mean ± standard deviation over seeds; "
         "learning rates chosen on 60 of the training classes.\n\n## Retrieval among unseen classes\n\n"
         + markdown_table(["", "lr", "seeds", "R@1", "MAP@R"], rows)

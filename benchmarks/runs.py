@@ -8,6 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from vmcr2.lab.report import describe_device
+
 Line = dict[str, Any]
 
 
@@ -31,6 +35,10 @@ class Runs:
         """Returns all of them."""
         return [json.loads(line) for line in self.path.read_text().splitlines()] if self.path.is_file() else []
 
+    def where(self) -> str:
+        """Returns the hardware and versions that they were made with."""
+        return "; ".join(sorted({line["where"] for line in self.lines()}))
+
     def kept(self, setting: Mapping[str, Any]) -> Line:
         """Returns the run of a setting.
 
@@ -47,7 +55,7 @@ class Runs:
         try:
             return self.kept(setting)
         except MissingRunError:
-            line = run()
+            line = run() | {"where": describe_device(torch.device("cpu"))}
             with self.path.open("a") as file:
                 file.write(json.dumps(line) + "\n")
             print({key: value for key, value in line.items() if not isinstance(value, dict)}, flush=True)
