@@ -1,6 +1,7 @@
 """Training by several processes: the run of one to rounding, whatever their number, and what is left when one dies."""
 
 import os
+import platform
 import re
 import signal
 import subprocess
@@ -311,3 +312,30 @@ def test_ctrl_c_and_kills_under_torchrun_leave_a_run_that_goes_on(tmp_path):
     assert "stopped, since another process of the run has ended; to continue: torchrun --nproc-per-node 2" in said
     train.resume(run)
     assert_alike(run, expected, weights=1e-4, rel=1e-4, abs=1e-5)  # after 32 steps in float32
+
+
+FREED = """
+import sys
+import torch
+from vmcr2.lab.processes import keep_freed_memory
+
+if sys.argv[1] == "kept":
+    keep_freed_memory()
+
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096
+
+before = resident()
+tensor = torch.ones(40_000_000)
+del tensor
+print((resident() - before) > 150_000_000)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc, whose malloc it sets")
+def test_memory_of_a_freed_tensor_is_kept():
+    kept, given_back = (
+        subprocess.run([sys.executable, "-c", FREED, how], capture_output=True, text=True, check=True).stdout.strip()
+        for how in ("kept", "given back")
+    )
+    assert (kept, given_back) == ("True", "False")

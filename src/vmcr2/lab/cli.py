@@ -467,6 +467,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                         "which is for vmcr2 train"
                     )
                 else:
+                    processes.keep_freed_memory()
                     _COMMANDS[given[0]](given[1:])
         except (InputError, OSError) as error:
             launch.last_words(f"vmcr2: {error}")

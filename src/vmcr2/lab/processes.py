@@ -5,7 +5,9 @@ Every function here does nothing special where there is one process: `first(call
 
 from __future__ import annotations
 
+import ctypes
 import os
+import platform
 import signal
 import sys
 import threading
@@ -23,12 +25,29 @@ _Made = TypeVar("_Made")
 _ENVIRONMENT = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun tells each process
 
 
+_MALLOC_OPTIONS = {  # of mallopt(3): number and value
+    "M_TRIM_THRESHOLD": (-1, 2**31 - 1),
+    "M_TOP_PAD": (-2, 2**28),
+    "M_MMAP_MAX": (-4, 0),
+}
+
+
 class PeerError(RuntimeError):
     """Another process failed or ended, and says itself why where it can."""
 
 
 class Terminated(BaseException):
     """SIGTERM: torchrun ends the processes that are left when one of them has ended."""
+
+
+def keep_freed_memory() -> None:
+    """Has glibc keep the memory of freed tensors: it would give it back, and the system zero it anew, in each step.
+
+    On a CPU that takes up to a third of a step (`benchmarks/network.py`). Other C libraries are left as they are.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        for option, value in _MALLOC_OPTIONS.values():
+            ctypes.CDLL(None).mallopt(option, value)
 
 
 def share(count: int, rank: int, processes: int) -> slice:
