@@ -24,20 +24,25 @@ _PATIENCE = 10  # epochs that ΔR may stay low
 
 
 class CrossEntropyHead(nn.Module):
-    """The linear layer on top of the featurizer and its cross-entropy loss (Section 7.2)."""
+    """The linear layer on top of the featurizer and its cross-entropy loss (Section 7.2), of scaled features."""
 
-    def __init__(self, feature_dim: int, num_classes: int) -> None:
+    def __init__(self, feature_dim: int, num_classes: int, scale: float = 1.0) -> None:
         super().__init__()
         self.linear = nn.Linear(feature_dim, num_classes)
+        self.scale = scale
+
+    def logits(self, features: Float[Tensor, "m d"]) -> Float[Tensor, "m k"]:
+        """Returns the logits."""
+        return self.linear(self.scale * features)
 
     def forward(self, features: Float[Tensor, "m d"], labels: Shaped[Tensor, "m ..."]) -> Float[Tensor, ""]:
         """Returns the mean cross-entropy: of the samples of all processes, as the other losses are."""
         features, labels = _of_all(features, labels, "a training step")
-        return functional.cross_entropy(self.linear(features), labels)
+        return functional.cross_entropy(self.logits(features), labels)
 
     def predict(self, features: Float[Tensor, "m d"]) -> Int[Tensor, " m"]:
         """Returns the most likely labels."""
-        return self.linear(features).argmax(1)
+        return self.logits(features).argmax(1)
 
 
 class Objective:
@@ -193,9 +198,8 @@ def build(recipe: Recipe, num_classes: int) -> Objective:
     """
     match recipe.objective:
         case "ce":
-            return Objective(
-                CrossEntropyHead(recipe.feature_dim, num_classes), num_classes, eps_sq=recipe.eps_sq, cure="Lower ce.lr"
-            )
+            head = CrossEntropyHead(recipe.feature_dim, num_classes, recipe.ce.scale)
+            return Objective(head, num_classes, eps_sq=recipe.eps_sq, cure="Lower ce.lr")
         case "mcr2":
             return Objective(
                 MCR2Loss(num_classes, eps_sq=recipe.eps_sq), num_classes, eps_sq=recipe.eps_sq, cure="Lower mcr2.lr"

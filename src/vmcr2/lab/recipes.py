@@ -109,12 +109,16 @@ class CESettings:
 
     Attributes:
         lr: learning rate of the network and its linear head.
+        scale: what features are multiplied by before the head. The paper has 1, at which logits of features of norm 1
+            grow slowly.
     """
 
     lr: float = 1e-1
+    scale: float = 1.0
 
     def __post_init__(self) -> None:
         check_number("ce.lr", self.lr)
+        check_number("ce.scale", self.scale)
 
 
 @dataclass(frozen=True)
