@@ -343,12 +343,12 @@ Growth of resident memory in each phase, the largest of the ranks:
 
 {memory_table(found, bound)}
 Latching holds the samples beside the dictionary, here one of each class and so as much again, and their singular
-vectors, as much once more. The loss went from {loss_from:.4f} to {loss_to:.4f} in 25 steps. What was loaded equals
+vectors, again as much. The loss went from {loss_from:.4f} to {loss_to:.4f} in 25 steps. What was loaded equals
 what was saved, bit by bit: {equal}. `nearest_class` is right for {accuracy:.1f} % of {M} fresh samples.
 
 ## What is sent in a step
 
-Counted from the tensors given to torch.distributed in one step on rank 0. «Sent» is what a rank sends where collectives
+Counted from the tensors given to torch.distributed in one step on rank 0. "Sent" is what a rank sends where collectives
 go round a ring, as NCCL's do: (W−1)/W of what is gathered or scattered, twice that of what is summed everywhere; gloo
 may send more. The mean of the network's own gradients, which DistributedDataParallel takes, is not part of it.
 

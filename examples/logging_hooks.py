@@ -52,6 +52,8 @@ def main(service: str, epochs: int = 5, folder: str = "runs/logged") -> Path:
     """Trains digits with a service's hook and returns the run folder."""
     recipe = replace(RECIPES["digits"], epochs=epochs)
     hooks = {"tensorboard": tensorboard, "trackio": trackio, "wandb": wandb}
+    if service not in hooks:
+        raise SystemExit(f"service must be one of {', '.join(hooks)}, got {service}")
     run = train.start(recipe, folder, on_epoch=hooks[service](recipe, Path(tempfile.mkdtemp())))
     return run.path
 

@@ -45,6 +45,7 @@ chosen (docs/data.md). Every field is a flag: vmcr2 train RECIPE --help shows th
 
 
 _Given = TypeVar("_Given")
+_Run = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,7 @@ def _compare(arguments: list[str]) -> None:
     _say(f"table, figures and runs: {out}")
 
 
-def evaluate(run: tyro.conf.Positional[Path], data_root: Path | None = None, components: tuple[int, ...] = ()) -> None:
+def evaluate(run: _Run, data_root: Path | None = None, components: tuple[int, ...] = ()) -> None:
     """Measures a trained run again, in more detail.
 
     Args:
@@ -175,7 +176,7 @@ def evaluate(run: tyro.conf.Positional[Path], data_root: Path | None = None, com
     _console().print(table(f"{run}", ("measure", "value"), shown))
 
 
-def plot(run: tyro.conf.Positional[Path]) -> None:
+def plot(run: _Run) -> None:
     """Draws the figures of a run or a comparison again.
 
     Args:
@@ -197,9 +198,7 @@ def plot(run: tyro.conf.Positional[Path]) -> None:
         _say(str(path))
 
 
-def predict(
-    run: tyro.conf.Positional[Path], files: tyro.conf.Positional[tuple[Path, ...]], out: Path | None = None
-) -> None:
+def predict(run: _Run, files: tyro.conf.Positional[tuple[Path, ...]], out: Path | None = None) -> None:
     """Names the classes of images: a line a file, with its class and the margin to the next one.
 
     The margin, from 0 to 1, is how much more of the sample's energy lies in the subspace of its class than in the next.
@@ -229,7 +228,7 @@ def predict(
         write_csv(out, [("file", "class", "margin"), *rows])
 
 
-def audit(run: tyro.conf.Positional[Path], data_root: Path | None = None, top: int = 20) -> None:
+def audit(run: _Run, data_root: Path | None = None, top: int = 20) -> None:
     """Lists the training samples whose label looks wrong, and writes them all, with a contact sheet, into the run.
 
     Args:
@@ -254,7 +253,7 @@ def audit(run: tyro.conf.Positional[Path], data_root: Path | None = None, top: i
         _say(str(path))
 
 
-def export(run: tyro.conf.Positional[Path], folder: tyro.conf.Positional[Path]) -> None:
+def export(run: _Run, folder: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DIR")]) -> None:
     """Writes a trained run as config.json, model.safetensors and a model card, to load or to share.
 
     Args:
@@ -267,7 +266,9 @@ def export(run: tyro.conf.Positional[Path], folder: tyro.conf.Positional[Path]) 
     _say(f"{folder}: vmcr2.load({str(folder)!r}) loads it")
 
 
-def report(file: tyro.conf.Positional[Path], out: Path | None = None) -> None:
+def report(
+    file: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FILE.npz")], out: Path | None = None
+) -> None:
     """Says what embeddings are like by their coding rates, and writes it as JSON and as a figure.
 
     Args:
@@ -342,6 +343,7 @@ def _reproduce(arguments: list[str]) -> None:
 
     name, *flags = arguments or [""]
     if name in ("-h", "--help"):
+        _say(f"TABLE is one of {', '.join(reproduce.TARGETS)}.\n")
         tyro.cli(reproduce.Request, args=["--help"], prog="vmcr2 reproduce TABLE")
     if name not in reproduce.TARGETS:
         hint = nearest(name, reproduce.TARGETS)

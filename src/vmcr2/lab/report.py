@@ -122,4 +122,9 @@ def device_name(device: torch.device) -> str:
 
 def describe_device(device: torch.device) -> str:
     """Returns the hardware and versions that belong beside every measured figure."""
-    return f"{device_name(device)}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    return hardware(device_name(device), torch.get_num_threads(), torch.__version__)
+
+
+def hardware(name: str, threads: int, version: str) -> str:
+    """Returns a device's name, the number of threads and torch's version, in words."""
+    return f"{name}, {threads} thread{'s' * (threads != 1)}, torch {version}"

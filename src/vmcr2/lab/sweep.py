@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from vmcr2.errors import InputError
-from vmcr2.lab import figures, sources, train
+from vmcr2.lab import figures, report, sources, train
 from vmcr2.lab.recipes import OBJECTIVES, ObjectiveName, Recipe
 from vmcr2.lab.report import markdown_table, mean_and_spread
 from vmcr2.lab.run import RunFolder, is_free, write_atomically, write_json
@@ -85,7 +85,7 @@ def completed(path: Path, recipe: Recipe, data_root: str | Path | None, console:
 def hardware(summary: dict[str, Any]) -> str:
     """Returns what a run ran on, in words, and what it was measured on where that is not the test set."""
     held_out = ", measured on a validation share" if summary.get("evaluated_on") == "validation" else ""
-    return f"{summary['device']}, {summary['threads']} threads, torch {summary['torch']}{held_out}"
+    return report.hardware(summary["device"], summary["threads"], summary["torch"]) + held_out
 
 
 def rows(summaries: Sequence[dict[str, Any]]) -> list[list[str]]:
