@@ -433,9 +433,9 @@ def table() -> None:
     known = RUNS.lines()
     text = (
         "# Wrong training labels\n\nMade by `python benchmarks/noise.py`, "
-        f"{RUNS.where()}. Test accuracy (right labels), mean ± standard deviation over "
-        "seeds. The learning rate and what predicts were chosen on a validation split with wrong labels, at 30 % and "
-        "seed 0; so other columns are at a rate chosen there: on clean labels cross-entropy has more at its own rate "
+        f"{RUNS.where()}. Test accuracy (right labels), mean ± standard deviation where there are several seeds. The "
+        "learning rate and what predicts were chosen on a validation split with wrong labels, at 30 % and seed 0; so "
+        "other columns are at a rate chosen there: on clean labels cross-entropy has more at its own rate "
         "(omniglot100/comparison.md). The rivals' other settings are their papers'. `similar`: 30 % got the label of "
         "the likest class.\n"
     )
@@ -504,7 +504,10 @@ def _draw(curves: dict[str, dict[str, list[tuple[float, float, float]]]]) -> Non
     drawn = {data: methods for data, methods in curves.items() if any(len(points) > 1 for points in methods.values())}
     if not drawn:
         return
-    figure, panels = plt.subplots(1, len(drawn), figsize=(4.6 * len(drawn), 4), squeeze=False, layout="constrained")
+    figure, panels = plt.subplots(
+        1, len(drawn), figsize=(3.4 + 4.6 * len(drawn), 4.4), squeeze=False, layout="constrained"
+    )
+    colours = plt.get_cmap("tab20").colors
     for axes, (data, methods) in zip(panels[0], drawn.items(), strict=True):
         for index, method in enumerate(NAMES):
             points = sorted(methods.get(method, []))
@@ -513,12 +516,15 @@ def _draw(curves: dict[str, dict[str, list[tuple[float, float, float]]]]) -> Non
             ours = method.startswith("vmcr2")
             share, mean, spread = (np.array(values) for values in zip(*points, strict=True))
             axes.errorbar(
-                100 * share, mean, spread, label=NAMES[method], color=f"C{index % 10}", capsize=2,
+                100 * share, mean, spread, label=NAMES[method], color=colours[index % 20], capsize=2,
                 linewidth=2.5 if ours else 1.2, linestyle="-" if ours else "--", marker="o", markersize=3 + 2 * ours,
             )  # fmt: skip
-        axes.set(title=data, xlabel="wrong training labels, %", ylabel="test accuracy")
+        axes.set(title=data, xlabel="wrong training labels, %", ylabel="test accuracy (right labels)")
         axes.grid(alpha=0.3)
-    panels[0][0].legend(fontsize=8)
+    lines: dict[str, Any] = {}
+    for axes in panels[0]:
+        lines |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+    figure.legend(lines.values(), lines.keys(), loc="outside right upper", fontsize=8)
     figure.savefig(RESULTS / "noise.png", dpi=130)
     plt.close(figure)
 
