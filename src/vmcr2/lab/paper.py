@@ -73,8 +73,8 @@ def _strong(base: Recipe) -> Recipe:
 
 # A run of tens of epochs lacks steps, not samples: the paper took 50,000 of 2,000 images on CIFAR-100. So batches are
 # small here (the dictionary remembers what a batch lacks), and learning rates fall along a cosine. `pull` and the rates
-# were compared on a validation split of CIFAR-100's first 20 classes, cross-entropy's scale and rate on one of CIFAR-100
-# and MNIST; the weight decay is the usual one.
+# were compared on a validation split of CIFAR-100's first 20 classes, cross-entropy's scale and rate on one of all of
+# CIFAR-100 and of MNIST; the weight decay is the usual one.
 _EPOCHS = {"mnist": 12, "cifar10": 30, "cifar100": 60, "tiny-imagenet": 30}
 
 
