@@ -55,6 +55,36 @@ def test_any_labels_and_a_pickle():
     assert set(estimator.predict(train)) <= {"ash", "elm", "oak"}
 
 
+@pytest.mark.parametrize("method", ["fit", "partial_fit"])
+def test_a_fit_that_fails_changes_nothing(method):
+    rows, names, others = unit_rows(60, 8).numpy(), np.array(["a", "b", "c"] * 20), np.array(["p", "q", "r"] * 20)
+    classes = {"classes": ["a", "b", "c"]} if method == "partial_fit" else {}
+    estimator = getattr(NearestSubspaceClassifier(), method)(rows, names, **classes)
+    expected = estimator.predict(rows)
+    for settings, X, y, message in (
+        ({"n_components": 999}, rows, others, "n_components"),
+        ({}, rows, ["z"] * 60, "2 classes"),
+        ({"n_components": 999}, rows[:, :5], others, "n_components"),
+    ):
+        with pytest.raises(vmcr2.InputError, match=message):
+            estimator.set_params(**settings).fit(X, y)
+        estimator.set_params(n_components=None)
+        assert estimator.predict(rows).tolist() == expected.tolist()
+    getattr(estimator, method)(rows, names)
+    assert estimator.predict(rows).tolist() == expected.tolist()
+
+
+def test_a_first_partial_fit_that_fails_can_be_made_again():
+    rows, labels = unit_rows(60, 8).numpy(), random_labels(60, 2).numpy()
+    estimator = NearestSubspaceClassifier(999)
+    with pytest.raises(vmcr2.InputError, match="n_components"):
+        estimator.partial_fit(rows, labels, classes=[0, 1])
+    estimator.set_params(n_components=2)
+    with pytest.raises(vmcr2.InputError, match="2 classes"):
+        estimator.partial_fit(rows, np.zeros(60, int), classes=[0])
+    assert estimator.partial_fit(rows, labels, classes=[0, 1]).predict(rows).shape == (60,)
+
+
 def test_a_pipeline_and_a_grid_search():
     train, labels = 5 * unit_rows(60, 8).numpy(), random_labels(60, 3).numpy()
     model = make_pipeline(Normalizer(), NearestSubspaceClassifier())

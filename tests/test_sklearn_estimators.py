@@ -296,6 +296,35 @@ def test_wrong_labels_and_classes_are_named():
         vmcr2.CodingRateClassifier(**SMALL).fit(z, labels).label_quality(z, labels + 1)
 
 
+def test_a_fit_that_fails_changes_nothing():
+    z, labels = unit_rows(60, 4).numpy(), np.arange(60) % 3
+    estimator = vmcr2.CodingRateClassifier(**SMALL, n_components=2, feature_dim=16).fit(z, labels)
+    expected = estimator.predict(z)
+    for settings, X, y in (
+        ({"n_components": 17}, z, labels + 5),
+        ({}, z, np.zeros(60)),
+        ({"network": lambda columns, d: torch.nn.Linear(columns, d + 1)}, z[:, :3], labels + 5),
+        ({"learning_rate": 1e30}, z, labels + 5),  # fails in the middle of training
+    ):
+        before = estimator.get_params()
+        with pytest.raises(vmcr2.InputError):
+            estimator.set_params(**settings).fit(X, y)
+        estimator.set_params(**before)
+        assert estimator.predict(z).tolist() == expected.tolist()
+    with pytest.raises(vmcr2.InputError, match="n_components"):  # before the network is tuned away from its subspaces
+        estimator.set_params(n_components=17).partial_fit(z, labels)
+    assert estimator.predict(z).tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("kind", [vmcr2.CodingRateTransformer, vmcr2.CodingRateClassifier])
+def test_a_first_partial_fit_that_fails_can_be_made_again(kind):
+    z, labels = unit_rows(20, 4).numpy(), np.arange(20) % 2
+    estimator = kind(**SMALL)
+    with pytest.raises(vmcr2.InputError, match="2 classes"):
+        estimator.partial_fit(z, np.zeros(20))
+    assert estimator.partial_fit(z, labels).transform(z).shape == (20, 64)
+
+
 @pytest.mark.parametrize("rich", [True, False])
 def test_verbose_shows_progress(rich, capsys, monkeypatch):
     if not rich:

@@ -79,15 +79,16 @@ class NearestSubspaceClassifier(ClassifierMixin, BaseEstimator):
         Raises:
             InputError: n_components is out of range (a ValueError); ValueError for wrong X or y.
         """
-        X, y = validate_data(self, X, y, dtype=_FLOATS)
-        check_classification_targets(y)
-        self.classes_, labels = np.unique(y, return_inverse=True)
-        k = len(_at_least_two(self.classes_))
-        self._stream: MomentStream | None = None
-        self._set_components(X.shape[1])
-        features = _tensor(X)
-        self.components_ = class_subspaces(features, torch.from_numpy(labels), k, self.n_components_).numpy()
-        self.temperature_ = _fold_temperature(features, labels, k, self.n_components_)
+        with _all_or_nothing(self):
+            X, y = validate_data(self, X, y, dtype=_FLOATS)
+            check_classification_targets(y)
+            self.classes_, labels = np.unique(y, return_inverse=True)
+            k = len(_at_least_two(self.classes_))
+            self._stream: MomentStream | None = None
+            self._set_components(X.shape[1])
+            features = _tensor(X)
+            self.components_ = class_subspaces(features, torch.from_numpy(labels), k, self.n_components_).numpy()
+            self.temperature_ = _fold_temperature(features, labels, k, self.n_components_)
         return self
 
     def partial_fit(self, X: Any, y: Any, classes: Any = None) -> NearestSubspaceClassifier:
@@ -106,28 +107,29 @@ class NearestSubspaceClassifier(ClassifierMixin, BaseEstimator):
             InputError: n_components is out of range, classes are missing or differ, or y holds another class (a
                 ValueError); ValueError for wrong X or y.
         """
-        first = not hasattr(self, "classes_")
-        X, y = validate_data(self, X, y, dtype=_FLOATS, reset=first)
-        labels = _enter_classes(self, y, classes, first)
-        if not first and self._stream is None:
-            warnings.warn("partial_fit starts afresh: fit keeps no samples", stacklevel=2)
-            first = True
-        k, d = len(_at_least_two(self.classes_)), X.shape[1]
-        if first:
-            self._set_components(d)
-            self._stream = MomentStream(k, d, torch.float64, torch.device("cpu"))
-        assert self._stream is not None
-        features, held = _tensor(X.astype(np.float64)), torch.from_numpy(labels)
-        if not first:
-            part = _spread(len(features), k)
-            energies = subspace_energies(features[part], _tensor(self.components_.astype(np.float64)))
-            self.temperature_ = _temperature(features, energies, held[part])
-        else:
-            self.temperature_ = _fold_temperature(features, labels, k, self.n_components_)
-        checked, _ = as_membership(features, held, k)
-        self._stream.add(features, checked)
-        blocks, energies, _ = self._stream.blocks(self.n_components_)
-        self.components_ = spanned(blocks, energies).numpy()
+        with _all_or_nothing(self):
+            first = not hasattr(self, "classes_")
+            X, y = validate_data(self, X, y, dtype=_FLOATS, reset=first)
+            labels = _enter_classes(self, y, classes, first)
+            if not first and self._stream is None:
+                warnings.warn("partial_fit starts afresh: fit keeps no samples", stacklevel=2)
+                first = True
+            k, d = len(_at_least_two(self.classes_)), X.shape[1]
+            if first:
+                self._set_components(d)
+                self._stream = MomentStream(k, d, torch.float64, torch.device("cpu"))
+            assert self._stream is not None
+            features, held = _tensor(X.astype(np.float64)), torch.from_numpy(labels)
+            if not first:
+                part = _spread(len(features), k)
+                energies = subspace_energies(features[part], _tensor(self.components_.astype(np.float64)))
+                self.temperature_ = _temperature(features, energies, held[part])
+            else:
+                self.temperature_ = _fold_temperature(features, labels, k, self.n_components_)
+            checked, _ = as_membership(features, held, k)
+            self._stream.add(features, checked)
+            blocks, energies, _ = self._stream.blocks(self.n_components_)
+            self.components_ = spanned(blocks, energies).numpy()
         return self
 
     def _set_components(self, d: int) -> None:
@@ -256,11 +258,12 @@ class CodingRateTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
             NumericalError: training diverged.
         """
         self._check_parameters()
-        X, y = validate_data(self, X, y, dtype=_FLOATS)
-        check_classification_targets(y)
-        self.classes_, labels = np.unique(y, return_inverse=True)
-        self._begin(X)
-        self._fit(X, labels)
+        with _all_or_nothing(self):
+            X, y = validate_data(self, X, y, dtype=_FLOATS)
+            check_classification_targets(y)
+            self.classes_, labels = np.unique(y, return_inverse=True)
+            self._begin(X.shape[1])
+            self._fit(X, labels)
         return self
 
     def partial_fit(self: _Estimator, X: Any, y: Any, classes: Any = None) -> _Estimator:
@@ -278,14 +281,13 @@ class CodingRateTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
             NumericalError: training diverged.
         """
         self._check_parameters()
-        first = not hasattr(self, "classes_")
-        X, y = validate_data(self, X, y, dtype=_FLOATS, reset=first)
-        labels = _enter_classes(self, y, np.unique(y) if first and classes is None else classes, first)
-        if first:
-            self._begin(X)
-        else:
-            self.scaler_.partial_fit(X.astype(np.float64))
-        self._partial_fit(X, labels)
+        with _all_or_nothing(self):
+            first = not hasattr(self, "classes_")
+            X, y = validate_data(self, X, y, dtype=_FLOATS, reset=first)
+            labels = _enter_classes(self, y, np.unique(y) if first and classes is None else classes, first)
+            if first:
+                self._begin(X.shape[1])
+            self._partial_fit(X, labels)
         return self
 
     def transform(self, X: Any) -> np.ndarray:
@@ -337,11 +339,11 @@ class CodingRateTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
             return torch.device(self.device)
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
-    def _begin(self, X: np.ndarray) -> None:
-        """Builds what is trained, for X's columns and `classes_`."""
-        k, columns = len(_at_least_two(self.classes_)), X.shape[1]
+    def _begin(self, columns: int) -> None:
+        """Builds what is trained, for so many columns and `classes_`."""
+        k = len(_at_least_two(self.classes_))
         self.feature_dim_ = self._feature_dim(k)
-        self.scaler_ = StandardScaler().fit(X.astype(np.float64))
+        self.scaler_ = StandardScaler()
         self.history_: list[float] = []
         device = self._device()
         self._seed = int(check_random_state(self.random_state).randint(2**31))
@@ -374,6 +376,7 @@ class CodingRateTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
         return ((X.astype(np.float64) - self.scaler_.mean_) / scale).astype(np.float32)
 
     def _fit(self, X: np.ndarray, labels: np.ndarray) -> None:
+        self.scaler_.fit(X.astype(np.float64))
         inputs, held = _tensor(self._inputs(X)), torch.from_numpy(labels)
         epochs = max(_EPOCHS, -(-_STEPS // self._steps(len(inputs)))) if self.epochs is None else self.epochs
         progress = _Progress(type(self).__name__, epochs, bool(self.verbose))
@@ -386,6 +389,7 @@ class CodingRateTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
             self._settle(inputs)
 
     def _partial_fit(self, X: np.ndarray, labels: np.ndarray) -> None:
+        self.scaler_.partial_fit(X.astype(np.float64))
         with _seeded(self._seed + len(self.history_), self._device()):
             self._epoch(_tensor(self._inputs(X)), torch.from_numpy(labels), None)
 
@@ -545,18 +549,21 @@ class CodingRateClassifier(ClassifierMixin, CodingRateTransformer):
         )
         self.n_components = n_components
 
-    def _begin(self, X: np.ndarray) -> None:
-        if self.n_components is not None:
-            d = self._feature_dim(len(self.classes_))
-            check_count("n_components", self.n_components, at_most=d, limit="feature_dim")
-        super()._begin(X)
+    def _begin(self, columns: int) -> None:
+        super()._begin(columns)
         self._kept: tuple[np.ndarray, np.ndarray] | None = None
 
+    def _check_components(self) -> None:
+        if self.n_components is not None:
+            check_count("n_components", self.n_components, at_most=self.feature_dim_, limit="feature_dim")
+
     def _fit(self, X: np.ndarray, labels: np.ndarray) -> None:
+        self._check_components()
         super()._fit(X, labels)
         self.subspaces_ = NearestSubspaceClassifier(self.n_components).fit(self._embed(self._inputs(X)), labels)
 
     def _partial_fit(self, X: np.ndarray, labels: np.ndarray) -> None:
+        self._check_components()
         super()._partial_fit(X, labels)
         # What earlier batches looked like to the network of then would be of no use: samples are kept, not features.
         if self._kept is not None:
@@ -709,6 +716,18 @@ def _mlp(columns: int, feature_dim: int, hidden: int) -> nn.Module:
     for before in (columns, hidden):
         layers += [nn.Linear(before, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU()]
     return nn.Sequential(*layers, nn.Linear(hidden, feature_dim))
+
+
+@contextmanager
+def _all_or_nothing(estimator: BaseEstimator) -> Iterator[None]:
+    """Puts the estimator's attributes back where a fit fails or is stopped: no new labels beside old subspaces."""
+    before = dict(vars(estimator))
+    try:
+        yield
+    except BaseException:
+        vars(estimator).clear()
+        vars(estimator).update(before)
+        raise
 
 
 @contextmanager
