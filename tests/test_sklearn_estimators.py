@@ -141,6 +141,12 @@ def test_a_network_learns_from_a_stream(digits):
     assert single.score(test, expected) > 0.9
 
 
+def test_no_sample_is_left_alone_in_a_batch():
+    z, labels = unit_rows(51, 4).numpy(), np.arange(51) % 3  # 25 twos and one
+    found = vmcr2.CodingRateTransformer(8, hidden=8, batch_size=2, epochs=2, random_state=0).fit(z, labels)
+    assert np.isfinite(found.partial_fit(z[:7], labels[:7]).transform(z)).all()
+
+
 def test_partial_fit_tunes_what_fit_has_learnt(digits, fitted):
     train, test, labels, expected = digits
     tuned = copy.deepcopy(fitted)

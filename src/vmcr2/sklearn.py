@@ -192,7 +192,7 @@ class CodingRateTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
             to (m, d), float32; None means two hidden layers with BatchNorm and ReLU.
         hidden: the width of the default network's layers.
         epochs: passes over the samples in `fit`; None means 20, or what 120 steps take. `partial_fit` makes one.
-        batch_size: samples a step, at most.
+        batch_size: samples a step, at most, from 2; 3 of an odd number in twos, as BatchNorm takes no sample alone.
         learning_rate: of AdamW. In `fit` it falls to 0 along a half cosine.
         weight_decay: of AdamW.
         eps_sq: the squared precision ε² > 0.
@@ -394,10 +394,10 @@ class CodingRateTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
             self._epoch(_tensor(self._inputs(X)), torch.from_numpy(labels), None)
 
     def _steps(self, m: int) -> int:
-        return max(1, -(-m // self.batch_size))
+        return max(1, min(-(-m // self.batch_size), m // 2))
 
     def _batches(self, inputs: Tensor, labels: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Returns shuffled batches of nearly equal size, so that none is too small for BatchNorm."""
+        """Returns shuffled batches of nearly equal size, of 2 samples at least: BatchNorm takes none alone."""
         device = self._device()
         parts = torch.randperm(len(inputs)).tensor_split(self._steps(len(inputs)))
         return [(inputs[part].to(device), labels[part].to(device)) for part in parts]
