@@ -300,6 +300,8 @@ def test_wrong_labels_and_classes_are_named():
         vmcr2.NearestSubspaceClassifier().partial_fit(z, labels)
     with pytest.raises(vmcr2.InputError, match="classes_"):
         vmcr2.CodingRateClassifier(**SMALL).fit(z, labels).label_quality(z, labels + 1)
+    with pytest.raises(vmcr2.InputError, match="labels must be of one kind"):
+        vmcr2.CodingRateClassifier(**SMALL).fit(z, labels).label_quality(z, ["a", None] * 10)
 
 
 def test_a_fit_that_fails_changes_nothing():

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from vmcr2.checks import check_count, check_number
-from vmcr2.embeddings import LabelQuality, label_quality
+from vmcr2.embeddings import LabelQuality, label_quality, sorted_classes
 from vmcr2.errors import InputError, NumericalError
 from vmcr2.latching import MomentStream
 from vmcr2.losses import MCR2Loss, VMCR2Loss
@@ -635,11 +635,11 @@ class CodingRateClassifier(ClassifierMixin, CodingRateTransformer):
         Raises:
             InputError: y holds other labels (a ValueError).
         """
-        features, labels = self._transformed(X), np.asarray(y)
-        strange = np.setdiff1d(labels, self.classes_)
+        features = self._transformed(X)
+        strange = np.setdiff1d(sorted_classes(y, len(features))[0], self.classes_)
         if len(strange):
             raise InputError(f"y must hold the labels of classes_ alone, got {strange[0]!r}")
-        return label_quality(features, labels)
+        return label_quality(features, y)
 
 
 def _tensor(array: np.ndarray) -> Tensor:
