@@ -181,6 +181,20 @@ def test_figure_names_the_missing_extra(monkeypatch):
         (np.zeros((4, 3)), np.arange(4), "zeros"),
         (np.array([["a"]] * 4), np.arange(4), "real numbers"),
         (np.ones((4, 3)), np.array([0.5, 1, 1, 2]), "integers"),
+        (np.ones((4, 3)), ["a", None] * 2, "labels must be of one kind.* got NoneType and str"),
+        (np.ones((4, 3)), ["a", float("nan")] * 2, "labels must be of one kind.* got float and str"),
+        (
+            np.ones((4, 3)),
+            np.array(["a", float("nan")] * 2, dtype=object),
+            "labels must be of one kind.* float and str",
+        ),
+        (
+            np.ones((4, 3)),
+            np.array([1, float("nan")] * 2, dtype=object),
+            "labels must be of one kind.* float and int",
+        ),
+        (np.ones((4, 3)), ["a", 1] * 2, "labels must be of one kind.* got int and str"),
+        (np.ones((4, 3)), [None] * 4, "labels must be of one kind.* got NoneType"),
     ],
 )
 def test_bad_input_is_named(function, features, labels, message):
@@ -192,6 +206,7 @@ def test_other_bad_input_is_named():
     z, labels = unit_rows(10, 4), np.arange(10) % 2
     for call, message in (
         (lambda: vmcr2.report(z, labels, ["one"]), "class_names"),
+        (lambda: vmcr2.report(z, labels, 3), "class_names must be a sequence of names, got 3"),
         (lambda: vmcr2.report(z, labels, eps_sq=0), "eps_sq"),
         (lambda: vmcr2.label_quality(z, labels, 5), "n_components"),
         (lambda: vmcr2.label_quality(z, np.zeros(10)), "2 classes"),
@@ -224,10 +239,15 @@ def test_subspaces_as_large_as_a_class_do_not_learn_wrong_labels_by_heart():
     assert roc_auc_score(wrong, -found.scores) > 0.9
 
 
-def test_classes_of_one_sample_are_judged_too():
-    z, labels = unit_rows(12, 6), np.concatenate([np.arange(2), np.full(10, 2)])
+def test_of_a_sample_alone_in_its_class_nothing_is_said():
+    z, labels = unit_rows(12, 6), np.array(["ash", "elm"] + ["oak"] * 5 + ["yew"] * 5)
     found = vmcr2.label_quality(z, labels)
+    assert found.scores[:2].tolist() == [0.5, 0.5]
+    assert found.suggested[:2].tolist() == ["ash", "elm"]
+    assert not {0, 1} & set(found.suspects)
     assert np.isfinite(found.scores).all()
+    # Nor where all samples are alone.
+    assert vmcr2.label_quality(z, np.arange(12)).scores.tolist() == [0.5] * 12
 
 
 def test_the_example_finds_wrong_labels(capsys):

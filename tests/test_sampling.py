@@ -1,5 +1,6 @@
 """Batches of equal numbers of each class."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -63,6 +64,64 @@ def test_a_sampler_goes_on_where_another_stood():
     assert head + tail == list(whole)
 
 
+def test_looking_at_a_batch_or_breaking_off_shortens_no_epoch():
+    sampler = ClassBalancedBatchSampler(LABELS, 2, batches=5)
+    whole = list(sampler)
+    pairs = torch.utils.data.TensorDataset(torch.arange(40), LABELS)
+    assert next(iter(sampler)) == whole[0]
+    assert sampler.state_dict() == {"epoch": 0, "done": 1}
+    assert list(sampler) == whole
+    for _ in torch.utils.data.DataLoader(pairs, batch_sampler=sampler):
+        break
+    assert list(sampler) == whole
+    sampler.load_state_dict({"epoch": 0, "done": 2})
+    assert sampler.state_dict() == {"epoch": 0, "done": 2}
+    assert list(sampler) == whole[2:]
+    assert list(sampler) == whole
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        ({"epoch": 7, "done": 999}, "done must be at most 6"),
+        ({"epoch": 2**70, "done": 1}, "epoch must be at most"),
+        ({"epoch": 7}, "state must hold epoch and done, .* got {'epoch': 7}"),
+        (None, "state must hold epoch and done"),
+    ],
+)
+def test_a_wrong_state_is_named_and_changes_nothing(state, message):
+    sampler = ClassBalancedBatchSampler(LABELS, 2, batches=6)
+    sampler.load_state_dict({"epoch": 3, "done": 2})
+    with pytest.raises(vmcr2.InputError, match=message):
+        sampler.load_state_dict(state)
+    assert sampler.state_dict() == {"epoch": 3, "done": 2}
+    assert len(list(sampler)) == 4
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.uint64, torch.int8, torch.int32])
+def test_labels_of_any_integer_dtype(dtype):
+    expected = list(ClassBalancedBatchSampler(LABELS, 2))
+    for labels in (LABELS.to(dtype), LABELS.to(dtype).numpy(), LABELS.tolist()):
+        assert list(ClassBalancedBatchSampler(labels, 2)) == expected
+
+
+def test_a_series_and_numpy_integers():
+    import pandas  # of the dev extra
+
+    labels = pandas.Series(LABELS.numpy(), index=np.arange(40)[::-1] + 100)
+    found = ClassBalancedBatchSampler(labels, np.int64(2), batches=np.int64(5), seed=np.int64(3))
+    expected = ClassBalancedBatchSampler(LABELS, 2, batches=5, seed=3)
+    found.set_epoch(np.int64(4))
+    expected.set_epoch(4)
+    assert list(found) == list(expected)
+
+
+def test_the_largest_seed_and_epoch():
+    sampler = ClassBalancedBatchSampler(LABELS, 2, batches=2, seed=2**43)
+    sampler.set_epoch(2**43)
+    assert len(list(sampler)) == 2
+
+
 def test_ranks_share_one_batch(monkeypatch):
     whole = list(ClassBalancedBatchSampler(LABELS, 3, classes_per_batch=2))
     monkeypatch.setattr(sampling, "world_size", lambda group: 3)
@@ -88,11 +147,18 @@ def test_a_data_loader_takes_it():
     [
         ("labels must be integers", {"labels": torch.zeros(3)}),
         ("labels must be integers", {"labels": torch.zeros(0, dtype=torch.long)}),
+        ("labels must be integers of shape .*, got object \\(\\)", {"labels": None}),
+        ("labels must be integers of shape .*, got <U1 \\(2,\\)", {"labels": ["a", "b"]}),
+        (
+            "labels must be integers of shape .*, got torch.complex64 \\(2,\\)",
+            {"labels": torch.zeros(2, dtype=torch.cfloat)},
+        ),
         ("labels must be >= 0, got -1", {"labels": torch.tensor([-1, 0])}),
         ("samples_per_class", {"samples_per_class": 0}),
         ("classes_per_batch must be at most 4", {"classes_per_batch": 5}),
         ("batches", {"batches": 0}),
         ("seed", {"seed": -1}),
+        ("seed must be at most 8796093022208, got 4611686018427387904", {"seed": 2**62}),
     ],
 )
 def test_wrong_arguments_are_named(message, arguments):

@@ -55,6 +55,36 @@ def test_any_labels_and_a_pickle():
     assert set(estimator.predict(train)) <= {"ash", "elm", "oak"}
 
 
+@pytest.mark.parametrize("method", ["fit", "partial_fit"])
+def test_a_fit_that_fails_changes_nothing(method):
+    rows, names, others = unit_rows(60, 8).numpy(), np.array(["a", "b", "c"] * 20), np.array(["p", "q", "r"] * 20)
+    classes = {"classes": ["a", "b", "c"]} if method == "partial_fit" else {}
+    estimator = getattr(NearestSubspaceClassifier(), method)(rows, names, **classes)
+    expected = estimator.predict(rows)
+    for settings, X, y, message in (
+        ({"n_components": 999}, rows, others, "n_components"),
+        ({}, rows, ["z"] * 60, "2 classes"),
+        ({"n_components": 999}, rows[:, :5], others, "n_components"),
+    ):
+        with pytest.raises(vmcr2.InputError, match=message):
+            estimator.set_params(**settings).fit(X, y)
+        estimator.set_params(n_components=None)
+        assert estimator.predict(rows).tolist() == expected.tolist()
+    getattr(estimator, method)(rows, names)
+    assert estimator.predict(rows).tolist() == expected.tolist()
+
+
+def test_a_first_partial_fit_that_fails_can_be_made_again():
+    rows, labels = unit_rows(60, 8).numpy(), random_labels(60, 2).numpy()
+    estimator = NearestSubspaceClassifier(999)
+    with pytest.raises(vmcr2.InputError, match="n_components"):
+        estimator.partial_fit(rows, labels, classes=[0, 1])
+    estimator.set_params(n_components=2)
+    with pytest.raises(vmcr2.InputError, match="2 classes"):
+        estimator.partial_fit(rows, np.zeros(60, int), classes=[0])
+    assert estimator.partial_fit(rows, labels, classes=[0, 1]).predict(rows).shape == (60,)
+
+
 def test_a_pipeline_and_a_grid_search():
     train, labels = 5 * unit_rows(60, 8).numpy(), random_labels(60, 3).numpy()
     model = make_pipeline(Normalizer(), NearestSubspaceClassifier())
@@ -80,3 +110,30 @@ def test_rows_of_any_scale_are_classified_as_at_scale_1(dtype, scale):
     # And rows of all scales at once, to be classified by what was fitted at scale 1.
     mixed = (test.numpy() * np.where(np.arange(60) % 2, scale, 1.0)[:, None]).astype(dtype)
     assert NearestSubspaceClassifier(3).fit(train.numpy(), labels).predict(mixed).tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("method", ["fit", "partial_fit"])
+@pytest.mark.parametrize("scale", [1e-200, 1e-170, 1e160, 1e200])
+def test_squares_that_float64_cannot_hold_do_no_harm(method, scale):
+    train, labels, test = unit_rows(60, 8).numpy(), random_labels(60, 3).numpy(), unit_rows(30, 8, seed=1).numpy()
+
+    def fitted(rows):
+        estimator = NearestSubspaceClassifier(2)
+        if method == "fit":
+            return estimator.fit(rows, labels)
+        return estimator.partial_fit(rows[:40], labels[:40], classes=[0, 1, 2]).partial_fit(rows[40:], labels[40:])
+
+    expected, scaled = fitted(train), fitted(scale * train)
+    assert scaled.predict(scale * test).tolist() == expected.predict(test).tolist()
+    np.testing.assert_allclose(scaled.predict_proba(scale * test), expected.predict_proba(test), atol=1e-9)
+    np.testing.assert_allclose(scaled.score_samples(scale * test), expected.score_samples(test), atol=1e-9)
+    # And rows that are as far from those of `fit` as floats go: certain of a class where long, of none where short.
+    certain = np.eye(3)[expected.predict(test)] if scale > 1 else np.full((30, 3), 1 / 3)
+    np.testing.assert_allclose(expected.predict_proba(scale * test), certain)
+
+
+def test_float32_squares_do_no_harm_to_the_temperature():
+    train = unit_rows(60, 8).float().numpy()
+    labels = np.abs(train[:, :3]).argmax(1)
+    expected, scaled = (NearestSubspaceClassifier(2).fit(scale * train, labels) for scale in (1, np.float32(2.0**70)))
+    assert scaled.temperature_ == expected.temperature_ * 2.0**140

@@ -141,6 +141,12 @@ def test_a_network_learns_from_a_stream(digits):
     assert single.score(test, expected) > 0.9
 
 
+def test_no_sample_is_left_alone_in_a_batch():
+    z, labels = unit_rows(51, 4).numpy(), np.arange(51) % 3  # 25 twos and one
+    found = vmcr2.CodingRateTransformer(8, hidden=8, batch_size=2, epochs=2, random_state=0).fit(z, labels)
+    assert np.isfinite(found.partial_fit(z[:7], labels[:7]).transform(z)).all()
+
+
 def test_partial_fit_tunes_what_fit_has_learnt(digits, fitted):
     train, test, labels, expected = digits
     tuned = copy.deepcopy(fitted)
@@ -294,6 +300,37 @@ def test_wrong_labels_and_classes_are_named():
         vmcr2.NearestSubspaceClassifier().partial_fit(z, labels)
     with pytest.raises(vmcr2.InputError, match="classes_"):
         vmcr2.CodingRateClassifier(**SMALL).fit(z, labels).label_quality(z, labels + 1)
+    with pytest.raises(vmcr2.InputError, match="labels must be of one kind"):
+        vmcr2.CodingRateClassifier(**SMALL).fit(z, labels).label_quality(z, ["a", None] * 10)
+
+
+def test_a_fit_that_fails_changes_nothing():
+    z, labels = unit_rows(60, 4).numpy(), np.arange(60) % 3
+    estimator = vmcr2.CodingRateClassifier(**SMALL, n_components=2, feature_dim=16).fit(z, labels)
+    expected = estimator.predict(z)
+    for settings, X, y in (
+        ({"n_components": 17}, z, labels + 5),
+        ({}, z, np.zeros(60)),
+        ({"network": lambda columns, d: torch.nn.Linear(columns, d + 1)}, z[:, :3], labels + 5),
+        ({"learning_rate": 1e30}, z, labels + 5),  # fails in the middle of training
+    ):
+        before = estimator.get_params()
+        with pytest.raises(vmcr2.InputError):
+            estimator.set_params(**settings).fit(X, y)
+        estimator.set_params(**before)
+        assert estimator.predict(z).tolist() == expected.tolist()
+    with pytest.raises(vmcr2.InputError, match="n_components"):  # before the network is tuned away from its subspaces
+        estimator.set_params(n_components=17).partial_fit(z, labels)
+    assert estimator.predict(z).tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("kind", [vmcr2.CodingRateTransformer, vmcr2.CodingRateClassifier])
+def test_a_first_partial_fit_that_fails_can_be_made_again(kind):
+    z, labels = unit_rows(20, 4).numpy(), np.arange(20) % 2
+    estimator = kind(**SMALL)
+    with pytest.raises(vmcr2.InputError, match="2 classes"):
+        estimator.partial_fit(z, np.zeros(20))
+    assert estimator.partial_fit(z, labels).transform(z).shape == (20, 64)
 
 
 @pytest.mark.parametrize("rich", [True, False])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -464,7 +466,8 @@ def label_quality(
     The score is ½ (1 + a − b): a is the share of the sample's energy in its class's subspace, b the largest share in
     another class's. A sample is judged by subspaces found without it (five folds) and, in a few rounds, without the
     samples that a round before fitted another class better; so subspaces of high dimension do not memorise wrong
-    labels, and up to half of the labels may be wrong. docs/estimators.md has what each of this is worth.
+    labels, and up to half of the labels may be wrong. Of a class's only sample nothing can be said, as no other shows
+    what the class is like: it keeps its label, with score 0.5. docs/estimators.md has what each of this is worth.
 
     Args:
         features: Z, (m, d), NumPy or torch, finite, no row zero; their scale does not matter.
@@ -523,7 +526,8 @@ def _judged(
     """Returns each sample's energy in its class's subspace, the largest in another's, and which other.
 
     The subspaces are found from the kept samples of the other folds. A class that keeps no more samples there than its
-    subspace has dimensions is described by all it has.
+    subspace has dimensions is described by all it has. Where it has none there, the sample's own energy counts as equal
+    to the largest.
     """
     own, best, other = unit.new_zeros(len(unit)), unit.new_zeros(len(unit)), torch.zeros_like(labels)
     for fold in folds.unique().tolist():
@@ -539,7 +543,8 @@ def _judged(
             held = labels[rows, None]
             own[rows] = energies.gather(1, held)[:, 0]
             best[rows], other[rows] = energies.scatter_(1, held, -1.0).max(1)
-    return own, best, other
+    alone = torch.bincount(labels, minlength=k)[labels] == 1  # two samples of a class lie in two folds
+    return torch.where(alone, best, own), best, other
 
 
 def _checked(features: Any, labels: Any) -> tuple[Tensor, Tensor, np.ndarray]:
@@ -556,13 +561,30 @@ def _checked(features: Any, labels: Any) -> tuple[Tensor, Tensor, np.ndarray]:
     features = features.detach().double()
     if not bool(features.isfinite().all()):
         raise InputError(f"features must be finite, got {int((~features.isfinite()).sum())} NaN or infinite entries")
+    values, places = sorted_classes(labels, len(features))
+    return features, torch.from_numpy(places).to(features.device), values
+
+
+def sorted_classes(labels: Any, m: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the sorted values of m labels of any kind, and labels as places among them.
+
+    Raises:
+        InputError: labels are not m, are numbers that are no integers, are of several kinds, or some are missing (a
+            ValueError).
+    """
     array = labels.detach().cpu().numpy() if isinstance(labels, Tensor) else np.asarray(labels)
-    if array.shape != (len(features),):
-        raise InputError(f"labels must have shape ({len(features)},) to match features, got {array.shape}")
+    if array.shape != (m,):
+        raise InputError(f"labels must have shape ({m},) to match features, got {array.shape}")
     if array.dtype.kind == "f" and not (np.isfinite(array).all() and (array == np.round(array)).all()):
         raise InputError("labels must name classes, got numbers that are no integers")
-    values, places = np.unique(array, return_inverse=True)
-    return features, torch.from_numpy(places).to(features.device), values
+    # NumPy makes strings of what is listed beside strings, and sorts NaN as if it were a label.
+    listed = list(labels) if array.dtype.kind in "OU" else []
+    missing = any(isinstance(label, float) and math.isnan(label) for label in listed)
+    if not missing and len({isinstance(label, str) for label in listed}) < 2:
+        with suppress(TypeError):  # of what cannot be sorted
+            return np.unique(array, return_inverse=True)
+    kinds = sorted({type(label).__name__ for label in listed})
+    raise InputError(f"labels must be of one kind, and none may be missing, got {' and '.join(kinds)}")
 
 
 def _unit_rows(features: Tensor) -> tuple[Tensor, bool]:
@@ -579,6 +601,8 @@ def _unit_rows(features: Tensor) -> tuple[Tensor, bool]:
 def _named(values: np.ndarray, class_names: Sequence[str] | None) -> tuple[str, ...]:
     if class_names is None:
         return tuple(str(value) for value in values.tolist())
+    if isinstance(class_names, str) or not hasattr(class_names, "__len__") or not hasattr(class_names, "__getitem__"):
+        raise InputError(f"class_names must be a sequence of names, got {class_names!r}")
     if values.dtype.kind not in "iu" or values.min() < 0 or values.max() >= len(class_names):
         raise InputError(
             f"class_names must name labels that are integers from 0 to {len(class_names) - 1}, "

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
@@ -13,6 +14,8 @@ from torch.utils.data import Sampler
 from vmcr2.checks import check_count
 from vmcr2.distributed import process_rank, world_size
 from vmcr2.errors import InputError
+
+_LARGEST = 2**43  # of a seed and of an epoch: what torch's generator is seeded with takes both, in 64 bits
 
 
 class ClassBalancedBatchSampler(Sampler[list[int]]):
@@ -26,11 +29,11 @@ class ClassBalancedBatchSampler(Sampler[list[int]]):
     sampler given the `state_dict` of another goes on where that one stood.
 
     Args:
-        labels: the class of every sample, (m,), integers ≥ 0. Classes without a sample are never drawn.
+        labels: the class of every sample, (m,), integers ≥ 0, torch or NumPy. Classes without a sample are never drawn.
         samples_per_class: n_j in a batch, from 1.
         classes_per_batch: from 1 to the number of classes that have a sample; None takes all of them.
         batches: in an epoch, from 1; None takes about as many as show every sample once.
-        seed: from 0.
+        seed: from 0 to 2⁴³.
         process_group: the ranks that share a batch; None for all.
 
     Raises:
@@ -39,7 +42,7 @@ class ClassBalancedBatchSampler(Sampler[list[int]]):
 
     def __init__(
         self,
-        labels: Int[Tensor, " m"],
+        labels: Tensor | np.ndarray | Sequence[int],
         samples_per_class: int,
         *,
         classes_per_batch: int | None = None,
@@ -47,38 +50,36 @@ class ClassBalancedBatchSampler(Sampler[list[int]]):
         seed: int = 0,
         process_group: Any = None,
     ) -> None:
-        labels = torch.as_tensor(labels)
-        if labels.ndim != 1 or len(labels) == 0 or labels.is_floating_point() or labels.dtype == torch.bool:
-            raise InputError(f"labels must be integers of shape (m,), got {labels.dtype} {tuple(labels.shape)}")
-        if int(labels.min()) < 0:
-            raise InputError(f"labels must be >= 0, got {int(labels.min())}")
+        classes = _int64(labels)
+        if int(classes.min()) < 0:
+            raise InputError(f"labels must be >= 0, got {int(classes.min())}")
         check_count("samples_per_class", samples_per_class)
-        present = labels.unique()
+        present, sizes = classes.unique(return_counts=True)
         if classes_per_batch is None:
             classes_per_batch = len(present)
         check_count("classes_per_batch", classes_per_batch, at_most=len(present), limit="classes that have a sample")
         size = classes_per_batch * samples_per_class
         if batches is None:
-            batches = max(1, len(labels) // size)
+            batches = max(1, len(classes) // size)
         check_count("batches", batches)
-        check_count("seed", seed, at_least=0)
+        check_count("seed", seed, at_least=0, at_most=_LARGEST)
         world = world_size(process_group)
         if size % world:
             raise InputError(
                 f"classes_per_batch * samples_per_class must be divisible by the {world} processes, "
                 f"got {classes_per_batch} * {samples_per_class}"
             )
-        order = torch.argsort(labels.cpu(), stable=True)
-        self.members = order.split(torch.bincount(labels.cpu())[present.cpu()].tolist())
+        self.members = torch.argsort(classes, stable=True).split(sizes.tolist())
         self.samples_per_class = samples_per_class
         self.classes_per_batch = classes_per_batch
         self.batches = batches
-        self.seed = seed
+        self.seed = int(seed)  # torch takes no NumPy integers
         self.share = slice(
             process_rank(process_group) * size // world, (process_rank(process_group) + 1) * size // world
         )
         self.epoch = 0
-        self.done = 0
+        self.start = 0  # the batch that the next iteration begins with
+        self.done = 0  # how many the latest has drawn
 
     def __len__(self) -> int:
         """Returns the number of batches of an epoch."""
@@ -86,21 +87,28 @@ class ClassBalancedBatchSampler(Sampler[list[int]]):
 
     def set_epoch(self, epoch: int) -> None:
         """Sets the epoch, from 0, that the next iteration draws, from its beginning."""
-        check_count("epoch", epoch, at_least=0)
-        self.epoch, self.done = epoch, 0
+        self.load_state_dict({"epoch": epoch, "done": 0})
 
     def state_dict(self) -> dict[str, int]:
         """Returns the epoch and how many of its batches have been drawn; all of them stand for the next epoch."""
         return {"epoch": self.epoch, "done": self.done}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Goes on where the sampler of a `state_dict` stood."""
-        self.set_epoch(state["epoch"])
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Goes on, in the next iteration, where the sampler of a `state_dict` stood.
+
+        Raises:
+            InputError: the state is none of a sampler with as many batches (a ValueError).
+        """
+        if not isinstance(state, Mapping) or not {"epoch", "done"} <= state.keys():
+            raise InputError(f"state must hold epoch and done, as state_dict returns them, got {state!r}")
+        check_count("epoch", state["epoch"], at_least=0, at_most=_LARGEST)
         check_count("done", state["done"], at_least=0, at_most=self.batches, limit="batches of an epoch")
-        self.done = state["done"]
+        self.epoch = int(state["epoch"])
+        self.start = self.done = int(state["done"])
 
     def __iter__(self) -> Iterator[list[int]]:
-        """Yields this rank's share of each batch that is left of the epoch."""
+        """Yields this rank's share of each batch of the epoch: of all, or of those left after `load_state_dict`."""
+        start, self.start = self.start, 0
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         classes = _Turns(len(self.members), generator)
         turns = [_Turns(len(own), generator) for own in self.members]
@@ -109,11 +117,23 @@ class ClassBalancedBatchSampler(Sampler[list[int]]):
                 self.members[j][turns[j].take(self.samples_per_class)]
                 for j in classes.take(self.classes_per_batch).tolist()
             ]
-            if number < self.done:
+            if number < start:
                 continue
             self.done = number + 1
             yield torch.cat(batch)[self.share].tolist()
         self.done = 0
+
+
+def _int64(labels: Any) -> Int[Tensor, " m"]:
+    """Returns labels as int64 on the CPU: elsewhere torch takes uint8 for a mask, and lacks the wider unsigned."""
+    if isinstance(labels, Tensor):
+        integers = not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
+    else:
+        labels = np.asarray(labels)  # of a pandas Series too, whatever its index
+        integers = labels.dtype.kind in "iu"
+    if labels.ndim != 1 or len(labels) == 0 or not integers:
+        raise InputError(f"labels must be integers of shape (m,), got {labels.dtype} {tuple(labels.shape)}")
+    return labels.long().cpu() if isinstance(labels, Tensor) else torch.from_numpy(labels.astype(np.int64))
 
 
 class _Turns:

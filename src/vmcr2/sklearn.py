@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from vmcr2.checks import check_count, check_number
-from vmcr2.embeddings import LabelQuality, label_quality
+from vmcr2.embeddings import LabelQuality, label_quality, sorted_classes
 from vmcr2.errors import InputError, NumericalError
 from vmcr2.latching import MomentStream
 from vmcr2.losses import MCR2Loss, VMCR2Loss
@@ -43,6 +43,7 @@ _EPOCHS, _STEPS = 20, 120  # enough for digits, by cross-validation; at 50 epoch
 _KEPT = 4096  # samples that partial_fit remembers, about
 _KEPT_A_CLASS = 16  # and of every class, at least
 _SAY_SECONDS = 10.0
+_LONGEST = 1e100  # of a row beside those of `fit`: the class of so long a one is certain, and its square still finite
 
 Objective = Literal["vmcr2", "mcr2"]
 Network = Callable[[int, int], nn.Module]
@@ -79,15 +80,17 @@ class NearestSubspaceClassifier(ClassifierMixin, BaseEstimator):
         Raises:
             InputError: n_components is out of range (a ValueError); ValueError for wrong X or y.
         """
-        X, y = validate_data(self, X, y, dtype=_FLOATS)
-        check_classification_targets(y)
-        self.classes_, labels = np.unique(y, return_inverse=True)
-        k = len(_at_least_two(self.classes_))
-        self._stream: MomentStream | None = None
-        self._set_components(X.shape[1])
-        features = _tensor(X)
-        self.components_ = class_subspaces(features, torch.from_numpy(labels), k, self.n_components_).numpy()
-        self.temperature_ = _fold_temperature(features, labels, k, self.n_components_)
+        with _all_or_nothing(self):
+            X, y = validate_data(self, X, y, dtype=_FLOATS)
+            check_classification_targets(y)
+            self.classes_, labels = np.unique(y, return_inverse=True)
+            k = len(_at_least_two(self.classes_))
+            self._stream: MomentStream | None = None
+            self._set_components(X.shape[1])
+            self._unit = _unit(np.abs(X).max(keepdims=True)).item()
+            features = _tensor(X / self._unit)
+            self.components_ = class_subspaces(features, torch.from_numpy(labels), k, self.n_components_).numpy()
+            self._temperature = _fold_temperature(features, labels, k, self.n_components_)
         return self
 
     def partial_fit(self, X: Any, y: Any, classes: Any = None) -> NearestSubspaceClassifier:
@@ -106,28 +109,30 @@ class NearestSubspaceClassifier(ClassifierMixin, BaseEstimator):
             InputError: n_components is out of range, classes are missing or differ, or y holds another class (a
                 ValueError); ValueError for wrong X or y.
         """
-        first = not hasattr(self, "classes_")
-        X, y = validate_data(self, X, y, dtype=_FLOATS, reset=first)
-        labels = _enter_classes(self, y, classes, first)
-        if not first and self._stream is None:
-            warnings.warn("partial_fit starts afresh: fit keeps no samples", stacklevel=2)
-            first = True
-        k, d = len(_at_least_two(self.classes_)), X.shape[1]
-        if first:
-            self._set_components(d)
-            self._stream = MomentStream(k, d, torch.float64, torch.device("cpu"))
-        assert self._stream is not None
-        features, held = _tensor(X.astype(np.float64)), torch.from_numpy(labels)
-        if not first:
-            part = _spread(len(features), k)
-            energies = subspace_energies(features[part], _tensor(self.components_.astype(np.float64)))
-            self.temperature_ = _temperature(features, energies, held[part])
-        else:
-            self.temperature_ = _fold_temperature(features, labels, k, self.n_components_)
-        checked, _ = as_membership(features, held, k)
-        self._stream.add(features, checked)
-        blocks, energies, _ = self._stream.blocks(self.n_components_)
-        self.components_ = spanned(blocks, energies).numpy()
+        with _all_or_nothing(self):
+            first = not hasattr(self, "classes_")
+            X, y = validate_data(self, X, y, dtype=_FLOATS, reset=first)
+            labels = _enter_classes(self, y, classes, first)
+            if not first and self._stream is None:
+                warnings.warn("partial_fit starts afresh: fit keeps no samples", stacklevel=2)
+                first = True
+            k, d = len(_at_least_two(self.classes_)), X.shape[1]
+            if first:
+                self._set_components(d)
+                self._unit = _unit(np.abs(X).max(keepdims=True)).item()
+                self._stream = MomentStream(k, d, torch.float64, torch.device("cpu"))
+            assert self._stream is not None
+            features, held = _tensor(X.astype(np.float64) / self._unit), torch.from_numpy(labels)
+            if not first:
+                part = _spread(len(features), k)
+                energies = subspace_energies(features[part], _tensor(self.components_.astype(np.float64)))
+                self._temperature = _temperature(features, energies, held[part])
+            else:
+                self._temperature = _fold_temperature(features, labels, k, self.n_components_)
+            checked, _ = as_membership(features, held, k)
+            self._stream.add(features, checked)
+            blocks, energies, _ = self._stream.blocks(self.n_components_)
+            self.components_ = spanned(blocks, energies).numpy()
         return self
 
     def _set_components(self, d: int) -> None:
@@ -136,35 +141,52 @@ class NearestSubspaceClassifier(ClassifierMixin, BaseEstimator):
         )
         check_count("n_components", self.n_components_, at_most=d, limit="the number of features")
 
-    def _energies(self, X: Any) -> tuple[np.ndarray, np.ndarray]:
-        """Returns ‖V^(j)ᵀ z‖² (m, k) and ‖z‖² (m, 1)."""
+    @property
+    def temperature_(self) -> float:
+        """The squared distance at which a subspace is e times less likely than one that holds the sample.
+
+        Of features so large that float64 does not hold their squares it is infinite; `predict_proba` is not harmed.
+        """
+        return self._temperature * self._unit * self._unit
+
+    def _energies(self, X: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Returns ‖V^(j)ᵀ z‖² (m, k) and ‖z‖² (m, 1), both in squares of each row's unit, and the units (m, 1)."""
         check_is_fitted(self, "components_")
         X = validate_data(self, X, dtype=_FLOATS, reset=False)
-        dtype = np.result_type(X.dtype, self.components_.dtype)
-        energies = subspace_energies(_tensor(X.astype(dtype)), _tensor(self.components_.astype(dtype))).numpy()
-        return energies, np.square(X.astype(dtype)).sum(1, keepdims=True)
+        rows = X.astype(np.result_type(X.dtype, self.components_.dtype))
+        units = _unit(np.abs(rows).max(1, keepdims=True))
+        rows /= units
+        energies = subspace_energies(_tensor(rows), _tensor(self.components_.astype(rows.dtype))).numpy()
+        return energies, np.square(rows).sum(1, keepdims=True), units
+
+    def _scores(self, X: Any) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the decision in squares of each row's unit, and the units, in a shape to multiply it by."""
+        energies, norms, units = self._energies(X)
+        if len(self.classes_) == 2:
+            return energies[:, 1] - energies[:, 0], units[:, 0]
+        return energies - norms, units
 
     def decision_function(self, X: Any) -> np.ndarray:
         """Returns minus the squared distance to each subspace, (m, k); for two classes the difference (m,)."""
-        energies, norms = self._energies(X)
-        if len(self.classes_) == 2:
-            return energies[:, 1] - energies[:, 0]
-        return energies - norms
+        scores, units = self._scores(X)
+        return scores * units * units
 
     def predict(self, X: Any) -> np.ndarray:
         """Returns the label of the nearest subspace, (m,)."""
-        scores = self.decision_function(X)
+        scores, _ = self._scores(X)
         nearest = (scores > 0).astype(int) if scores.ndim == 1 else scores.argmax(1)
         return self.classes_[nearest]
 
     def predict_proba(self, X: Any) -> np.ndarray:
         """Returns how likely each class is, (m, k): the softmax of minus the squared distances over `temperature_`."""
-        energies, _ = self._energies(X)
-        return torch.softmax(torch.from_numpy(energies).double() / self.temperature_, 1).numpy()
+        energies, _, units = self._energies(X)
+        gains = (energies - energies.max(1, keepdims=True)) / self._temperature
+        scale = np.minimum(units, self._unit * _LONGEST) / self._unit
+        return torch.softmax(torch.from_numpy(gains * scale * scale).double(), 1).numpy()
 
     def score_samples(self, X: Any) -> np.ndarray:
         """Returns minus the distance to the nearest subspace over ‖z‖, (m,): from −1 to 0, higher is more normal."""
-        energies, norms = self._energies(X)
+        energies, norms, _ = self._energies(X)
         shares = energies.max(1) / np.maximum(norms[:, 0], np.finfo(norms.dtype).tiny)
         return -np.sqrt(np.clip(1 - shares, 0, 1))
 
@@ -190,7 +212,7 @@ class CodingRateTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
             to (m, d), float32; None means two hidden layers with BatchNorm and ReLU.
         hidden: the width of the default network's layers.
         epochs: passes over the samples in `fit`; None means 20, or what 120 steps take. `partial_fit` makes one.
-        batch_size: samples a step, at most.
+        batch_size: samples a step, at most, from 2; 3 of an odd number in twos, as BatchNorm takes no sample alone.
         learning_rate: of AdamW. In `fit` it falls to 0 along a half cosine.
         weight_decay: of AdamW.
         eps_sq: the squared precision ε² > 0.
@@ -256,11 +278,12 @@ class CodingRateTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
             NumericalError: training diverged.
         """
         self._check_parameters()
-        X, y = validate_data(self, X, y, dtype=_FLOATS)
-        check_classification_targets(y)
-        self.classes_, labels = np.unique(y, return_inverse=True)
-        self._begin(X)
-        self._fit(X, labels)
+        with _all_or_nothing(self):
+            X, y = validate_data(self, X, y, dtype=_FLOATS)
+            check_classification_targets(y)
+            self.classes_, labels = np.unique(y, return_inverse=True)
+            self._begin(X.shape[1])
+            self._fit(X, labels)
         return self
 
     def partial_fit(self: _Estimator, X: Any, y: Any, classes: Any = None) -> _Estimator:
@@ -278,14 +301,13 @@ class CodingRateTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
             NumericalError: training diverged.
         """
         self._check_parameters()
-        first = not hasattr(self, "classes_")
-        X, y = validate_data(self, X, y, dtype=_FLOATS, reset=first)
-        labels = _enter_classes(self, y, np.unique(y) if first and classes is None else classes, first)
-        if first:
-            self._begin(X)
-        else:
-            self.scaler_.partial_fit(X.astype(np.float64))
-        self._partial_fit(X, labels)
+        with _all_or_nothing(self):
+            first = not hasattr(self, "classes_")
+            X, y = validate_data(self, X, y, dtype=_FLOATS, reset=first)
+            labels = _enter_classes(self, y, np.unique(y) if first and classes is None else classes, first)
+            if first:
+                self._begin(X.shape[1])
+            self._partial_fit(X, labels)
         return self
 
     def transform(self, X: Any) -> np.ndarray:
@@ -337,11 +359,11 @@ class CodingRateTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
             return torch.device(self.device)
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
-    def _begin(self, X: np.ndarray) -> None:
-        """Builds what is trained, for X's columns and `classes_`."""
-        k, columns = len(_at_least_two(self.classes_)), X.shape[1]
+    def _begin(self, columns: int) -> None:
+        """Builds what is trained, for so many columns and `classes_`."""
+        k = len(_at_least_two(self.classes_))
         self.feature_dim_ = self._feature_dim(k)
-        self.scaler_ = StandardScaler().fit(X.astype(np.float64))
+        self.scaler_ = StandardScaler()
         self.history_: list[float] = []
         device = self._device()
         self._seed = int(check_random_state(self.random_state).randint(2**31))
@@ -374,6 +396,7 @@ class CodingRateTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
         return ((X.astype(np.float64) - self.scaler_.mean_) / scale).astype(np.float32)
 
     def _fit(self, X: np.ndarray, labels: np.ndarray) -> None:
+        self.scaler_.fit(X.astype(np.float64))
         inputs, held = _tensor(self._inputs(X)), torch.from_numpy(labels)
         epochs = max(_EPOCHS, -(-_STEPS // self._steps(len(inputs)))) if self.epochs is None else self.epochs
         progress = _Progress(type(self).__name__, epochs, bool(self.verbose))
@@ -386,14 +409,15 @@ class CodingRateTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
             self._settle(inputs)
 
     def _partial_fit(self, X: np.ndarray, labels: np.ndarray) -> None:
+        self.scaler_.partial_fit(X.astype(np.float64))
         with _seeded(self._seed + len(self.history_), self._device()):
             self._epoch(_tensor(self._inputs(X)), torch.from_numpy(labels), None)
 
     def _steps(self, m: int) -> int:
-        return max(1, -(-m // self.batch_size))
+        return max(1, min(-(-m // self.batch_size), m // 2))
 
     def _batches(self, inputs: Tensor, labels: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Returns shuffled batches of nearly equal size, so that none is too small for BatchNorm."""
+        """Returns shuffled batches of nearly equal size, of 2 samples at least: BatchNorm takes none alone."""
         device = self._device()
         parts = torch.randperm(len(inputs)).tensor_split(self._steps(len(inputs)))
         return [(inputs[part].to(device), labels[part].to(device)) for part in parts]
@@ -545,18 +569,21 @@ class CodingRateClassifier(ClassifierMixin, CodingRateTransformer):
         )
         self.n_components = n_components
 
-    def _begin(self, X: np.ndarray) -> None:
-        if self.n_components is not None:
-            d = self._feature_dim(len(self.classes_))
-            check_count("n_components", self.n_components, at_most=d, limit="feature_dim")
-        super()._begin(X)
+    def _begin(self, columns: int) -> None:
+        super()._begin(columns)
         self._kept: tuple[np.ndarray, np.ndarray] | None = None
 
+    def _check_components(self) -> None:
+        if self.n_components is not None:
+            check_count("n_components", self.n_components, at_most=self.feature_dim_, limit="feature_dim")
+
     def _fit(self, X: np.ndarray, labels: np.ndarray) -> None:
+        self._check_components()
         super()._fit(X, labels)
         self.subspaces_ = NearestSubspaceClassifier(self.n_components).fit(self._embed(self._inputs(X)), labels)
 
     def _partial_fit(self, X: np.ndarray, labels: np.ndarray) -> None:
+        self._check_components()
         super()._partial_fit(X, labels)
         # What earlier batches looked like to the network of then would be of no use: samples are kept, not features.
         if self._kept is not None:
@@ -608,17 +635,25 @@ class CodingRateClassifier(ClassifierMixin, CodingRateTransformer):
         Raises:
             InputError: y holds other labels (a ValueError).
         """
-        features, labels = self._transformed(X), np.asarray(y)
-        strange = np.setdiff1d(labels, self.classes_)
+        features = self._transformed(X)
+        strange = np.setdiff1d(sorted_classes(y, len(features))[0], self.classes_)
         if len(strange):
             raise InputError(f"y must hold the labels of classes_ alone, got {strange[0]!r}")
-        return label_quality(features, labels)
+        return label_quality(features, y)
 
 
 def _tensor(array: np.ndarray) -> Tensor:
     """Returns a tensor of the array, copied where torch could not share it."""
     array = np.ascontiguousarray(array)
     return torch.from_numpy(array if array.flags.writeable else array.copy())
+
+
+def _unit(largest: np.ndarray) -> np.ndarray:
+    """Returns the power of two below a largest entry: in that unit squares neither overflow nor vanish.
+
+    To divide by a power of two is exact, so the unit changes nothing where none was needed.
+    """
+    return np.ldexp(np.ones_like(largest), np.frexp(largest)[1] - 1)
 
 
 def _at_least_two(classes: np.ndarray) -> np.ndarray:
@@ -709,6 +744,18 @@ def _mlp(columns: int, feature_dim: int, hidden: int) -> nn.Module:
     for before in (columns, hidden):
         layers += [nn.Linear(before, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU()]
     return nn.Sequential(*layers, nn.Linear(hidden, feature_dim))
+
+
+@contextmanager
+def _all_or_nothing(estimator: BaseEstimator) -> Iterator[None]:
+    """Puts the estimator's attributes back where a fit fails or is stopped: no new labels beside old subspaces."""
+    before = dict(vars(estimator))
+    try:
+        yield
+    except BaseException:
+        vars(estimator).clear()
+        vars(estimator).update(before)
+        raise
 
 
 @contextmanager
