@@ -43,7 +43,7 @@ _EPOCHS, _STEPS = 20, 120  # enough for digits, by cross-validation; at 50 epoch
 _KEPT = 4096  # samples that partial_fit remembers, about
 _KEPT_A_CLASS = 16  # and of every class, at least
 _SAY_SECONDS = 10.0
-_LONGEST = 1e100  # of a row beside those of `fit`: the class of so long a one is certain, and its square still finite
+_LARGEST = 1e150  # the squares of larger entries are none in float64
 
 Objective = Literal["vmcr2", "mcr2"]
 Network = Callable[[int, int], nn.Module]
@@ -87,10 +87,9 @@ class NearestSubspaceClassifier(ClassifierMixin, BaseEstimator):
             k = len(_at_least_two(self.classes_))
             self._stream: MomentStream | None = None
             self._set_components(X.shape[1])
-            self._unit = _unit(np.abs(X).max(keepdims=True)).item()
-            features = _tensor(X / self._unit)
+            features = _tensor(_with_squares(X))
             self.components_ = class_subspaces(features, torch.from_numpy(labels), k, self.n_components_).numpy()
-            self._temperature = _fold_temperature(features, labels, k, self.n_components_)
+            self.temperature_ = _fold_temperature(features, labels, k, self.n_components_)
         return self
 
     def partial_fit(self, X: Any, y: Any, classes: Any = None) -> NearestSubspaceClassifier:
@@ -119,16 +118,15 @@ class NearestSubspaceClassifier(ClassifierMixin, BaseEstimator):
             k, d = len(_at_least_two(self.classes_)), X.shape[1]
             if first:
                 self._set_components(d)
-                self._unit = _unit(np.abs(X).max(keepdims=True)).item()
                 self._stream = MomentStream(k, d, torch.float64, torch.device("cpu"))
             assert self._stream is not None
-            features, held = _tensor(X.astype(np.float64) / self._unit), torch.from_numpy(labels)
+            features, held = _tensor(_with_squares(X).astype(np.float64)), torch.from_numpy(labels)
             if not first:
                 part = _spread(len(features), k)
                 energies = subspace_energies(features[part], _tensor(self.components_.astype(np.float64)))
-                self._temperature = _temperature(features, energies, held[part])
+                self.temperature_ = _temperature(features, energies, held[part])
             else:
-                self._temperature = _fold_temperature(features, labels, k, self.n_components_)
+                self.temperature_ = _fold_temperature(features, labels, k, self.n_components_)
             checked, _ = as_membership(features, held, k)
             self._stream.add(features, checked)
             blocks, energies, _ = self._stream.blocks(self.n_components_)
@@ -141,52 +139,35 @@ class NearestSubspaceClassifier(ClassifierMixin, BaseEstimator):
         )
         check_count("n_components", self.n_components_, at_most=d, limit="the number of features")
 
-    @property
-    def temperature_(self) -> float:
-        """The squared distance at which a subspace is e times less likely than one that holds the sample.
-
-        Of features so large that float64 does not hold their squares it is infinite; `predict_proba` is not harmed.
-        """
-        return self._temperature * self._unit * self._unit
-
-    def _energies(self, X: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Returns ‖V^(j)ᵀ z‖² (m, k) and ‖z‖² (m, 1), both in squares of each row's unit, and the units (m, 1)."""
+    def _energies(self, X: Any) -> tuple[np.ndarray, np.ndarray]:
+        """Returns ‖V^(j)ᵀ z‖² (m, k) and ‖z‖² (m, 1)."""
         check_is_fitted(self, "components_")
-        X = validate_data(self, X, dtype=_FLOATS, reset=False)
-        rows = X.astype(np.result_type(X.dtype, self.components_.dtype))
-        units = _unit(np.abs(rows).max(1, keepdims=True))
-        rows /= units
-        energies = subspace_energies(_tensor(rows), _tensor(self.components_.astype(rows.dtype))).numpy()
-        return energies, np.square(rows).sum(1, keepdims=True), units
-
-    def _scores(self, X: Any) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the decision in squares of each row's unit, and the units, in a shape to multiply it by."""
-        energies, norms, units = self._energies(X)
-        if len(self.classes_) == 2:
-            return energies[:, 1] - energies[:, 0], units[:, 0]
-        return energies - norms, units
+        X = _with_squares(validate_data(self, X, dtype=_FLOATS, reset=False))
+        dtype = np.result_type(X.dtype, self.components_.dtype)
+        energies = subspace_energies(_tensor(X.astype(dtype)), _tensor(self.components_.astype(dtype))).numpy()
+        return energies, np.square(X.astype(dtype)).sum(1, keepdims=True)
 
     def decision_function(self, X: Any) -> np.ndarray:
         """Returns minus the squared distance to each subspace, (m, k); for two classes the difference (m,)."""
-        scores, units = self._scores(X)
-        return scores * units * units
+        energies, norms = self._energies(X)
+        if len(self.classes_) == 2:
+            return energies[:, 1] - energies[:, 0]
+        return energies - norms
 
     def predict(self, X: Any) -> np.ndarray:
         """Returns the label of the nearest subspace, (m,)."""
-        scores, _ = self._scores(X)
+        scores = self.decision_function(X)
         nearest = (scores > 0).astype(int) if scores.ndim == 1 else scores.argmax(1)
         return self.classes_[nearest]
 
     def predict_proba(self, X: Any) -> np.ndarray:
         """Returns how likely each class is, (m, k): the softmax of minus the squared distances over `temperature_`."""
-        energies, _, units = self._energies(X)
-        gains = (energies - energies.max(1, keepdims=True)) / self._temperature
-        scale = np.minimum(units, self._unit * _LONGEST) / self._unit
-        return torch.softmax(torch.from_numpy(gains * scale * scale).double(), 1).numpy()
+        energies, _ = self._energies(X)
+        return torch.softmax(torch.from_numpy(energies).double() / self.temperature_, 1).numpy()
 
     def score_samples(self, X: Any) -> np.ndarray:
         """Returns minus the distance to the nearest subspace over ‖z‖, (m,): from −1 to 0, higher is more normal."""
-        energies, norms, _ = self._energies(X)
+        energies, norms = self._energies(X)
         shares = energies.max(1) / np.maximum(norms[:, 0], np.finfo(norms.dtype).tiny)
         return -np.sqrt(np.clip(1 - shares, 0, 1))
 
@@ -648,12 +629,11 @@ def _tensor(array: np.ndarray) -> Tensor:
     return torch.from_numpy(array if array.flags.writeable else array.copy())
 
 
-def _unit(largest: np.ndarray) -> np.ndarray:
-    """Returns the power of two below a largest entry: in that unit squares neither overflow nor vanish.
-
-    To divide by a power of two is exact, so the unit changes nothing where none was needed.
-    """
-    return np.ldexp(np.ones_like(largest), np.frexp(largest)[1] - 1)
+def _with_squares(X: np.ndarray) -> np.ndarray:
+    largest = float(np.abs(X).max())
+    if largest > _LARGEST:
+        raise InputError(f"X must have entries of at most {_LARGEST:g} in size, got {largest:g}: float64 overflows")
+    return X
 
 
 def _at_least_two(classes: np.ndarray) -> np.ndarray:
