@@ -264,7 +264,7 @@ def report(
     maximum = largest_reduction(d, counts, eps_sq)
     centre = float(unit.mean(0).norm())
     pairs = _worst_pairs(overlap, names)
-    rank = float(_effective_rank(spectrum[None])[0])
+    rank = float(effective_rank(spectrum[None])[0])
     reduction = float(rates.reduction)
     return Report(
         num_samples=m,
@@ -375,7 +375,7 @@ def largest_reduction(feature_dim: int, class_counts: Int[np.ndarray, " k"], eps
     return float((0.5 * r * (np.log1p(beta * weights / r) - weights * np.log1p(beta / r))).sum())
 
 
-def _effective_rank(eigenvalues: Float[Tensor, "k d"]) -> Float[Tensor, " k"]:
+def effective_rank(eigenvalues: Float[Tensor, "k d"]) -> Float[Tensor, " k"]:
     """Returns e to the entropy of eigenvalues' shares (Roy and Vetterli, 2007, on eigenvalues of the second moment)."""
     shares = eigenvalues.clamp_min(0)
     shares = shares / shares.sum(1, keepdim=True)
@@ -393,7 +393,7 @@ def _overlaps_and_ranks(unit: Tensor, labels: Tensor, k: int) -> tuple[np.ndarra
     for j, rows in enumerate(unit[labels.argsort(stable=True)].split(membership.sizes.tolist())):
         _, values, directions = torch.linalg.svd(rows / len(rows) ** 0.5, full_matrices=False)
         energies = values.square()
-        ranks[j] = _effective_rank(energies[None])[0].cpu()
+        ranks[j] = effective_rank(energies[None])[0].cpu()
         kept = len(energies) if whole else min(_DIRECTIONS, len(energies))
         vectors.append((directions[:kept] * energies[:kept, None].sqrt()).contiguous())
     if whole:

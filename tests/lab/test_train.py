@@ -11,6 +11,7 @@ import vmcr2
 from vmcr2.errors import InputError, NumericalError
 from vmcr2.lab import figures, networks, objectives, recipes, sources, train
 from vmcr2.lab.augmentation import Augmentation
+from vmcr2.lab.evaluate import accuracy_by_components, extract
 from vmcr2.lab.recipes import RECIPES
 from vmcr2.lab.run import RunFolder
 from vmcr2.lab.sources import DataSettings
@@ -31,6 +32,11 @@ def test_a_run_leaves_what_it_promises(tmp_path, objective):
     )
     assert (summary["head_accuracy"] is None) == (objective != "ce")
     assert 0 < summary["test_accuracy"] <= 1
+    dataset = sources.load(recipe.data)
+    features = extract(load(run).model, dataset, recipe.augmentation, 500)
+    assert summary["test_accuracy_one_component"] == accuracy_by_components(features, dataset, [1])[1]
+    ranks = vmcr2.report(features.train, dataset.train_labels).class_ranks
+    assert summary["class_rank"] == pytest.approx(np.quantile(ranks, 0.5, method="lower"), rel=1e-3)
     lines = run.metrics()
     assert [line["epoch"] for line in lines] == [1, 2, 3]
     assert ["train_reduction" in line for line in lines] == [False, True, True]

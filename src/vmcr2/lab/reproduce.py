@@ -139,7 +139,7 @@ def _beside(value: float | None, printed: float | None, digits: int) -> str:
 
 
 def _mean(summaries: list[dict[str, Any]], key: str) -> float | None:
-    values = [summary[key] for summary in summaries]
+    values: list[Any] = [summary.get(key) for summary in summaries]
     return None if None in values else sum(values) / len(values)
 
 
@@ -198,7 +198,9 @@ def _rendered(records: list[dict[str, Any]], rows: Rows, name: str, ours: bool) 
                 _beside(_mean(members, "train_compression"), None, 2),
                 _beside(_mean(members, "train_reduction"), printed.reduction, 2),
                 _beside(_mean(members, "test_accuracy"), None if objective == "ce" else printed.accuracy, 4),
+                _beside(_mean(members, "test_accuracy_one_component"), None, 4),
                 _beside(_mean(members, "head_accuracy"), printed.accuracy, 4),
+                _beside(_mean(members, "class_rank"), None, 1),
                 _beside(_mean(members, "seconds_per_epoch"), None, 2),
             ]
         )
@@ -206,12 +208,17 @@ def _rendered(records: list[dict[str, Any]], rows: Rows, name: str, ours: bool) 
     sizes += _parts(records[0]["train_size"], records[0]["test_size"])  # those of a file are alike
     settings = "our settings" if ours else ("the recipes' settings" if name == "noise" else "the paper's settings")
     where = "; ".join(dict.fromkeys(hardware(record) for record in records))
-    columns = ["row", "seeds", "epochs", "R", "R_c", "ΔR", "test accuracy", "own head", "s/epoch"]
-    notes = " ".join(["The paper's numbers, where it has some, in brackets.", *_NOTES.get(name, ())])
+    columns = ["row", "seeds", "epochs", "R", "R_c", "ΔR", "test accuracy", "one component", "own head"]
+    columns += ["class rank", "s/epoch"]
+    notes = " ".join([_COLUMNS, *_NOTES.get(name, ())])
     title = f"{name}, {settings}" + (f" ({', '.join(sizes)})" if sizes else "")
     return f"## {title}\n\n{notes} {where}.\n\n{markdown_table(columns, lines)}"
 
 
+_COLUMNS = (
+    "The paper's numbers, where it has some, in brackets. Test accuracy: nearest subspace of ⌊d/k⌋ components, "
+    "beside it of one. Class rank: the effective rank of the median class."
+)
 _NOTES: dict[str, tuple[str, ...]] = {
     "table2": ("The paper's MCR² on Tiny ImageNet had 200 epochs.",),
     "table3": (

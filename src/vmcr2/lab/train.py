@@ -20,15 +20,17 @@ from torch import Tensor, nn
 
 from vmcr2.checks import pair_of
 from vmcr2.distributed import process_rank, world_size
+from vmcr2.embeddings import effective_rank
 from vmcr2.errors import InputError, NumericalError
 from vmcr2.lab import networks, objectives, processes, recipes, sources, trained
 from vmcr2.lab.augmentation import augmented, plain, warn_of_lost_borders
-from vmcr2.lab.evaluate import Features, Measures, extract, for_figures, measure, subspaces
+from vmcr2.lab.evaluate import Features, Measures, accuracy, extract, for_figures, measure, subspaces
 from vmcr2.lab.objectives import Objective
 from vmcr2.lab.recipes import Recipe
 from vmcr2.lab.report import EpochProgress, device_name
 from vmcr2.lab.run import RunFolder
 from vmcr2.lab.sources import Dataset
+from vmcr2.subspaces import nearest_subspace
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 OnEpoch = Callable[[dict[str, Any]], None]
@@ -581,7 +583,11 @@ class _Run:
         assert self.measured is not None
         (features, measures, bases), recipe = self.measured, self.prepared.recipe
         objective = self.prepared.objective
-        self.run.save_features(for_figures(features, self.prepared.dataset, bases) | objective.arrays())
+        dataset = self.prepared.dataset
+        arrays = for_figures(features, dataset, bases)
+        self.run.save_features(arrays | objective.arrays())
+        ranks = effective_rank(torch.from_numpy(arrays["spectra"]))
+        first = nearest_subspace(features.test, bases[..., :1])  # bases start with the strongest direction
         self.run.save_summary(
             {
                 "recipe": recipe.name,
@@ -590,6 +596,8 @@ class _Run:
                 "epochs": recipe.epochs,
                 **objective.describe(),
                 **asdict(measures),
+                "test_accuracy_one_component": accuracy(first, dataset.test_labels),
+                "class_rank": float(ranks.nanmedian()),
                 "evaluated_on": "validation" if recipe.data.validation else "test",
                 "seconds_per_epoch": self.seconds / recipe.epochs,
                 "device": device_name(self.prepared.device),
