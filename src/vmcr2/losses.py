@@ -18,7 +18,16 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
-from vmcr2.checks import UNIT_NORM_TOLERANCE, Condition, check_count, check_number, feature_conditions, pair_of, read
+from vmcr2.checks import (
+    UNIT_NORM_TOLERANCE,
+    Condition,
+    check_count,
+    check_number,
+    feature_conditions,
+    iterator_of,
+    pair_of,
+    read,
+)
 from vmcr2.dictionary import Dictionary, Structure, ascending_step, paper_step
 from vmcr2.distributed import Shards, agree, broadcast, check_group, gather_rows, process_rank, require_equal
 from vmcr2.errors import InputError, NotLatchedError, NumericalError
@@ -91,9 +100,8 @@ class MCR2Loss(_OverRanks):
     def __init__(self, num_classes: int, *, eps_sq: float = 0.5, process_group: Any = None) -> None:
         super().__init__(process_group)
         check_count("num_classes", num_classes)
-        check_number("eps_sq", eps_sq)
         self.num_classes = num_classes
-        self.eps_sq = eps_sq
+        self.eps_sq = check_number("eps_sq", eps_sq)
 
     def forward(
         self, features: Float[Tensor, "m d"], membership: Int[Tensor, " m"] | Shaped[Tensor, "m k"]
@@ -146,8 +154,7 @@ class TotalCodingRateLoss(_OverRanks):
 
     def __init__(self, eps_sq: float = 0.2, *, process_group: Any = None) -> None:
         super().__init__(process_group)
-        check_number("eps_sq", eps_sq)
-        self.eps_sq = eps_sq
+        self.eps_sq = check_number("eps_sq", eps_sq)
 
     def forward(
         self, features: Float[Tensor, "m d"] | Float[Tensor, "b m d"] | Sequence[Float[Tensor, "_ d"]]
@@ -184,15 +191,14 @@ class TotalCodingRateLoss(_OverRanks):
 
 def _checked_views(features: Any) -> tuple[list[Tensor], list[int]]:
     """Returns the views, and how many rows there are."""
+    form = "a torch.Tensor of shape (m, d) or (b, m, d), or a sequence of views (n, d)"
     if isinstance(features, Tensor):
         views = [features] if features.ndim == 2 else list(features) if features.ndim == 3 else []
     else:
-        views = list(features)
+        views = list(iterator_of("features", features, form))
     if not views:
-        raise InputError(
-            "features must have shape (m, d) or (b, m, d), or be a sequence of views (n, d), got "
-            + (f"shape {tuple(features.shape)}" if isinstance(features, Tensor) else "an empty sequence")
-        )
+        got = f"shape {tuple(features.shape)}" if isinstance(features, Tensor) else "an empty sequence"
+        raise InputError(f"features must be {form}, got {got}")
     dimension = None
     for view in views:
         read([*feature_conditions(view, feature_dim=dimension), _longest(view)])
@@ -236,8 +242,7 @@ def balanced_mu(feature_dim: int, batch_size: int, *, eps_sq: float = 0.5, balan
     """
     check_count("feature_dim", feature_dim)
     check_count("batch_size", batch_size)
-    check_number("eps_sq", eps_sq)
-    check_number("balance", balance)
+    eps_sq, balance = check_number("eps_sq", eps_sq), check_number("balance", balance)
     return balance * feature_dim / (batch_size * eps_sq)
 
 
@@ -340,13 +345,13 @@ class VMCR2Loss(_OverRanks):
         if atoms_per_class is None:
             atoms_per_class = max(1, feature_dim // num_classes)
         check_count("atoms_per_class", atoms_per_class, at_most=feature_dim, limit="feature_dim")
-        numbers = {"eps_sq": eps_sq, "balance": balance, "step_atoms": step_atoms, "step_codes": step_codes}
-        for name, value in numbers.items():
-            check_number(name, value)
-        check_number("pull", pull, at_most=1.0)
-        for name, value in (("mu", mu), ("energy", energy)):
-            if value is not None:
-                check_number(name, value)
+        self.mu = None if mu is None else check_number("mu", mu)
+        self.eps_sq = check_number("eps_sq", eps_sq)
+        self.balance = check_number("balance", balance)
+        self.energy = None if energy is None else check_number("energy", energy)
+        self.pull = check_number("pull", pull, at_most=1.0)
+        self.step_atoms = check_number("step_atoms", step_atoms)
+        self.step_codes = check_number("step_codes", step_codes)
         for name, value, taken in (
             ("reduction", reduction, ("mean", "sum")),
             ("structure", structure, ("shared", "block")),
@@ -361,16 +366,9 @@ class VMCR2Loss(_OverRanks):
         self.num_classes = num_classes
         self.feature_dim = feature_dim
         self.atoms_per_class = atoms_per_class
-        self.mu = mu
-        self.eps_sq = eps_sq
         self.reduction: Reduction = reduction
         self.structure: Structure = structure
-        self.balance = balance
-        self.energy = energy
-        self.pull = pull
         self.step: Step = step
-        self.step_atoms = step_atoms
-        self.step_codes = step_codes
         shards = Shards(num_classes, process_group) if sharded else None
         self.dictionary = Dictionary(num_classes, feature_dim, atoms_per_class, structure, shards)
         self._watch = _CollapseWatch()
@@ -395,11 +393,7 @@ class VMCR2Loss(_OverRanks):
                 f"sharded: the loss was made to hold {len(self.dictionary.latched)} classes on this rank, whose share "
                 f"now is {len(shards.own)}; construct it after torch.distributed.init_process_group"
             )
-        if isinstance(features, Tensor) and features.device != self.dictionary.atoms.device:
-            raise InputError(
-                f"features must be on the loss's device {self.dictionary.atoms.device}, got {features.device}; "
-                "move the loss with .to(device)"
-            )
+        self._check_device(features)
         return as_membership(
             features,
             membership,
@@ -409,6 +403,13 @@ class VMCR2Loss(_OverRanks):
             beside=beside,
             counted=not self.sharded,
         )
+
+    def _check_device(self, features: Tensor) -> None:
+        if isinstance(features, Tensor) and features.device != self.dictionary.atoms.device:
+            raise InputError(
+                f"features must be on the loss's device {self.dictionary.atoms.device}, got {features.device}; "
+                "move the loss with .to(device)"
+            )
 
     def _batch(self, features: Tensor, membership: Tensor, call: str) -> _Batch:
         """Checks the batch of this rank, agrees on it with all ranks, and gathers theirs."""
@@ -631,16 +632,25 @@ class VMCR2Loss(_OverRanks):
             batches: pairs (inputs, membership), one pass over the training set. Tensors are moved to the loss's device.
 
         Raises:
-            InputError: no batch on any rank, or a batch that is wrong or no pair (a ValueError).
+            InputError: no batch on any rank, a batch that is wrong or no pair, or a model that cannot be called (a
+                ValueError).
             NumericalError: a decomposition did not converge.
         """
-        atoms = self.dictionary.atoms
         with batch_statistics(model) as run:
-            pairs = ((run(inputs.to(atoms.device)), held.to(atoms.device)) for inputs, held in map(pair_of, batches))
+
+            def pairs() -> Iterator[tuple[Tensor, Tensor]]:
+                # Pulled where the ranks agree on each other's errors; one by one, since a stream may not end.
+                if not callable(model):
+                    raise InputError(f"model must be a Module or a function, got {type(model).__name__}")
+                device = self.dictionary.atoms.device
+                for batch in iterator_of("batches", batches, "pairs (inputs, membership)"):
+                    inputs, held = pair_of(batch)
+                    yield run(inputs.to(device)), held.to(device)
+
             if self.sharded:
-                self._latch_shard(pairs, "latch_from")
+                self._latch_shard(pairs(), "latch_from")
             else:
-                self._latch_stream(pairs)
+                self._latch_stream(pairs())
 
     def _latch_stream(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
         """Latches onto the features and memberships of all ranks, which meet once, at the end."""
@@ -727,6 +737,7 @@ class VMCR2Loss(_OverRanks):
             )
 
         def prepare() -> tuple[None, list[int]]:
+            self._check_device(features)
             if not (self.sharded and isinstance(features, Tensor) and features.shape == (0, self.feature_dim)):
                 read(feature_conditions(features, feature_dim=self.feature_dim))
             return None, [len(features), int(dictionary.known().any())]
@@ -791,7 +802,8 @@ def _no_batches() -> InputError:
 
 def _pieces(features: Any, membership: Any) -> Iterator[tuple[Tensor, Tensor]]:
     """Yields a batch in parts of few rows; what cannot be parted is yielded as it is, to be refused."""
-    if isinstance(features, Tensor) and isinstance(membership, Tensor) and features.shape[:1] == membership.shape[:1]:
+    dense = all(isinstance(each, Tensor) and each.layout == torch.strided for each in (features, membership))
+    if dense and features.shape[:1] == membership.shape[:1]:
         yield from zip(features.split(_ROWS), membership.split(_ROWS), strict=True)
     else:
         yield features, membership
