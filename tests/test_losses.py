@@ -506,6 +506,31 @@ def test_a_step_that_fails_is_a_numerical_error_and_leaves_the_dictionary():
         assert_unchanged(loss, before)
 
 
+@each_structure
+@pytest.mark.parametrize("name", ["atoms", "codes"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_dictionary_that_is_not_finite_is_a_numerical_error_in_eval_mode_too(structure, name, value):
+    z, labels = unit_rows(30, 8), random_labels(30, 3)
+    for s in (1, 2):
+        loss = loss_at(z, labels, 3, s, structure=structure).eval()
+        state = snapshot(loss)
+        state[f"dictionary.{name}"][0, 0] = value
+        loss.load_state_dict(state)
+        calls = [lambda f=loss: f(z, labels), lambda f=loss: f.rates(z, labels)]
+        if structure == "block":
+            calls.append(lambda f=loss: f.nearest_class(z))
+        for call in calls:
+            with pytest.raises(vmcr2.NumericalError):
+                call()
+
+
+def test_a_value_that_overflows_in_eval_mode_is_a_numerical_error():
+    z, labels = unit_rows(30, 8, dtype=torch.float32), random_labels(30, 3)
+    loss = loss_at(z, labels, 3, 2, mu=1e300, reduction="sum").eval()
+    with pytest.raises(vmcr2.NumericalError, match="so large that the loss overflows"):
+        loss(z, labels)
+
+
 # Training.
 
 

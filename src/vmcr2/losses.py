@@ -54,6 +54,10 @@ _LARGEST_MOMENT = 1.05  # ‖C_j‖ of unit rows, with the tolerance of their no
 # Shares of the best ΔR so far, and for how many looks in a row. In small batches of natural images ΔR falls below a
 # fifth of what a fresh network has, and comes back within an epoch; that of features that have collapsed goes to 0.
 _COLLAPSED = ((0.05, 3), (0.2, 10))
+_SPOILT = (
+    "the dictionary holds NaN or infinite entries, or codes (or mu) so large that the loss overflows; load it or latch "
+    "it anew"
+)
 
 
 class _OverRanks(nn.Module):
@@ -469,7 +473,8 @@ class VMCR2Loss(_OverRanks):
         Raises:
             InputError: a wrong argument (a ValueError).
             NotLatchedError: nothing was ever latched, and this call is not to (a ValueError too).
-            NumericalError: the step failed; the dictionary is as it was.
+            NumericalError: the step failed, and the dictionary is as it was; or, without a step, the value is not
+                finite.
         """
         moving = self.training and torch.is_grad_enabled()
         batch = self._batch(features, membership, "a training step" if moving else "an evaluation")
@@ -482,7 +487,10 @@ class VMCR2Loss(_OverRanks):
         else:
             value = precise_mismatch(batch.features, *self._read(batch), self.pull)
         value = value * self.mu_at(m) if self.reduction == "sum" else value / m
-        return value.to(torch.promote_types(features.dtype, torch.float32))
+        value = value.to(torch.promote_types(features.dtype, torch.float32))
+        if not moving:
+            require_finite(value, otherwise=_SPOILT)
+        return value
 
     def _read(self, batch: _Batch) -> tuple[Membership, Codes]:
         """Returns what a batch meets of the dictionary.
@@ -728,6 +736,7 @@ class VMCR2Loss(_OverRanks):
         Raises:
             InputError: a wrong argument, or shared structure (a ValueError).
             NotLatchedError: nothing was ever latched (a ValueError too).
+            NumericalError: the dictionary is not finite.
         """
         dictionary, shards = self.dictionary, self.dictionary.shards
         if self.structure != "block":
@@ -740,6 +749,7 @@ class VMCR2Loss(_OverRanks):
             self._check_device(features)
             if not (self.sharded and isinstance(features, Tensor) and features.shape == (0, self.feature_dim)):
                 read(feature_conditions(features, feature_dim=self.feature_dim))
+            require_finite(dictionary.atoms.sum(0), dictionary.codes.sum(0), otherwise=_SPOILT)
             return None, [len(features), int(dictionary.known().any())]
 
         if shards is None:
