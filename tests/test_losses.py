@@ -507,6 +507,40 @@ def test_a_step_that_fails_is_a_numerical_error_and_leaves_the_dictionary():
 
 
 @each_structure
+@pytest.mark.parametrize("settings", [{"mu": 1e37}, {"mu": 1e300}, {"balance": 1e300}, {"energy": 1e30}])
+def test_a_class_is_not_latched_by_a_step_that_fails(structure, settings):
+    z, labels = unit_rows(40, 8, dtype=torch.float32), torch.arange(40) % 4
+    loss = vmcr2.VMCR2Loss(4, 8, structure=structure, **settings)
+    loss.latch(z[labels < 2], labels[labels < 2])
+    before = snapshot(loss)
+    with pytest.raises(vmcr2.NumericalError, match="The dictionary is as it was"):
+        loss(z, labels)
+    assert_unchanged(loss, before)
+    loss.mu, loss.energy, loss.balance = None, None, 0.05
+    right = vmcr2.VMCR2Loss(4, 8, structure=structure)
+    right.load_state_dict(before)
+    assert float(loss(z, labels)) == float(right(z, labels))
+    assert_unchanged(loss, snapshot(right))
+
+
+@each_structure
+def test_a_class_is_not_latched_by_a_step_that_breaks_off(structure, monkeypatch):
+    z, labels = unit_rows(30, 8), random_labels(30, 3)
+    loss = vmcr2.VMCR2Loss(3, 8, structure=structure).double()
+    before = snapshot(loss)
+
+    def break_off(batch):
+        assert loss.dictionary.latched.all()
+        raise MemoryError
+
+    monkeypatch.setattr(loss, "_step", break_off)
+    with pytest.raises(MemoryError):
+        loss(z, labels)
+    assert_unchanged(loss, before)
+    assert not loss.dictionary.known().any()
+
+
+@each_structure
 @pytest.mark.parametrize("name", ["atoms", "codes"])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_a_dictionary_that_is_not_finite_is_a_numerical_error_in_eval_mode_too(structure, name, value):

@@ -6,6 +6,8 @@ bounds, times ν. Both are pure; `Dictionary` only holds.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -427,6 +429,24 @@ class Dictionary(nn.Module):
         self.codes.T[held] = values
         self.latched[held] = True
         self._known, self.changed = None, True
+
+    @contextmanager
+    def restored_on_error(self, chosen: Bool[Tensor, " k"]) -> Iterator[None]:
+        """Puts back what the chosen classes (on the CPU) had if what is done meanwhile raises; copies those alone."""
+        if not bool(chosen.any()):  # as at nearly every step
+            yield
+            return
+        classes = chosen.nonzero()[:, 0].to(self.atoms.device)
+        views = (self.atoms.T.unflatten(0, (len(self.latched), self.atoms_per_class)), self.codes.T, self.latched)
+        before = [view[classes] for view in views]
+        try:
+            yield
+        except Exception:
+            with torch.no_grad():
+                for view, held in zip(views, before, strict=True):
+                    view[classes] = held
+            self._known, self.changed = None, True
+            raise
 
     def confined(self) -> Bool[Tensor, ""]:
         """Returns whether every class of a shared dictionary uses its own atoms alone, as after latching."""

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
 from vmcr2.checks import (
@@ -480,10 +480,11 @@ class VMCR2Loss(_OverRanks):
         batch = self._batch(features, membership, "a training step" if moving else "an evaluation")
         m = batch.membership.num_samples
         if moving:
-            if not bool(self.dictionary.known().all()):
-                self._latch(batch.features.detach(), batch.membership.detach(), only_new=True)
-            self._watch.look(self, batch)
-            value = self._step(batch)
+            new = (batch.membership.sizes > 0) & ~self.dictionary.known()
+            with self.dictionary.restored_on_error(new):  # what is latched for a step that fails is not kept
+                self._latch(batch.features.detach(), batch.membership.detach(), new)
+                self._watch.look(self, batch)
+                value = self._step(batch)
         else:
             value = precise_mismatch(batch.features, *self._read(batch), self.pull)
         value = value * self.mu_at(m) if self.reduction == "sum" else value / m
@@ -516,6 +517,8 @@ class VMCR2Loss(_OverRanks):
         mu = self.mu_at(membership.num_samples)
         if self.mu is None:
             mu *= max(1.0, _FIRST_BALANCE * _BALANCE_DECAY**self.dictionary.steps)
+        if mu > torch.finfo(features.dtype).max:  # torch refuses such numbers in its own words
+            raise _step_failed()
         confined = batch.confined and len(membership.present) == self.num_classes
         among, after, value, flags = self._stepped(features, membership, mu, confined)
         # The step's one look back: whether all of it is finite, whether the mismatch kept its digits, and the above.
@@ -524,14 +527,11 @@ class VMCR2Loss(_OverRanks):
             among, after, value, flags = self._stepped(features, membership, mu, False)
             finite, small, _ = flags.tolist()
         if not finite:
-            raise NumericalError(
-                "the dictionary's step failed: I + β Γ Diag(Ã γ) Γᵀ could not be factorised, or a gradient overflowed; "
-                "lower the learning rate or mu, or raise eps_sq. The dictionary is as it was"
-            )
+            raise _step_failed()
+        if small and features.dtype != torch.float64:
+            value = precise_mismatch(features, among, after, self.pull)
         self.dictionary.replace(after, membership)
         self.dictionary.steps += 1
-        if small and features.dtype != torch.float64:
-            return precise_mismatch(features, among, after, self.pull)
         return value
 
     def _stepped(
@@ -563,7 +563,8 @@ class VMCR2Loss(_OverRanks):
                 features, among, after, self.pull, projections=projections, energies=energies, overlap=overlap
             )
         balance = mu * membership.num_samples * self.eps_sq / self.feature_dim
-        finite = (after.total(after.atoms.sum() + after.codes.sum()) + value.detach()).isfinite()
+        # The mismatch as it is returned: in float64 it may be finite where that would be infinite.
+        finite = (after.total(after.atoms.sum() + after.codes.sum()) + value.detach().to(features.dtype)).isfinite()
         alone = balance * _LARGEST_MOMENT <= 0.5 * (1 - exposure)
         return among, after, value, torch.stack([finite, value.detach() < _CANCELLED * terms, alone])
 
@@ -612,13 +613,10 @@ class VMCR2Loss(_OverRanks):
             self._latch_shard(_pieces(features, membership), "latch")
             return
         batch = self._batch(features, membership, "latch")
-        self._latch(batch.features, batch.membership, only_new=False)
+        self._latch(batch.features, batch.membership, batch.membership.sizes > 0)
 
     @torch.no_grad()
-    def _latch(self, features: Tensor, membership: Membership, *, only_new: bool) -> None:
-        chosen = membership.sizes > 0
-        if only_new:
-            chosen = chosen & ~self.dictionary.known()
+    def _latch(self, features: Tensor, membership: Membership, chosen: Bool[Tensor, " k"]) -> None:
         if bool(chosen.any()):
             with torch.autocast(features.device.type, enabled=False):
                 blocks, energies = latched_blocks(features, membership.among_present(), self.atoms_per_class)
@@ -795,6 +793,13 @@ class VMCR2Loss(_OverRanks):
             f"energy={self.energy}, pull={self.pull}, step={self.step!r}{steps}"
             f"{', sharded=True' if self.sharded else ''}"
         )
+
+
+def _step_failed() -> NumericalError:
+    return NumericalError(
+        "the dictionary's step failed: I + β Γ Diag(Ã γ) Γᵀ could not be factorised, or a gradient overflowed; lower "
+        "the learning rate or mu, or raise eps_sq. The dictionary is as it was"
+    )
 
 
 def _not_latched() -> NotLatchedError:
