@@ -418,6 +418,30 @@ def test_a_dictionary_written_by_hand_is_taken_as_it_stands(structure):
     assert float(by_hand.train()(z, labels)) == float(source.train()(z, labels))
 
 
+@pytest.mark.parametrize("wrong", ["missing", "of another size"])
+def test_a_state_that_is_refused_leaves_the_steps(wrong):
+    z, labels = unit_rows(30, 8), random_labels(30, 3)
+    trained, loss = (loss_at(z, labels, 3, 2) for _ in range(2))
+    trained(z, labels)
+    state = trained.state_dict()
+    if wrong == "missing":
+        del state["dictionary.atoms"]
+    else:
+        state["dictionary.atoms"] = state["dictionary.atoms"][:, 1:]
+    atoms = loss.dictionary.atoms.clone()
+    with pytest.raises(RuntimeError, match=r"dictionary\.atoms"):
+        torch.nn.ModuleList([torch.nn.Linear(1, 1), loss]).load_state_dict(
+            {f"1.{name}": value for name, value in state.items()}
+        )
+    assert torch.equal(loss.dictionary.atoms, atoms)
+    assert loss.dictionary.steps == 0
+    with pytest.raises(RuntimeError, match=r"0\.weight"):  # what another module lacks does not count
+        torch.nn.ModuleList([torch.nn.Linear(1, 1), loss]).load_state_dict(
+            {f"1.{name}": value for name, value in trained.state_dict().items()}
+        )
+    assert loss.dictionary.steps == 1
+
+
 def test_the_loss_has_no_parameters():
     assert not list(vmcr2.VMCR2Loss(3, 8).parameters())
 

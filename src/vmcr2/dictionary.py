@@ -370,15 +370,29 @@ class Dictionary(nn.Module):
         state["codes"] = state["codes"].T.contiguous()
         return {**state, "steps": torch.tensor(self.steps)}
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
         loaded = {name: state_dict[f"{prefix}{name}"] for name in self._buffers if f"{prefix}{name}" in state_dict}
         by_class = "atoms" in loaded and loaded["atoms"].ndim == 3
         for name, value in loaded.items():
             state_dict[f"{prefix}{name}"] = self._own_part(name, value, by_class)
         if f"{prefix}latched" not in state_dict and f"{prefix}codes" in state_dict:
             state_dict[f"{prefix}latched"] = (state_dict[f"{prefix}codes"] > 0).any(0)
-        self.steps = int(state_dict.pop(f"{prefix}steps", self.steps))
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        steps = int(state_dict.pop(f"{prefix}steps", self.steps))
+        wrong = len(missing_keys) + len(error_msgs)  # of other modules, which share the lists
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        if len(missing_keys) + len(error_msgs) == wrong:  # else these buffers are not those that took the steps
+            self.steps = steps
         self._known, self.changed = None, True
 
     def _own_part(self, name: str, value: Tensor, by_class: bool) -> Tensor:
