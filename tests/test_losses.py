@@ -589,6 +589,20 @@ def test_a_value_that_overflows_in_eval_mode_is_a_numerical_error():
         loss(z, labels)
 
 
+@each_structure
+@pytest.mark.parametrize("energy", [1.0, 3.0])
+def test_codes_sum_to_energy_from_the_first_step_on_and_are_latched_as_algorithm_2_has_them(structure, energy):
+    z, labels = unit_rows(30, 8), torch.arange(30) % 3
+    loss = loss_at(z, labels, 3, 2, structure=structure, energy=energy)
+    assert torch.equal(loss.dictionary.codes, loss_at(z, labels, 3, 2, structure=structure).dictionary.codes)
+    assert (loss.dictionary.codes.sum(0) < 0.9).all()
+    loss(z, labels)
+    torch.testing.assert_close(loss.dictionary.codes.sum(0), torch.full((3,), energy).double())
+    whole = loss_at(z, labels, 3, 8, structure="block", energy=energy)
+    torch.testing.assert_close(whole.dictionary.codes.sum(0), torch.ones(3).double())
+    assert float(whole.rates(z, labels).residual) == pytest.approx(0, abs=1e-12)
+
+
 # Training.
 
 

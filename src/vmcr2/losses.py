@@ -300,8 +300,9 @@ class VMCR2Loss(_OverRanks):
         balance: ρ = µ m ε²/d > 0, what the residual weighs in the dictionary's step against the rates. Not used where
             mu is given. The first 60 training steps use up to 6 times as much, so that features that are still all
             alike are not left behind.
-        energy: what the codes of every class sum to; 1 is the trace of C_j. None lets the sum run free, as the paper
-            does: it grows (the more, the smaller ρ), and presses each class together.
+        energy: what the codes of every class sum to, from the first step on; 1 is the trace of C_j. What is latched is
+            Algorithm 2's, whatever this is: its codes sum to what s directions hold of that trace. None lets the sum
+            run free, as the paper does: it grows (the more, the smaller ρ), and presses each class together.
         pull: exponent in (0, 1] of how a sample is pulled into its class. 1 is eq. (7), in which the pull vanishes for
             a feature orthogonal to its class: what spares wrong labels, and is slow where features start far from
             their classes. Below a half it is stronger there: natural images from scratch (`mismatch._shortfall`).
