@@ -1,5 +1,7 @@
 """Every wrong argument is a ValueError that names it, before anything is computed or overwritten."""
 
+from fractions import Fraction
+
 import numpy as np
 import pytest
 import torch
@@ -33,6 +35,11 @@ BATCHES = [
     ("membership rows .*>= 0", Z, ROWS + torch.tensor([1.0, -1.0, 0.0])),
     ("membership rows .*finite", Z, ROWS * torch.nan),
     ("membership rows .*num_classes = 3", Z, torch.full((12, 4), 0.25)),
+    ("features must be a dense torch.Tensor .*sparse_coo", Z.to_sparse(), LABELS),
+    ("features must be floating point .*got torch.float8", Z.to(torch.float8_e4m3fn), LABELS),
+    ("features must be .*got .*meta", Z.to("meta"), LABELS.to("meta")),
+    ("membership must be a dense torch.Tensor .*sparse_coo", Z, ROWS.to_sparse()),
+    ("membership must hold integer labels or real rows, got torch.float8", Z, ROWS.to(torch.float8_e4m3fn)),
 ]
 
 
@@ -55,8 +62,51 @@ def test_batches(message, features, membership):
     assert_unchanged(variational, state)
 
 
-def test_numpy_numbers_are_numbers():
+@pytest.mark.parametrize(
+    ("message", "features"),
+    [
+        ("must be a dense torch.Tensor", Z.to_sparse()),
+        ("must be a dense torch.Tensor", Z[None].to_sparse()),
+        ("must be floating point .*got torch.float8", Z.to(torch.float8_e5m2)),
+        ("must be .*got .*meta", Z.to("meta")),
+        ("must be .*got .*meta", Z[None].to("meta")),
+        ("must be a torch.Tensor", None),
+        ("must be a torch.Tensor", 3),
+    ],
+)
+def test_features_alone(message, features):
+    loss = vmcr2.VMCR2Loss(3, 6, structure="block").double()
+    loss.latch(Z, LABELS)
+    for name, call in (
+        ("features", vmcr2.coding_rate),
+        ("features", vmcr2.TotalCodingRateLoss()),
+        ("features", loss.nearest_class),
+        ("factor", vmcr2.variational_logdet),
+    ):
+        if call != loss.nearest_class or not isinstance(features, torch.Tensor) or features.ndim == 2:
+            with pytest.raises(vmcr2.InputError, match=f"{name} {message}"):
+                call(features)
+
+
+def test_a_loss_on_meta_has_no_values_to_work_with():
+    with torch.device("meta"):
+        loss = vmcr2.VMCR2Loss(3, 6, structure="block")
+    empty, labels = torch.empty(12, 6, device="meta"), torch.empty(12, dtype=torch.long, device="meta")
+    for call in (loss, loss.rates, loss.latch, vmcr2.MCR2Loss(3)):
+        with pytest.raises(vmcr2.InputError, match="features must be finite, got a tensor on the meta device"):
+            call(empty, labels)
+    with pytest.raises(vmcr2.InputError, match="features must be finite, got a tensor on the meta device"):
+        loss.nearest_class(empty)
+    with pytest.raises(vmcr2.InputError, match="features must be on the loss's device meta, got cpu"):
+        loss.nearest_class(Z)
+
+
+def test_numpy_numbers_and_integers_of_any_size_are_numbers():
     vmcr2.VMCR2Loss(np.int64(3), np.int32(6), atoms_per_class=np.int64(2), mu=np.float32(0.5))
+    loss = vmcr2.VMCR2Loss(3, 6, mu=10**30, energy=10**20, step="paper", step_codes=10**20).double()
+    assert loss(Z, LABELS).isfinite()
+    assert loss.rates(Z, LABELS).residual > 1e20
+    assert vmcr2.variational_logdet(Z, scale=10**30).isfinite()
     vmcr2.NearestSubspaceClassifier(np.int64(2)).fit(Z.numpy(), LABELS.numpy())
 
 
@@ -78,7 +128,9 @@ def test_losses_need_rows_of_norm_1_and_rates_do_not():
     assert vmcr2.MCR2Loss(2)(rounded, torch.arange(50) % 2).isfinite()
 
 
-@pytest.mark.parametrize("value", [0, -1.0, float("nan"), float("inf"), "1", None, True])
+@pytest.mark.parametrize(
+    "value", [0, -1.0, float("nan"), float("inf"), "1", None, True, Fraction(1, 2), pytest.param(10**400, id="10**400")]
+)
 def test_eps_sq(value):
     for call in (
         lambda: vmcr2.coding_rate(Z, eps_sq=value),
@@ -91,7 +143,7 @@ def test_eps_sq(value):
 
 
 @pytest.mark.parametrize("name", ["mu", "step_atoms", "step_codes", "balance", "energy"])
-@pytest.mark.parametrize("value", [0, -1.0, float("nan")])
+@pytest.mark.parametrize("value", [0, -1.0, float("nan"), Fraction(1, 2), pytest.param(10**400, id="10**400")])
 def test_step_sizes_and_penalty(name, value):
     with pytest.raises(ValueError, match=f"{name} must be a finite number > 0, got"):
         vmcr2.VMCR2Loss(3, 6, atoms_per_class=2, **{name: value})

@@ -378,6 +378,35 @@ def test_a_model_that_fails_on_one_rank_leaves_no_other_waiting(ranks, structure
     assert second == "RuntimeError: out of memory"
 
 
+def wrong_stream(rank, what, structure):
+    pairs, model = [batches_of("labels", None)], torch.nn.Identity()
+    if rank == 1 and what == "labels":
+        pairs = [pairs[0], (pairs[0][0], pairs[0][1].tolist())]
+    elif rank == 1 and what == "batches":
+        pairs = None
+    elif rank == 1:
+        model = None
+    loss = losses_of(structure)
+    said = said_by([lambda: loss.latch_from(model, pairs)])
+    assert not loss.dictionary.latched.any()
+    return said
+
+
+WRONG_STREAMS = {
+    "labels": "batches must give pairs (inputs, membership) of tensors, got membership of type list",
+    "batches": "batches must be pairs (inputs, membership), got NoneType",
+    "model": "model must be a Module or a function, got NoneType",
+}
+
+
+@pytest.mark.parametrize("structure", ["block", "sharded"])
+@pytest.mark.parametrize("what", WRONG_STREAMS)
+def test_a_stream_that_is_wrong_on_one_rank_is_an_error_on_all(ranks, what, structure):
+    (first,), (second,) = ranks(2, wrong_stream, what, structure)
+    assert "what rank 1 brought to the call is wrong" in first
+    assert WRONG_STREAMS[what] in second
+
+
 def disagreement(rank, what):
     z, labels = batches_of("labels", None)
     odd = rank == 1

@@ -260,6 +260,44 @@ def test_latch_from_needs_a_batch():
         vmcr2.VMCR2Loss(3, 6).latch_from(nn.Identity(), [])
 
 
+WRONG_BATCHES = {
+    r"got membership of type ndarray": [(INPUTS, LABELS.numpy())],
+    r"got membership of type list": [(INPUTS, LABELS.tolist())],
+    r"got membership on the meta device": [(INPUTS, LABELS.to("meta"))],
+    r"got inputs of type dict": [({"pixel_values": INPUTS}, LABELS)],
+    r"got inputs of type ndarray": [(INPUTS.numpy(), LABELS)],
+    r"got inputs of type NoneType": [(None, LABELS)],
+    r"batches must be pairs \(inputs, membership\), got int": 3,
+    r"batches must be pairs \(inputs, membership\), got NoneType": None,
+}
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize("message", WRONG_BATCHES)
+def test_latch_from_says_what_is_wrong_with_a_batch(message, sharded):
+    loss = vmcr2.VMCR2Loss(3, 6, atoms_per_class=2, structure="block", sharded=sharded).double()
+    before = snapshot(loss)
+    with pytest.raises(vmcr2.InputError, match=message):
+        loss.latch_from(fresh(), WRONG_BATCHES[message])
+    assert_unchanged(loss, before)
+
+
+@pytest.mark.parametrize("model", [None, 3])
+def test_latch_from_needs_a_model(model):
+    with pytest.raises(vmcr2.InputError, match=f"model must be a Module or a function, got {type(model).__name__}"):
+        vmcr2.VMCR2Loss(3, 6).double().latch_from(model, [(INPUTS, LABELS)])
+
+
+def test_a_stream_that_does_not_end_is_checked_batch_by_batch():
+    def stream():
+        while True:
+            yield INPUTS, LABELS
+            yield INPUTS, LABELS.tolist()
+
+    with pytest.raises(vmcr2.InputError, match="got membership of type list"):
+        vmcr2.VMCR2Loss(3, 6).double().latch_from(fresh(), stream())
+
+
 def test_absent_classes_keep_what_they_had():
     z, labels = unit_rows(40, 8), random_labels(40, 4)
     for again in ("latch", "latch_from"):

@@ -418,6 +418,30 @@ def test_a_dictionary_written_by_hand_is_taken_as_it_stands(structure):
     assert float(by_hand.train()(z, labels)) == float(source.train()(z, labels))
 
 
+@pytest.mark.parametrize("wrong", ["missing", "of another size"])
+def test_a_state_that_is_refused_leaves_the_steps(wrong):
+    z, labels = unit_rows(30, 8), random_labels(30, 3)
+    trained, loss = (loss_at(z, labels, 3, 2) for _ in range(2))
+    trained(z, labels)
+    state = trained.state_dict()
+    if wrong == "missing":
+        del state["dictionary.atoms"]
+    else:
+        state["dictionary.atoms"] = state["dictionary.atoms"][:, 1:]
+    atoms = loss.dictionary.atoms.clone()
+    with pytest.raises(RuntimeError, match=r"dictionary\.atoms"):
+        torch.nn.ModuleList([torch.nn.Linear(1, 1), loss]).load_state_dict(
+            {f"1.{name}": value for name, value in state.items()}
+        )
+    assert torch.equal(loss.dictionary.atoms, atoms)
+    assert loss.dictionary.steps == 0
+    with pytest.raises(RuntimeError, match=r"0\.weight"):  # what another module lacks does not count
+        torch.nn.ModuleList([torch.nn.Linear(1, 1), loss]).load_state_dict(
+            {f"1.{name}": value for name, value in trained.state_dict().items()}
+        )
+    assert loss.dictionary.steps == 1
+
+
 def test_the_loss_has_no_parameters():
     assert not list(vmcr2.VMCR2Loss(3, 8).parameters())
 
@@ -504,6 +528,79 @@ def test_a_step_that_fails_is_a_numerical_error_and_leaves_the_dictionary():
         with pytest.raises(vmcr2.NumericalError, match=r"step failed.*raise eps_sq. The dictionary is as it was"):
             loss(z, labels)
         assert_unchanged(loss, before)
+
+
+@each_structure
+@pytest.mark.parametrize("settings", [{"mu": 1e37}, {"mu": 1e300}, {"balance": 1e300}, {"energy": 1e30}])
+def test_a_class_is_not_latched_by_a_step_that_fails(structure, settings):
+    z, labels = unit_rows(40, 8, dtype=torch.float32), torch.arange(40) % 4
+    loss = vmcr2.VMCR2Loss(4, 8, structure=structure, **settings)
+    loss.latch(z[labels < 2], labels[labels < 2])
+    before = snapshot(loss)
+    with pytest.raises(vmcr2.NumericalError, match="The dictionary is as it was"):
+        loss(z, labels)
+    assert_unchanged(loss, before)
+    loss.mu, loss.energy, loss.balance = None, None, 0.05
+    right = vmcr2.VMCR2Loss(4, 8, structure=structure)
+    right.load_state_dict(before)
+    assert float(loss(z, labels)) == float(right(z, labels))
+    assert_unchanged(loss, snapshot(right))
+
+
+@each_structure
+def test_a_class_is_not_latched_by_a_step_that_breaks_off(structure, monkeypatch):
+    z, labels = unit_rows(30, 8), random_labels(30, 3)
+    loss = vmcr2.VMCR2Loss(3, 8, structure=structure).double()
+    before = snapshot(loss)
+
+    def break_off(batch):
+        assert loss.dictionary.latched.all()
+        raise MemoryError
+
+    monkeypatch.setattr(loss, "_step", break_off)
+    with pytest.raises(MemoryError):
+        loss(z, labels)
+    assert_unchanged(loss, before)
+    assert not loss.dictionary.known().any()
+
+
+@each_structure
+@pytest.mark.parametrize("name", ["atoms", "codes"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_dictionary_that_is_not_finite_is_a_numerical_error_in_eval_mode_too(structure, name, value):
+    z, labels = unit_rows(30, 8), random_labels(30, 3)
+    for s in (1, 2):
+        loss = loss_at(z, labels, 3, s, structure=structure).eval()
+        state = snapshot(loss)
+        state[f"dictionary.{name}"][0, 0] = value
+        loss.load_state_dict(state)
+        calls = [lambda f=loss: f(z, labels), lambda f=loss: f.rates(z, labels)]
+        if structure == "block":
+            calls.append(lambda f=loss: f.nearest_class(z))
+        for call in calls:
+            with pytest.raises(vmcr2.NumericalError):
+                call()
+
+
+def test_a_value_that_overflows_in_eval_mode_is_a_numerical_error():
+    z, labels = unit_rows(30, 8, dtype=torch.float32), random_labels(30, 3)
+    loss = loss_at(z, labels, 3, 2, mu=1e300, reduction="sum").eval()
+    with pytest.raises(vmcr2.NumericalError, match="so large that the loss overflows"):
+        loss(z, labels)
+
+
+@each_structure
+@pytest.mark.parametrize("energy", [1.0, 3.0])
+def test_codes_sum_to_energy_from_the_first_step_on_and_are_latched_as_algorithm_2_has_them(structure, energy):
+    z, labels = unit_rows(30, 8), torch.arange(30) % 3
+    loss = loss_at(z, labels, 3, 2, structure=structure, energy=energy)
+    assert torch.equal(loss.dictionary.codes, loss_at(z, labels, 3, 2, structure=structure).dictionary.codes)
+    assert (loss.dictionary.codes.sum(0) < 0.9).all()
+    loss(z, labels)
+    torch.testing.assert_close(loss.dictionary.codes.sum(0), torch.full((3,), energy).double())
+    whole = loss_at(z, labels, 3, 8, structure="block", energy=energy)
+    torch.testing.assert_close(whole.dictionary.codes.sum(0), torch.ones(3).double())
+    assert float(whole.rates(z, labels).residual) == pytest.approx(0, abs=1e-12)
 
 
 # Training.

@@ -289,6 +289,34 @@ def test_prediction_needs_atoms_of_each_class_and_a_latch():
             loss_of(sharded=sharded).nearest_class(unit_rows(3, D + 1))
 
 
+def spoilt(rank):
+    loss = loss_of(sharded=True)
+    loss.load_state_dict(a_loss_state())
+    if rank == 1:
+        loss.dictionary.codes[0, 0] = torch.nan
+    said = []
+    for call in (
+        lambda: loss.nearest_class(unit_rows(6, D)),
+        lambda: loss.eval()(unit_rows(6, D), torch.arange(6) % K),
+    ):
+        with pytest.raises((vmcr2.NumericalError, vmcr2.InputError)) as caught:
+            call()
+        said.append(str(caught.value))
+    return said
+
+
+def test_a_dictionary_with_nan_on_one_rank_is_an_error_on_all(ranks):
+    (first, both), (second, again) = ranks(2, spoilt)
+    assert first.startswith("what rank 1 brought to the call is wrong")
+    assert second.startswith("the dictionary holds NaN")
+    assert both == again == second
+
+
+def test_a_sharded_latch_refuses_what_it_cannot_part():
+    with pytest.raises(vmcr2.InputError, match="features must be a dense torch.Tensor"):
+        loss_of(sharded=True).latch(unit_rows(6, D).to_sparse(), torch.arange(6) % K)
+
+
 def test_sharded_takes_block_structure():
     with pytest.raises(vmcr2.InputError, match="sharded takes structure='block'"):
         vmcr2.VMCR2Loss(K, D, sharded=True)

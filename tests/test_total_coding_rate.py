@@ -71,6 +71,9 @@ def test_minimising_expands():
     [
         (torch.randn(4, 5), "norm 1 at most"),
         ([], "empty"),
+        (None, "features must be .*a sequence of views.*got NoneType"),
+        (3, "features must be .*a sequence of views.*got int"),
+        ([None], "features must be a torch.Tensor"),
         (torch.zeros(5), "shape"),
         (torch.full((2, 3, 4), torch.nan), "finite"),
     ],
@@ -147,9 +150,13 @@ def test_transrate_takes_soft_labels_and_has_the_right_gradient():
 
 def test_transrate_refuses():
     for features, labels, eps_sq, message in (
-        (unit_rows(4, 3), random_labels(5, 2), 1e-4, "membership"),
+        (unit_rows(4, 3), random_labels(5, 2), 1e-4, "labels must have shape"),
+        (unit_rows(4, 3), None, 1e-4, "labels must be a torch.Tensor"),
+        (unit_rows(4, 3), random_labels(4, 2).double(), 1e-4, "labels must be of an integer dtype"),
+        (unit_rows(4, 3), random_labels(4, 2) - 1, 1e-4, r"labels must lie in \[0"),
+        (unit_rows(4, 3), torch.ones(4, 2), 1e-4, "labels rows must sum to 1"),
         (unit_rows(4, 3), random_labels(4, 2), -1.0, "eps_sq"),
         (torch.zeros(4), random_labels(4, 2), 1e-4, "features"),
     ):
-        with pytest.raises(vmcr2.InputError, match=message):
+        with pytest.raises(vmcr2.InputError, match=f"^{message}"):
             vmcr2.transrate(features, labels, eps_sq=eps_sq)

@@ -88,6 +88,13 @@ def test_the_bound_says_what_is_wrong(message, factor, scale):
         vmcr2.variational_logdet(factor, scale=scale)
 
 
+@pytest.mark.parametrize(("entry", "scale"), [(1e30, 1.0), (1.0, 1e300)])
+def test_the_bound_overflows_with_an_error(entry, scale):
+    with pytest.raises(vmcr2.NumericalError, match="overflowed; lower scale"):
+        vmcr2.variational_logdet(torch.full((3, 2), entry), scale=scale)
+    assert vmcr2.variational_logdet(torch.full((3, 2), entry).double(), scale=scale).isfinite()
+
+
 def test_the_bound_is_float32_under_autocast():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert vmcr2.variational_logdet(torch.ones(2, 2, dtype=torch.bfloat16)).dtype == torch.float32

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,14 +15,29 @@ from vmcr2.errors import InputError
 from vmcr2.linalg import is_batched, wide_dtype
 
 UNIT_NORM_TOLERANCE = 0.02  # bf16 normalisation is off by up to 2⁻⁸ in the norm and as much in each entry
+# Not bool, complex or quantised; and of narrower floats torch can neither take norms nor promote them.
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_INTEGERS = (
+    *(torch.int8, torch.int16, torch.int32, torch.int64),
+    *(torch.uint8, torch.uint16, torch.uint32, torch.uint64),
+)
 
 
-def check_number(name: str, value: float, *, positive: bool = True, at_most: float = math.inf) -> None:
-    """Raises InputError unless the value is a finite number, above 0 (at least 0 where positive is false), in reach."""
-    ok = isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
-    if not ok or value < 0 or (positive and value == 0) or value > at_most:
+def check_number(name: str, value: float, *, positive: bool = True, at_most: float = math.inf) -> float:
+    """Returns the value as the float to compute with: torch takes neither fractions nor integers beyond 64 bits.
+
+    Raises:
+        InputError: it is no finite number above 0 (at least 0 where positive is false), or beyond `at_most`.
+    """
+    is_number = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
+    try:
+        number = float(value) if is_number else math.nan
+    except OverflowError:  # an integer larger than any float
+        number = math.inf
+    if not math.isfinite(number) or number < 0 or (positive and number == 0) or number > at_most:
         limit = "" if at_most == math.inf else f" and at most {at_most:g}"
         raise InputError(f"{name} must be a finite number {'> 0' if positive else '>= 0'}{limit}, got {value!r}")
+    return number
 
 
 def check_count(name: str, value: int, *, at_least: int = 1, at_most: int | None = None, limit: str = "") -> None:
@@ -32,13 +48,30 @@ def check_count(name: str, value: int, *, at_least: int = 1, at_most: int | None
         raise InputError(f"{name} must be at most {at_most}{f' ({limit})' if limit else ''}, got {value}")
 
 
-def pair_of(batch: Any, second: str = "membership") -> tuple[Tensor, Tensor]:
-    """Returns a batch as (inputs, `second`).
+def iterator_of(name: str, value: Any, form: str) -> Iterator[Any]:
+    """Returns an iterator over the value.
 
     Raises:
-        InputError: it is no pair; a dict of two would unpack into its keys.
+        InputError: there is none; `form` says what is taken.
+    """
+    try:
+        return iter(value)
+    except TypeError as error:
+        raise InputError(f"{name} must be {form}, got {type(value).__name__} ({error})") from error
+
+
+def pair_of(batch: Any, second: str = "membership") -> tuple[Tensor, Tensor]:
+    """Returns a batch as (inputs, `second`), both of which can be moved to a device.
+
+    Raises:
+        InputError: it is no pair (a dict of two would unpack into its keys), or not of tensors with values.
     """
     if isinstance(batch, tuple | list) and len(batch) == 2:
+        for name, value in zip(("inputs", second), batch, strict=True):
+            meta = getattr(value, "is_meta", False)
+            if meta or not hasattr(value, "to"):
+                got = "on the meta device, which holds no values" if meta else f"of type {type(value).__name__}"
+                raise InputError(f"batches must give pairs (inputs, {second}) of tensors, got {name} {got}")
         return batch[0], batch[1]
     got = f"a dict of {', '.join(map(repr, batch))}" if isinstance(batch, dict) else f"a {type(batch).__name__}"
     raise InputError(
@@ -74,11 +107,14 @@ def read(conditions: Sequence[Condition], values: Tensor | None = None) -> Tenso
         The values on the CPU, float64.
 
     Raises:
-        InputError: a condition does not hold; the first is named.
+        InputError: a condition does not hold, or is of a tensor on the meta device; the first is named.
     """
     if values is not None and is_batched(values):
         values = None
     readable = [condition for condition in conditions if not is_batched(condition.wrong)]
+    for condition in readable:
+        if condition.wrong.is_meta:
+            raise InputError(f"{condition.requirement}, got a tensor on the meta device, which holds no values")
     parts = [condition.wrong.detach().double()[None] for condition in readable]
     if values is not None:
         parts.append(values.detach().double())
@@ -91,6 +127,26 @@ def read(conditions: Sequence[Condition], values: Tensor | None = None) -> Tenso
     return None if values is None else held[len(readable) :]
 
 
+def check_tensor(name: str, value: Any, form: str, *, integers: bool = False) -> None:
+    """Raises InputError unless the value is a dense tensor of floats that torch computes with.
+
+    Args:
+        name: what it is called.
+        value: anything.
+        form: its shape in words.
+        integers: whether integers are taken as well.
+    """
+    if not isinstance(value, Tensor):
+        raise InputError(f"{name} must be a torch.Tensor {form}, got {type(value).__name__}")
+    if value.layout != torch.strided or value.is_nested:
+        got = "a nested one" if value.is_nested else f"layout {value.layout}"
+        raise InputError(f"{name} must be a dense torch.Tensor {form}, got {got}")
+    if integers and value.dtype not in _FLOATS + _INTEGERS:
+        raise InputError(f"{name} must hold integer labels or real rows, got {value.dtype}")
+    if not integers and value.dtype not in _FLOATS:
+        raise InputError(f"{name} must be floating point {form} in 16, 32 or 64 bits, got {value.dtype}")
+
+
 def feature_conditions(features: Tensor, *, feature_dim: int | None = None, unit: bool = False) -> list[Condition]:
     """Checks type and shape of features at once and returns what remains to be checked of their values.
 
@@ -100,14 +156,11 @@ def feature_conditions(features: Tensor, *, feature_dim: int | None = None, unit
         unit: whether rows must have norm 1 (within 2 %, so that bf16 features pass).
 
     Raises:
-        InputError: features are no floating-point matrix, or not of dimension d.
+        InputError: features are no dense floating-point matrix, or not of dimension d.
     """
-    if not isinstance(features, Tensor):
-        raise InputError(f"features must be a torch.Tensor of shape (m, d), got {type(features).__name__}")
+    check_tensor("features", features, "of shape (m, d)")
     if features.ndim != 2 or 0 in features.shape:
         raise InputError(f"features must have shape (m, d) with m, d >= 1, got {tuple(features.shape)}")
-    if not features.is_floating_point():
-        raise InputError(f"features must be floating point, got {features.dtype}")
     if feature_dim is not None and features.shape[1] != feature_dim:
         raise InputError(f"features must have feature_dim = {feature_dim} columns, got shape {tuple(features.shape)}")
     detached = features.detach()

@@ -6,6 +6,8 @@ bounds, times ν. Both are pure; `Dictionary` only holds.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -368,15 +370,29 @@ class Dictionary(nn.Module):
         state["codes"] = state["codes"].T.contiguous()
         return {**state, "steps": torch.tensor(self.steps)}
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
         loaded = {name: state_dict[f"{prefix}{name}"] for name in self._buffers if f"{prefix}{name}" in state_dict}
         by_class = "atoms" in loaded and loaded["atoms"].ndim == 3
         for name, value in loaded.items():
             state_dict[f"{prefix}{name}"] = self._own_part(name, value, by_class)
         if f"{prefix}latched" not in state_dict and f"{prefix}codes" in state_dict:
             state_dict[f"{prefix}latched"] = (state_dict[f"{prefix}codes"] > 0).any(0)
-        self.steps = int(state_dict.pop(f"{prefix}steps", self.steps))
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        steps = int(state_dict.pop(f"{prefix}steps", self.steps))
+        wrong = len(missing_keys) + len(error_msgs)  # of other modules, which share the lists
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        if len(missing_keys) + len(error_msgs) == wrong:  # else these buffers are not those that took the steps
+            self.steps = steps
         self._known, self.changed = None, True
 
     def _own_part(self, name: str, value: Tensor, by_class: bool) -> Tensor:
@@ -427,6 +443,24 @@ class Dictionary(nn.Module):
         self.codes.T[held] = values
         self.latched[held] = True
         self._known, self.changed = None, True
+
+    @contextmanager
+    def restored_on_error(self, chosen: Bool[Tensor, " k"]) -> Iterator[None]:
+        """Puts back what the chosen classes (on the CPU) had if what is done meanwhile raises; copies those alone."""
+        if not bool(chosen.any()):  # as at nearly every step
+            yield
+            return
+        classes = chosen.nonzero()[:, 0].to(self.atoms.device)
+        views = (self.atoms.T.unflatten(0, (len(self.latched), self.atoms_per_class)), self.codes.T, self.latched)
+        before = [view[classes] for view in views]
+        try:
+            yield
+        except Exception:
+            with torch.no_grad():
+                for view, held in zip(views, before, strict=True):
+                    view[classes] = held
+            self._known, self.changed = None, True
+            raise
 
     def confined(self) -> Bool[Tensor, ""]:
         """Returns whether every class of a shared dictionary uses its own atoms alone, as after latching."""

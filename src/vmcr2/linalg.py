@@ -16,6 +16,11 @@ from vmcr2.errors import InputError, NumericalError
 _FLOAT32_RANGE = (1.0, 1e4)
 _FLOAT64_RANGE = (1e-8, 1e10)
 
+_LOGDET_FAILED = (
+    "logdet(I + A) failed: A has overflowed, or its precision is too low for its scale; lower the learning rate, "
+    "raise eps_sq or pass float64 features"
+)
+
 
 def wide_dtype(*tensors: Tensor) -> torch.dtype:
     """Returns the dtype that rates are computed in: the widest of the tensors', and float32 at least."""
@@ -193,15 +198,12 @@ def inverse_shifted(matrix: Float[Tensor, "d d"]) -> Float[Tensor, "d d"]:
     return torch.cholesky_inverse(factor_shifted(matrix))
 
 
-def require_finite(*values: Tensor) -> None:
-    """Reads from the device whether rates came out finite.
+def require_finite(*values: Tensor, otherwise: str = _LOGDET_FAILED) -> None:
+    """Reads from the device whether all came out finite, by default rates.
 
     Raises:
-        NumericalError: a factorisation failed on the way.
+        NumericalError: not so; `otherwise` says why.
     """
     sound = [value.detach().isfinite().all() for value in values if not is_batched(value)]
     if sound and not bool(torch.stack(sound).all()):
-        raise NumericalError(
-            "logdet(I + A) failed: A has overflowed, or its precision is too low for its scale; lower the learning "
-            "rate, raise eps_sq or pass float64 features"
-        )
+        raise NumericalError(otherwise)

@@ -15,10 +15,19 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
-from vmcr2.checks import UNIT_NORM_TOLERANCE, Condition, check_count, check_number, feature_conditions, pair_of, read
+from vmcr2.checks import (
+    UNIT_NORM_TOLERANCE,
+    Condition,
+    check_count,
+    check_number,
+    feature_conditions,
+    iterator_of,
+    pair_of,
+    read,
+)
 from vmcr2.dictionary import Dictionary, Structure, ascending_step, paper_step
 from vmcr2.distributed import Shards, agree, broadcast, check_group, gather_rows, process_rank, require_equal
 from vmcr2.errors import InputError, NotLatchedError, NumericalError
@@ -45,6 +54,10 @@ _LARGEST_MOMENT = 1.05  # ‖C_j‖ of unit rows, with the tolerance of their no
 # Shares of the best ΔR so far, and for how many looks in a row. In small batches of natural images ΔR falls below a
 # fifth of what a fresh network has, and comes back within an epoch; that of features that have collapsed goes to 0.
 _COLLAPSED = ((0.05, 3), (0.2, 10))
+_SPOILT = (
+    "the dictionary holds NaN or infinite entries, or codes (or mu) so large that the loss overflows; load it or latch "
+    "it anew"
+)
 
 
 class _OverRanks(nn.Module):
@@ -91,9 +104,8 @@ class MCR2Loss(_OverRanks):
     def __init__(self, num_classes: int, *, eps_sq: float = 0.5, process_group: Any = None) -> None:
         super().__init__(process_group)
         check_count("num_classes", num_classes)
-        check_number("eps_sq", eps_sq)
         self.num_classes = num_classes
-        self.eps_sq = eps_sq
+        self.eps_sq = check_number("eps_sq", eps_sq)
 
     def forward(
         self, features: Float[Tensor, "m d"], membership: Int[Tensor, " m"] | Shaped[Tensor, "m k"]
@@ -146,8 +158,7 @@ class TotalCodingRateLoss(_OverRanks):
 
     def __init__(self, eps_sq: float = 0.2, *, process_group: Any = None) -> None:
         super().__init__(process_group)
-        check_number("eps_sq", eps_sq)
-        self.eps_sq = eps_sq
+        self.eps_sq = check_number("eps_sq", eps_sq)
 
     def forward(
         self, features: Float[Tensor, "m d"] | Float[Tensor, "b m d"] | Sequence[Float[Tensor, "_ d"]]
@@ -184,15 +195,14 @@ class TotalCodingRateLoss(_OverRanks):
 
 def _checked_views(features: Any) -> tuple[list[Tensor], list[int]]:
     """Returns the views, and how many rows there are."""
+    form = "a torch.Tensor of shape (m, d) or (b, m, d), or a sequence of views (n, d)"
     if isinstance(features, Tensor):
         views = [features] if features.ndim == 2 else list(features) if features.ndim == 3 else []
     else:
-        views = list(features)
+        views = list(iterator_of("features", features, form))
     if not views:
-        raise InputError(
-            "features must have shape (m, d) or (b, m, d), or be a sequence of views (n, d), got "
-            + (f"shape {tuple(features.shape)}" if isinstance(features, Tensor) else "an empty sequence")
-        )
+        got = f"shape {tuple(features.shape)}" if isinstance(features, Tensor) else "an empty sequence"
+        raise InputError(f"features must be {form}, got {got}")
     dimension = None
     for view in views:
         read([*feature_conditions(view, feature_dim=dimension), _longest(view)])
@@ -236,8 +246,7 @@ def balanced_mu(feature_dim: int, batch_size: int, *, eps_sq: float = 0.5, balan
     """
     check_count("feature_dim", feature_dim)
     check_count("batch_size", batch_size)
-    check_number("eps_sq", eps_sq)
-    check_number("balance", balance)
+    eps_sq, balance = check_number("eps_sq", eps_sq), check_number("balance", balance)
     return balance * feature_dim / (batch_size * eps_sq)
 
 
@@ -291,8 +300,9 @@ class VMCR2Loss(_OverRanks):
         balance: ρ = µ m ε²/d > 0, what the residual weighs in the dictionary's step against the rates. Not used where
             mu is given. The first 60 training steps use up to 6 times as much, so that features that are still all
             alike are not left behind.
-        energy: what the codes of every class sum to; 1 is the trace of C_j. None lets the sum run free, as the paper
-            does: it grows (the more, the smaller ρ), and presses each class together.
+        energy: what the codes of every class sum to, from the first step on; 1 is the trace of C_j. What is latched is
+            Algorithm 2's, whatever this is: its codes sum to what s directions hold of that trace. None lets the sum
+            run free, as the paper does: it grows (the more, the smaller ρ), and presses each class together.
         pull: exponent in (0, 1] of how a sample is pulled into its class. 1 is eq. (7), in which the pull vanishes for
             a feature orthogonal to its class: what spares wrong labels, and is slow where features start far from
             their classes. Below a half it is stronger there: natural images from scratch (`mismatch._shortfall`).
@@ -340,13 +350,13 @@ class VMCR2Loss(_OverRanks):
         if atoms_per_class is None:
             atoms_per_class = max(1, feature_dim // num_classes)
         check_count("atoms_per_class", atoms_per_class, at_most=feature_dim, limit="feature_dim")
-        numbers = {"eps_sq": eps_sq, "balance": balance, "step_atoms": step_atoms, "step_codes": step_codes}
-        for name, value in numbers.items():
-            check_number(name, value)
-        check_number("pull", pull, at_most=1.0)
-        for name, value in (("mu", mu), ("energy", energy)):
-            if value is not None:
-                check_number(name, value)
+        self.mu = None if mu is None else check_number("mu", mu)
+        self.eps_sq = check_number("eps_sq", eps_sq)
+        self.balance = check_number("balance", balance)
+        self.energy = None if energy is None else check_number("energy", energy)
+        self.pull = check_number("pull", pull, at_most=1.0)
+        self.step_atoms = check_number("step_atoms", step_atoms)
+        self.step_codes = check_number("step_codes", step_codes)
         for name, value, taken in (
             ("reduction", reduction, ("mean", "sum")),
             ("structure", structure, ("shared", "block")),
@@ -361,16 +371,9 @@ class VMCR2Loss(_OverRanks):
         self.num_classes = num_classes
         self.feature_dim = feature_dim
         self.atoms_per_class = atoms_per_class
-        self.mu = mu
-        self.eps_sq = eps_sq
         self.reduction: Reduction = reduction
         self.structure: Structure = structure
-        self.balance = balance
-        self.energy = energy
-        self.pull = pull
         self.step: Step = step
-        self.step_atoms = step_atoms
-        self.step_codes = step_codes
         shards = Shards(num_classes, process_group) if sharded else None
         self.dictionary = Dictionary(num_classes, feature_dim, atoms_per_class, structure, shards)
         self._watch = _CollapseWatch()
@@ -395,11 +398,7 @@ class VMCR2Loss(_OverRanks):
                 f"sharded: the loss was made to hold {len(self.dictionary.latched)} classes on this rank, whose share "
                 f"now is {len(shards.own)}; construct it after torch.distributed.init_process_group"
             )
-        if isinstance(features, Tensor) and features.device != self.dictionary.atoms.device:
-            raise InputError(
-                f"features must be on the loss's device {self.dictionary.atoms.device}, got {features.device}; "
-                "move the loss with .to(device)"
-            )
+        self._check_device(features)
         return as_membership(
             features,
             membership,
@@ -409,6 +408,13 @@ class VMCR2Loss(_OverRanks):
             beside=beside,
             counted=not self.sharded,
         )
+
+    def _check_device(self, features: Tensor) -> None:
+        if isinstance(features, Tensor) and features.device != self.dictionary.atoms.device:
+            raise InputError(
+                f"features must be on the loss's device {self.dictionary.atoms.device}, got {features.device}; "
+                "move the loss with .to(device)"
+            )
 
     def _batch(self, features: Tensor, membership: Tensor, call: str) -> _Batch:
         """Checks the batch of this rank, agrees on it with all ranks, and gathers theirs."""
@@ -468,20 +474,25 @@ class VMCR2Loss(_OverRanks):
         Raises:
             InputError: a wrong argument (a ValueError).
             NotLatchedError: nothing was ever latched, and this call is not to (a ValueError too).
-            NumericalError: the step failed; the dictionary is as it was.
+            NumericalError: the step failed, and the dictionary is as it was; or, without a step, the value is not
+                finite.
         """
         moving = self.training and torch.is_grad_enabled()
         batch = self._batch(features, membership, "a training step" if moving else "an evaluation")
         m = batch.membership.num_samples
         if moving:
-            if not bool(self.dictionary.known().all()):
-                self._latch(batch.features.detach(), batch.membership.detach(), only_new=True)
-            self._watch.look(self, batch)
-            value = self._step(batch)
+            new = (batch.membership.sizes > 0) & ~self.dictionary.known()
+            with self.dictionary.restored_on_error(new):  # what is latched for a step that fails is not kept
+                self._latch(batch.features.detach(), batch.membership.detach(), new)
+                self._watch.look(self, batch)
+                value = self._step(batch)
         else:
             value = precise_mismatch(batch.features, *self._read(batch), self.pull)
         value = value * self.mu_at(m) if self.reduction == "sum" else value / m
-        return value.to(torch.promote_types(features.dtype, torch.float32))
+        value = value.to(torch.promote_types(features.dtype, torch.float32))
+        if not moving:
+            require_finite(value, otherwise=_SPOILT)
+        return value
 
     def _read(self, batch: _Batch) -> tuple[Membership, Codes]:
         """Returns what a batch meets of the dictionary.
@@ -507,6 +518,8 @@ class VMCR2Loss(_OverRanks):
         mu = self.mu_at(membership.num_samples)
         if self.mu is None:
             mu *= max(1.0, _FIRST_BALANCE * _BALANCE_DECAY**self.dictionary.steps)
+        if mu > torch.finfo(features.dtype).max:  # torch refuses such numbers in its own words
+            raise _step_failed()
         confined = batch.confined and len(membership.present) == self.num_classes
         among, after, value, flags = self._stepped(features, membership, mu, confined)
         # The step's one look back: whether all of it is finite, whether the mismatch kept its digits, and the above.
@@ -515,14 +528,11 @@ class VMCR2Loss(_OverRanks):
             among, after, value, flags = self._stepped(features, membership, mu, False)
             finite, small, _ = flags.tolist()
         if not finite:
-            raise NumericalError(
-                "the dictionary's step failed: I + β Γ Diag(Ã γ) Γᵀ could not be factorised, or a gradient overflowed; "
-                "lower the learning rate or mu, or raise eps_sq. The dictionary is as it was"
-            )
+            raise _step_failed()
+        if small and features.dtype != torch.float64:
+            value = precise_mismatch(features, among, after, self.pull)
         self.dictionary.replace(after, membership)
         self.dictionary.steps += 1
-        if small and features.dtype != torch.float64:
-            return precise_mismatch(features, among, after, self.pull)
         return value
 
     def _stepped(
@@ -554,7 +564,8 @@ class VMCR2Loss(_OverRanks):
                 features, among, after, self.pull, projections=projections, energies=energies, overlap=overlap
             )
         balance = mu * membership.num_samples * self.eps_sq / self.feature_dim
-        finite = (after.total(after.atoms.sum() + after.codes.sum()) + value.detach()).isfinite()
+        # The mismatch as it is returned: in float64 it may be finite where that would be infinite.
+        finite = (after.total(after.atoms.sum() + after.codes.sum()) + value.detach().to(features.dtype)).isfinite()
         alone = balance * _LARGEST_MOMENT <= 0.5 * (1 - exposure)
         return among, after, value, torch.stack([finite, value.detach() < _CANCELLED * terms, alone])
 
@@ -603,13 +614,10 @@ class VMCR2Loss(_OverRanks):
             self._latch_shard(_pieces(features, membership), "latch")
             return
         batch = self._batch(features, membership, "latch")
-        self._latch(batch.features, batch.membership, only_new=False)
+        self._latch(batch.features, batch.membership, batch.membership.sizes > 0)
 
     @torch.no_grad()
-    def _latch(self, features: Tensor, membership: Membership, *, only_new: bool) -> None:
-        chosen = membership.sizes > 0
-        if only_new:
-            chosen = chosen & ~self.dictionary.known()
+    def _latch(self, features: Tensor, membership: Membership, chosen: Bool[Tensor, " k"]) -> None:
         if bool(chosen.any()):
             with torch.autocast(features.device.type, enabled=False):
                 blocks, energies = latched_blocks(features, membership.among_present(), self.atoms_per_class)
@@ -631,16 +639,25 @@ class VMCR2Loss(_OverRanks):
             batches: pairs (inputs, membership), one pass over the training set. Tensors are moved to the loss's device.
 
         Raises:
-            InputError: no batch on any rank, or a batch that is wrong or no pair (a ValueError).
+            InputError: no batch on any rank, a batch that is wrong or no pair, or a model that cannot be called (a
+                ValueError).
             NumericalError: a decomposition did not converge.
         """
-        atoms = self.dictionary.atoms
         with batch_statistics(model) as run:
-            pairs = ((run(inputs.to(atoms.device)), held.to(atoms.device)) for inputs, held in map(pair_of, batches))
+
+            def pairs() -> Iterator[tuple[Tensor, Tensor]]:
+                # Pulled where the ranks agree on each other's errors; one by one, since a stream may not end.
+                if not callable(model):
+                    raise InputError(f"model must be a Module or a function, got {type(model).__name__}")
+                device = self.dictionary.atoms.device
+                for batch in iterator_of("batches", batches, "pairs (inputs, membership)"):
+                    inputs, held = pair_of(batch)
+                    yield run(inputs.to(device)), held.to(device)
+
             if self.sharded:
-                self._latch_shard(pairs, "latch_from")
+                self._latch_shard(pairs(), "latch_from")
             else:
-                self._latch_stream(pairs)
+                self._latch_stream(pairs())
 
     def _latch_stream(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
         """Latches onto the features and memberships of all ranks, which meet once, at the end."""
@@ -718,6 +735,7 @@ class VMCR2Loss(_OverRanks):
         Raises:
             InputError: a wrong argument, or shared structure (a ValueError).
             NotLatchedError: nothing was ever latched (a ValueError too).
+            NumericalError: the dictionary is not finite.
         """
         dictionary, shards = self.dictionary, self.dictionary.shards
         if self.structure != "block":
@@ -727,8 +745,10 @@ class VMCR2Loss(_OverRanks):
             )
 
         def prepare() -> tuple[None, list[int]]:
+            self._check_device(features)
             if not (self.sharded and isinstance(features, Tensor) and features.shape == (0, self.feature_dim)):
                 read(feature_conditions(features, feature_dim=self.feature_dim))
+            require_finite(dictionary.atoms.sum(0), dictionary.codes.sum(0), otherwise=_SPOILT)
             return None, [len(features), int(dictionary.known().any())]
 
         if shards is None:
@@ -776,6 +796,13 @@ class VMCR2Loss(_OverRanks):
         )
 
 
+def _step_failed() -> NumericalError:
+    return NumericalError(
+        "the dictionary's step failed: I + β Γ Diag(Ã γ) Γᵀ could not be factorised, or a gradient overflowed; lower "
+        "the learning rate or mu, or raise eps_sq. The dictionary is as it was"
+    )
+
+
 def _not_latched() -> NotLatchedError:
     return NotLatchedError(
         "the dictionary was never latched, and no step is taken here (eval mode, or gradients are off): call "
@@ -791,7 +818,8 @@ def _no_batches() -> InputError:
 
 def _pieces(features: Any, membership: Any) -> Iterator[tuple[Tensor, Tensor]]:
     """Yields a batch in parts of few rows; what cannot be parted is yielded as it is, to be refused."""
-    if isinstance(features, Tensor) and isinstance(membership, Tensor) and features.shape[:1] == membership.shape[:1]:
+    dense = all(isinstance(each, Tensor) and each.layout == torch.strided for each in (features, membership))
+    if dense and features.shape[:1] == membership.shape[:1]:
         yield from zip(features.split(_ROWS), membership.split(_ROWS), strict=True)
     else:
         yield features, membership

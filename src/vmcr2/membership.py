@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
 
-from vmcr2.checks import Condition, check_count, feature_conditions, read
+from vmcr2.checks import Condition, check_count, check_tensor, feature_conditions, read
 from vmcr2.errors import InputError
 from vmcr2.linalg import is_batched, product, wide_dtype
 
@@ -202,6 +202,7 @@ def as_membership(
     unit: bool = False,
     beside: Tensor | None = None,
     counted: bool = True,
+    name: str = "membership",
 ) -> tuple[Membership, Tensor | None]:
     """Checks features and membership together and returns the membership in the form used inside the package.
 
@@ -216,6 +217,7 @@ def as_membership(
         beside: a vector to read from the device in the same transfer, or None.
         counted: whether to count the classes of labels. Without, nothing of k entries is made, and the membership has
             no classes: it is only for `part_of`.
+        name: what the caller calls the membership.
 
     Returns:
         The membership, and `beside` on the CPU.
@@ -226,23 +228,18 @@ def as_membership(
     conditions = feature_conditions(features, feature_dim=feature_dim, unit=unit)
     if num_classes is not None:
         check_count("num_classes", num_classes)
-    if not isinstance(membership, Tensor):
-        raise InputError(
-            f"membership must be a torch.Tensor of labels (m,) or rows (m, k), got {type(membership).__name__}"
-        )
+    check_tensor(name, membership, "of labels (m,) or rows (m, k)", integers=True)
     m = features.shape[0]
     if membership.ndim not in (1, 2) or membership.shape[0] != m:
         raise InputError(
-            f"membership must have shape ({m},) or ({m}, k) to match features {tuple(features.shape)}, "
+            f"{name} must have shape ({m},) or ({m}, k) to match features {tuple(features.shape)}, "
             f"got {tuple(membership.shape)}"
         )
     if membership.device != features.device:
-        raise InputError(f"membership must be on the features' device {features.device}, got {membership.device}")
-    if membership.dtype == torch.bool or membership.is_complex():
-        raise InputError(f"membership must hold integer labels or real rows, got {membership.dtype}")
+        raise InputError(f"{name} must be on the features' device {features.device}, got {membership.device}")
     if membership.ndim == 2:
-        return _from_rows(membership, num_classes, conditions, wide_dtype(features), beside)
-    return _from_labels(membership, num_classes, conditions, wide_dtype(features), beside, counted)
+        return _from_rows(membership, num_classes, conditions, wide_dtype(features), beside, name)
+    return _from_labels(membership, num_classes, conditions, wide_dtype(features), beside, counted, name)
 
 
 def part_of(features: Float[Tensor, "m d"], held: Tensor, classes: range) -> tuple[Float[Tensor, "n d"], Membership]:
@@ -284,21 +281,23 @@ def _from_labels(
     dtype: torch.dtype,
     beside: Tensor | None,
     counted: bool,
+    name: str,
 ) -> tuple[Membership, Tensor | None]:
+    named = name if name == "labels" else f"{name} labels"
     if labels.is_floating_point():
         raise InputError(
-            f"membership as labels must be of an integer dtype, got {labels.dtype}; "
+            f"{named} must be of an integer dtype, got {labels.dtype}; "
             "soft membership has shape (m, k), one row a sample"
         )
     if is_batched(labels):
-        raise InputError("membership must be the same for all that torch.vmap runs over, got labels that differ")
+        raise InputError(f"{name} must be the same for all that torch.vmap runs over, got labels that differ")
     labels = labels.long()
     lowest, highest = labels.min(), labels.max()
     limit = _LARGEST_LABEL if num_classes is None else num_classes
     conditions.append(
         Condition(
             (lowest < 0) | (highest >= limit),
-            f"membership labels must lie in [0, {limit})",
+            f"{named} must lie in [0, {limit})",
             lambda: (
                 f"labels from {int(lowest)} to {int(highest)}"
                 + ("; pass num_classes if they are right" if num_classes is None else "")
@@ -317,27 +316,31 @@ def _from_labels(
 
 
 def _from_rows(
-    rows: Tensor, num_classes: int | None, conditions: list[Condition], dtype: torch.dtype, beside: Tensor | None
+    rows: Tensor,
+    num_classes: int | None,
+    conditions: list[Condition],
+    dtype: torch.dtype,
+    beside: Tensor | None,
+    name: str,
 ) -> tuple[Membership, Tensor | None]:
     if rows.shape[1] == 0 or (num_classes is not None and rows.shape[1] != num_classes):
         raise InputError(
-            f"membership rows must have num_classes = {num_classes or 'at least 1'} entries, "
-            f"got shape {tuple(rows.shape)}"
+            f"{name} rows must have num_classes = {num_classes or 'at least 1'} entries, got shape {tuple(rows.shape)}"
         )
     tolerance = 1e-2 if rows.is_floating_point() and torch.finfo(rows.dtype).bits == 16 else 1e-4
     rows = rows.to(dtype)
     detached = rows.detach()
     sums = detached.sum(1)
     conditions += [
-        Condition(~detached.isfinite().all(), "membership rows must be finite", lambda: "NaN or infinite entries"),
+        Condition(~detached.isfinite().all(), f"{name} rows must be finite", lambda: "NaN or infinite entries"),
         Condition(
             detached.min() < 0,
-            "membership rows must be >= 0",
+            f"{name} rows must be >= 0",
             lambda: f"entries down to {float(detached.min()):.3g}",
         ),
         Condition(
             (sums - 1).abs().max() > tolerance,
-            "membership rows must sum to 1",
+            f"{name} rows must sum to 1",
             lambda: f"sums from {float(sums.min()):.3g} to {float(sums.max()):.3g}",
         ),
     ]

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-from vmcr2.checks import check_number, feature_conditions, read
+from vmcr2.checks import check_number, check_tensor, feature_conditions, read
 from vmcr2.errors import InputError
 from vmcr2.linalg import gram, half_logdet, product, rate_dtype, require_finite
 from vmcr2.membership import Membership, as_membership
@@ -46,8 +46,9 @@ def coding_rate(features: Float[Tensor, "*b m d"], *, eps_sq: float = 0.5) -> Fl
         InputError: a wrong argument (a ValueError).
         NumericalError: the factorisation failed.
     """
-    check_number("eps_sq", eps_sq)
-    batched = isinstance(features, Tensor) and features.ndim > 2
+    eps_sq = check_number("eps_sq", eps_sq)
+    check_tensor("features", features, "of shape (..., m, d)")
+    batched = features.ndim > 2
     if batched and 0 in features.shape:
         raise InputError(
             f"features must have shape (..., m, d) without an empty dimension, got {tuple(features.shape)}"
@@ -80,7 +81,7 @@ def rate_reduction(
         InputError: a wrong argument (a ValueError).
         NumericalError: the factorisation failed.
     """
-    check_number("eps_sq", eps_sq)
+    eps_sq = check_number("eps_sq", eps_sq)
     checked, _ = as_membership(features, membership, num_classes)
     rates = checked_rates(features, checked, eps_sq)
     require_finite(*rates)
@@ -112,8 +113,8 @@ def transrate(
         InputError: a wrong argument (a ValueError).
         NumericalError: the factorisation failed.
     """
-    check_number("eps_sq", eps_sq)
-    checked, _ = as_membership(features, labels, None)
+    eps_sq = check_number("eps_sq", eps_sq)
+    checked, _ = as_membership(features, labels, None, name="labels")
     widened = features.double()
     rates = checked_rates(widened - widened.mean(0), checked, features.shape[1] * eps_sq)
     require_finite(*rates)

@@ -17,9 +17,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from vmcr2.checks import Condition, check_number, read
+from vmcr2.checks import Condition, check_number, check_tensor, read
 from vmcr2.errors import InputError
-from vmcr2.linalg import half_logdet, inverse_shifted, wide_dtype
+from vmcr2.linalg import half_logdet, inverse_shifted, require_finite, wide_dtype
 from vmcr2.membership import Membership
 from vmcr2.mismatch import Codes, precise_mismatch
 
@@ -135,13 +135,13 @@ def variational_logdet(factor: Float[Tensor, "*b d r"], *, scale: float = 1.0) -
 
     Raises:
         InputError: a wrong argument (a ValueError).
+        NumericalError: c ‖U_i‖² overflowed.
     """
-    if not isinstance(factor, Tensor):
-        raise InputError(f"factor must be a torch.Tensor of shape (..., d, r), got {type(factor).__name__}")
-    if factor.ndim < 2 or not factor.is_floating_point():
-        raise InputError(
-            f"factor must be floating point of shape (..., d, r), got {factor.dtype} {tuple(factor.shape)}"
-        )
-    check_number("scale", scale)
+    check_tensor("factor", factor, "of shape (..., d, r)")
+    if factor.ndim < 2:
+        raise InputError(f"factor must be floating point of shape (..., d, r), got shape {tuple(factor.shape)}")
+    scale = check_number("scale", scale)
     read([Condition(~factor.detach().isfinite().all(), "factor must be finite", lambda: "NaN or infinite entries")])
-    return torch.log1p(scale * factor.to(wide_dtype(factor)).square().sum(-2)).sum(-1)
+    value = torch.log1p(scale * factor.to(wide_dtype(factor)).square().sum(-2)).sum(-1)
+    require_finite(value, otherwise="scale * ‖U_i‖² overflowed; lower scale, or the entries of factor, or pass float64")
+    return value

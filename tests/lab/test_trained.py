@@ -72,6 +72,10 @@ def test_files_and_images_are_read_as_the_arrays_are(run, tmp_path):
         (np.zeros((2, 3, 8, 8), np.uint8), r"got uint8 \(2, 3, 8, 8\)"),
         ([], "images must be at least one image, got none"),
         ("nowhere.png", "nowhere.png is no readable image"),
+        (None, "images must be an array, a path, an image, .*got NoneType"),
+        (3, "images must be an array, a path, an image, .*got int"),
+        ([np.zeros((8, 8), np.uint8)] * 2, r"got a sequence of arrays: stack them \(numpy.stack, torch.stack\)$"),
+        ([torch.zeros(8, 8)], r"got a sequence of arrays: stack them"),
     ],
 )
 def test_images_of_another_kind_are_refused(run, images, message):
@@ -90,6 +94,21 @@ def test_a_run_on_embeddings_takes_embeddings(tmp_path):
         loaded.embed(["a.png"])
     with pytest.raises(InputError, match=r"must be floats \(m, 3\) as in training, got float64 \(60, 2\)"):
         loaded.embed(x[:, :2])
+    with pytest.raises(InputError, match="got a sequence of arrays: stack them"):
+        loaded.embed(list(x))
+    for wrong in (np.nan, np.inf, 1e300):  # the last is finite in float64 alone
+        spoilt = x.copy()
+        spoilt[2, 1] = wrong
+        for call in (loaded.embed, loaded.scores, loaded.predict):
+            with pytest.raises(InputError, match="images must be finite in float32, got 1 NaN or infinite entries"):
+                call(spoilt)
+
+
+@pytest.mark.parametrize("path", [None, 3, b"run"])
+def test_what_is_no_path_is_refused(path):
+    for call in (vmcr2.load, trained.load_objective):
+        with pytest.raises(InputError, match=f"path must be that of a run folder, got {type(path).__name__}"):
+            call(path)
 
 
 def test_an_export_is_the_same_model(run, tmp_path):

@@ -109,8 +109,10 @@ class RunFolder:
         """Opens a run folder that exists.
 
         Raises:
-            InputError: the folder is missing, or has no recipe.json (a ValueError).
+            InputError: it is no path, the folder is missing, or has no recipe.json (a ValueError).
         """
+        if not isinstance(path, str | os.PathLike):
+            raise InputError(f"path must be that of a run folder, got {type(path).__name__}")
         path = Path(path)
         run = cls(path)
         if not path.is_dir():

@@ -11,6 +11,7 @@ too, and with the extra `hub` there are `TrainedModel.from_pretrained(…)` and 
 from __future__ import annotations
 
 import json
+import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
+from vmcr2.checks import Condition, iterator_of, read
 from vmcr2.errors import InputError
 from vmcr2.lab import networks, objectives
 from vmcr2.lab.augmentation import Augmentation, plain
@@ -129,7 +131,8 @@ class TrainedModel(
                 channels and scaled to the size of the training data. For a run on embeddings: floats (m, d).
 
         Raises:
-            InputError: images are not of that kind or size, or a file cannot be read (a ValueError).
+            InputError: images are not of that kind or size, embeddings not finite, or a file cannot be read (a
+                ValueError).
         """
         given, device = self._inputs(images), self.subspaces.device
         return torch.cat([self.model(plain(batch.to(device), self.augmentation)) for batch in given.split(_AT_ONCE)])
@@ -167,12 +170,16 @@ class TrainedModel(
                 given = given[:, None]
             fits = given.is_floating_point() if len(shape) == 1 else given.dtype == torch.uint8
             if given.shape[1:] == shape and fits:
-                return given.float() if len(shape) == 1 else given
+                return _finite(given.float()) if len(shape) == 1 else given
             kind = "floats" if len(shape) == 1 else "uint8 images"
             sizes = ", ".join(map(str, shape))
             got = f"{str(given.dtype).removeprefix('torch.')} {tuple(given.shape)}"
             raise InputError(f"images must be {kind} (m, {sizes}) as in training, got {got}")
-        several = [images] if isinstance(images, str | Path) or hasattr(images, "convert") else list(images)
+        single = isinstance(images, str | os.PathLike) or hasattr(images, "convert")
+        form = "an array, a path, an image, or a sequence of paths or images"
+        several = [images] if single else list(iterator_of("images", images, form))
+        if any(isinstance(each, Tensor | np.ndarray) for each in several):
+            raise InputError(f"images must be {form}, got a sequence of arrays: stack them (numpy.stack, torch.stack)")
         if len(shape) == 1 or not several:
             what = "an array of embeddings (this run has no images)" if len(shape) == 1 else "at least one image"
             raise InputError(f"images must be {what}, got {'files' if several else 'none'}")
@@ -217,6 +224,12 @@ inputs that are like none. Inputs must be prepared as in training: same size, sa
         return ModelCard(self.card())
 
 
+def _finite(embeddings: Float[Tensor, "m d"]) -> Float[Tensor, "m d"]:
+    wrong, requirement = ~embeddings.isfinite(), "images must be finite in float32"
+    read([Condition(wrong.any(), requirement, lambda: f"{int(wrong.sum())} NaN or infinite entries")])
+    return embeddings
+
+
 def config(recipe: Recipe, dataset: Dataset) -> dict[str, Any]:
     """Returns what a checkpoint keeps of a recipe and its data, so that prediction needs neither."""
     example = plain(dataset.train_inputs[:1], recipe.augmentation)
@@ -240,7 +253,7 @@ def load(path: RunFolder | str | Path) -> TrainedModel:
     Raises:
         InputError: there is neither, the run was never measured yet, or a file is damaged (a ValueError).
     """
-    if not isinstance(path, RunFolder) and (Path(path) / "model.safetensors").is_file():
+    if isinstance(path, str | os.PathLike) and (Path(path) / "model.safetensors").is_file():
         return _load_exported(Path(path))
     run, recipe, state = _open(path)
     kept = state["trained"]
