@@ -12,7 +12,7 @@ from vmcr2.lab.trained import load
 
 
 def test_omniglot_many_classes_few_samples(data_root, tmp_path):
-    recipe = replace(RECIPES["omniglot100"], epochs=15, device="cpu")
+    recipe = replace(RECIPES["omniglot100"], epochs=20, device="cpu")
     variational = train.start(recipe, tmp_path / "vmcr2", data_root).summary()
     exact = train.start(replace(recipe, objective="mcr2"), tmp_path / "mcr2", data_root).summary()
     assert variational["test_accuracy"] > 0.8
