@@ -467,7 +467,11 @@ def table() -> None:
                     )
             if seeds:
                 rows.append([title, f"{lr:g}", _PREDICTOR[predictor], str(seeds), *cells])
-            scored = [line for line in members if (line["share"], line["kind"]) == (CHOSEN_AT, "symmetric")]
+            scored = [
+                line
+                for line in members
+                if (line["share"], line["kind"]) == (CHOSEN_AT, "symmetric") and "finding" in line
+            ]
             if scored:
                 found_rows.append([title, *(_found(scored, score) for score in _SCORES)])
         for score in ("self_confidence", "normalized_margin"):
