@@ -54,7 +54,7 @@ def scores(run: RunFolder, root: Path | None) -> tuple[str, dict[str, Tensor]]:
     features = extract(trained.model, data, recipe.augmentation, 1000)
     k, labels = data.num_classes, data.test_labels
     found = {
-        f"subspaces of the training set, {r} components": margin(
+        f"subspaces of the training set, {r} component{'s' * (r > 1)}": margin(
             subspace_energies(features.test, class_subspaces(features.train, data.train_labels, k, r)), labels
         )
         for r in (1, recipe.feature_dim // k)
