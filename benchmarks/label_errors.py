@@ -78,12 +78,12 @@ def main() -> None:
     for path in arguments.runs:
         run = RunFolder.open(path)
         source, found = scores(run, arguments.data_root)
+        summary = run.summary()
+        title = f"{source}, {summary['objective']}, {summary['epochs']} epochs"
+        wrong = confirmed(arguments.errors, source, len(next(iter(found.values()))))
         for name, score in found.items():
-            wrong = confirmed(arguments.errors, source, len(score))
             order = score.argsort()
             hits = [str(int(wrong[order[:budget]].sum())) for budget in BUDGETS]
-            summary = run.summary()
-            title = f"{source}, {summary['objective']}, {summary['epochs']} epochs"
             auroc = f"{roc_auc_score(wrong.numpy(), -score.numpy()):.4f}"
             rows.append([title, name, str(int(wrong.sum())), auroc, *hits])
     text = (

@@ -1,4 +1,4 @@
-"""What `MapConv2d` and `keep_freed_memory` save: steps of the networks on a CPU with and without them.
+"""What `WholeMapConv2d` and `keep_freed_memory` save: steps of the networks on a CPU with and without them.
 
     python benchmarks/network.py    writes results/network.md
 
@@ -31,7 +31,7 @@ def least(network: str, shape: tuple[int, ...], d: int, kinds: tuple[type, ...])
     torch.manual_seed(0)
     images = torch.rand(250, *shape).contiguous(memory_format=torch.channels_last)
     model = networks.build(network, shape, d).to(memory_format=torch.channels_last)
-    layers = [layer for layer in model.modules() if isinstance(layer, networks.MapConv2d)]
+    layers = [layer for layer in model.modules() if isinstance(layer, networks.WholeMapConv2d)]
     seconds: dict[type, list[float]] = {kind: [] for kind in kinds}
     for _ in range(ROUNDS + 1):
         for kind, taken in seconds.items():
@@ -44,9 +44,9 @@ def least(network: str, shape: tuple[int, ...], d: int, kinds: tuple[type, ...])
 
 
 def main() -> None:
-    before = [least(*case, (nn.Conv2d, networks.MapConv2d)) for _, *case in CASES]
+    before = [least(*case, (nn.Conv2d, networks.WholeMapConv2d)) for _, *case in CASES]
     keep_freed_memory()
-    after = [least(*case, (networks.MapConv2d,)) for _, *case in CASES]
+    after = [least(*case, (networks.WholeMapConv2d,)) for _, *case in CASES]
     rows = [
         [title, *(f"{value:.2f}" for value in (torchs, ours, kept)), f"{torchs / kept:.2f}"]
         for (title, *_), (torchs, ours), (kept,) in zip(CASES, before, after, strict=True)
@@ -56,7 +56,7 @@ def main() -> None:
         f"{describe_device(torch.device('cpu'))}. A forward and a backward pass of a batch of 250, least of {ROUNDS}. "
         "`vmcr2` trains with both: a convolution whose outputs see the whole map is one matrix product, and glibc is "
         "told to keep freed memory.\n\n"
-    ) + markdown_table(["network", "nn.Conv2d, s", "MapConv2d, s", "and freed memory kept, s", "ratio"], rows)
+    ) + markdown_table(["network", "nn.Conv2d, s", "WholeMapConv2d, s", "and freed memory kept, s", "ratio"], rows)
     (Path(__file__).parent.parent / "results" / "network.md").write_text(text)
     print(text)
 

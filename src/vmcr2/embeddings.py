@@ -566,7 +566,7 @@ def _checked(features: Any, labels: Any) -> tuple[Tensor, Tensor, np.ndarray]:
 
 
 def sorted_classes(labels: Any, m: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the sorted values of m labels of any kind, and labels as places among them.
+    """Returns the sorted values (k,) of m labels of any kind, and labels (m,) as places among them, from 0 to k − 1.
 
     Raises:
         InputError: labels are not m, are numbers that are no integers, are of several kinds, or some are missing (a

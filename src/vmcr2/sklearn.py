@@ -728,7 +728,10 @@ def _mlp(columns: int, feature_dim: int, hidden: int) -> nn.Module:
 
 @contextmanager
 def _all_or_nothing(estimator: BaseEstimator) -> Iterator[None]:
-    """Puts the estimator's attributes back where a fit fails or is stopped: no new labels beside old subspaces."""
+    """Puts the estimator's attributes back where a fit fails or is stopped: no new labels beside old subspaces.
+
+    What a later `partial_fit` has changed within them, a network's weights say, stays changed.
+    """
     before = dict(vars(estimator))
     try:
         yield

@@ -32,7 +32,7 @@ def test_a_convolution_of_a_small_map_is_the_convolution(size, kind):
     kind = {"padding": 1, **kind}
     if kind["padding"] == 0 and min(size) < 3:
         kind["padding"] = 1  # torch takes no map that is smaller than the kernel
-    ours = networks.MapConv2d(4, 6, 3, dtype=torch.float64, **kind)
+    ours = networks.WholeMapConv2d(4, 6, 3, dtype=torch.float64, **kind)
     theirs = nn.Conv2d(4, 6, 3, dtype=torch.float64, **kind)
     theirs.load_state_dict(ours.state_dict())
     maps = torch.randn(3, 4, *size, dtype=torch.float64, requires_grad=True)
@@ -55,7 +55,7 @@ def test_a_resnet_on_small_images_takes_products_in_its_last_stages_and_is_the_s
     features = model(images)
     assert len(plain) == 20 - 7  # three over maps of 2×2, one down to 1×1, three over 1×1
     for layer in model.modules():
-        if isinstance(layer, networks.MapConv2d):
+        if isinstance(layer, networks.WholeMapConv2d):
             layer.__class__ = nn.Conv2d
     torch.testing.assert_close(features, model(images))
 

@@ -2,7 +2,9 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
+import torch
 from small import SMALL
 
 import vmcr2
@@ -10,6 +12,19 @@ from vmcr2.errors import NumericalError
 from vmcr2.lab import objectives, train
 from vmcr2.lab.recipes import RECIPES, VMCR2Settings
 from vmcr2.lab.run import RunFolder
+
+
+def test_cross_entropy_is_of_scaled_features():
+    recipe = replace(SMALL, objective="ce", ce=replace(SMALL.ce, scale=10.0))
+    head = objectives.build(recipe, 5).criterion.double()
+    z = torch.nn.functional.normalize(torch.randn(7, recipe.feature_dim, dtype=torch.float64), dim=1)
+    y = torch.arange(7) % 5
+    weight, bias = head.linear.weight.detach().numpy(), head.linear.bias.detach().numpy()
+    logits = 10 * z.numpy() @ weight.T + bias
+    shares = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    expected = -np.log(shares[np.arange(7), y.numpy()]).mean()
+    assert float(head(z, y)) == pytest.approx(expected, rel=1e-12)
+    assert head.predict(z).tolist() == logits.argmax(1).tolist()
 
 
 def test_collapse_is_said_and_what_to_change(tmp_path):

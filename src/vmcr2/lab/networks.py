@@ -28,7 +28,7 @@ class Normalize(nn.Module):
         return functional.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=1)
 
 
-class MapConv2d(nn.Conv2d):
+class WholeMapConv2d(nn.Conv2d):
     """A convolution that on a CPU is one matrix product where each of its outputs sees the whole input map.
 
     Such are the last stages of a ResNet on small images, 3×3 over maps of 2×2 and 1×1, where most of the kernel lies on
@@ -219,7 +219,7 @@ def build(network: str, input_shape: tuple[int, ...], feature_dim: int) -> nn.Mo
         raise InputError(f"network {network} cannot take inputs of shape {input_shape}: {error}") from error
     for layer in model.modules():
         if type(layer) is nn.Conv2d:
-            layer.__class__ = MapConv2d  # it has the same state
+            layer.__class__ = WholeMapConv2d  # it has the same state
     return model
 
 

@@ -24,7 +24,13 @@ _PATIENCE = 10  # epochs that ΔR may stay low
 
 
 class CrossEntropyHead(nn.Module):
-    """The linear layer on top of the featurizer and its cross-entropy loss (Section 7.2), of scaled features."""
+    """The linear layer on top of the featurizer and its cross-entropy loss (Section 7.2).
+
+    Args:
+        feature_dim: d.
+        num_classes: k.
+        scale: > 0, what features are multiplied by before the layer; the paper has 1.
+    """
 
     def __init__(self, feature_dim: int, num_classes: int, scale: float = 1.0) -> None:
         super().__init__()
@@ -32,7 +38,7 @@ class CrossEntropyHead(nn.Module):
         self.scale = scale
 
     def logits(self, features: Float[Tensor, "m d"]) -> Float[Tensor, "m k"]:
-        """Returns the logits."""
+        """Returns the logits of features of norm 1, before their softmax."""
         return self.linear(self.scale * features)
 
     def forward(self, features: Float[Tensor, "m d"], labels: Shaped[Tensor, "m ..."]) -> Float[Tensor, ""]:

@@ -80,7 +80,7 @@ _EPOCHS = {"mnist": 12, "cifar10": 30, "cifar100": 60, "tiny-imagenet": 30}
 
 def _ours(base: Recipe) -> Recipe:
     """Returns our own settings for a data set of the paper: the same network, images and dimension."""
-    convolutional = base.network != "cnn"
+    batchnorm = base.network != "cnn"
     return replace(
         base,
         name=f"{base.name}-ours",
@@ -89,9 +89,9 @@ def _ours(base: Recipe) -> Recipe:
         batch_size=250,
         schedule="cosine",
         warmup_epochs=1,
-        weight_decay=5e-4 if convolutional else 0.0,
-        evaluate_every=5 if convolutional else 1,
-        vmcr2=VMCR2Settings(lr=0.3 if convolutional else 0.1, pull=0.3),
+        weight_decay=5e-4 if batchnorm else 0.0,
+        evaluate_every=5 if batchnorm else 1,
+        vmcr2=VMCR2Settings(lr=0.3 if batchnorm else 0.1, pull=0.3),
         mcr2=MCR2Settings(),
         ce=CESettings(scale=10.0),
     )

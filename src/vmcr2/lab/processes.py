@@ -23,8 +23,6 @@ from vmcr2.errors import InputError, NumericalError
 
 _Made = TypeVar("_Made")
 _ENVIRONMENT = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun tells each process
-
-
 _MALLOC_OPTIONS = {  # of mallopt(3): number and value
     "M_TRIM_THRESHOLD": (-1, 2**31 - 1),
     "M_TOP_PAD": (-2, 2**28),

@@ -139,7 +139,7 @@ def _beside(value: float | None, printed: float | None, digits: int) -> str:
 
 
 def _mean(summaries: list[dict[str, Any]], key: str) -> float | None:
-    values: list[Any] = [summary.get(key) for summary in summaries]
+    values: list[Any] = [summary.get(key) for summary in summaries]  # runs of earlier versions lack a measure
     return None if None in values else sum(values) / len(values)
 
 
