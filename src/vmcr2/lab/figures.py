@@ -285,7 +285,7 @@ def draw_comparison(runs: Sequence[RunFolder], folder: Path) -> list[Path]:
     """Draws objectives side by side into a folder and returns the paths.
 
     Args:
-        runs: complete runs of one recipe; several seeds of an objective become a band of thin lines.
+        runs: complete runs of one recipe; of several seeds the mean is drawn, in a band of one standard deviation.
         folder: where to save.
 
     Raises:
@@ -437,11 +437,11 @@ def draw_noise(records: Sequence[dict[str, Any]], path: Path, title: str) -> Pat
 
 def _draw_seeds(axes: Axes, seeds: list[list[dict[str, Any]]], key: str, objective: ObjectiveName) -> None:
     curves = [[(line["epoch"], line[key]) for line in metrics if key in line] for metrics in seeds]
-    for curve in curves:
-        axes.plot(*zip(*curve, strict=True), color=_COLOURS[objective], alpha=0.25, linewidth=0.8)
     epochs = [epoch for epoch, _ in curves[0]]
-    mean = np.mean([[value for _, value in curve] for curve in curves], axis=0)
-    axes.plot(epochs, mean, color=_COLOURS[objective], label=OBJECTIVES[objective], clip_on=False)
+    values = np.array([[value for _, value in curve] for curve in curves])
+    mean, spread, colour = values.mean(0), values.std(0), _COLOURS[objective]
+    axes.fill_between(epochs, mean - spread, mean + spread, color=colour, alpha=0.2, linewidth=0)
+    axes.plot(epochs, mean, color=colour, label=OBJECTIVES[objective], clip_on=False)
 
 
 def _figure(width: float, height: float) -> tuple[Figure, Axes]:
