@@ -1,0 +1,188 @@
+"""Variety within a class beside accuracy: what a class's codes sum to (`energy`), and how samples are pulled (`pull`).
+
+    python benchmarks/variety.py run [--data-root DIR] [--only omniglot100 ...]    runs what is missing, a line a run
+    python benchmarks/variety.py table                                            results/variety.md from the lines
+
+A grid on a validation split, a fifth of the training set, at seed 0; then, at each length, the most accurate setting
+and the one of most ΔR among those within half a point of it, on the test set with several seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import tempfile
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from noise import BASES
+from rich.console import Console
+from runs import Line, MissingRunError, Runs
+
+from vmcr2.lab import sources
+from vmcr2.lab.recipes import Recipe
+from vmcr2.lab.report import markdown_table, mean_and_spread
+from vmcr2.lab.sweep import completed
+
+RESULTS = Path(__file__).parent.parent / "results"
+RUNS = Runs(RESULTS / "variety.jsonl", ("data", "energy", "pull", "balance", "atoms", "longer", "seed", "held"))
+DATA = ("digits", "omniglot100", "omniglot200", "cifar100-20")
+SEEDS = {1: (0, 1, 2), 4: (0,)}  # of the runs measured on the test set, by `longer`
+POINT = 0.005  # how far below the most accurate setting one with more variety may lie
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One run. `longer` multiplies the recipe's epochs; `held` keeps a validation split out and measures on it."""
+
+    data: str
+    energy: float | None = None
+    pull: float = 1.0
+    balance: float = 0.05
+    atoms: int | None = None
+    longer: int = 1
+    seed: int = 0
+    held: bool = True
+
+    def recipe(self) -> Recipe:
+        base = BASES[self.data]
+        epochs = self.longer * base.epochs
+        settings = replace(
+            base.vmcr2, energy=self.energy, pull=self.pull, balance=self.balance, atoms_per_class=self.atoms
+        )
+        data = replace(base.data, validation=0.2 if self.held else 0.0)
+        return replace(base, seed=self.seed, epochs=epochs, evaluate_every=epochs, vmcr2=settings, data=data)
+
+
+def grid(data: str) -> list[Setting]:
+    """Returns what is compared on a data set."""
+    once = [Setting(data, energy, pull) for energy in (None, 2.0, 1.0) for pull in (1.0, 0.3, 0.1)]
+    others = [
+        Setting(data, 1.0, 0.3, balance=0.01),
+        Setting(data, 1.0, 0.3, balance=0.5),
+        Setting(data, None, 0.3, atoms=1),
+        Setting(data, None, 0.3, balance=0.5),
+    ]
+    longer = [Setting(data, energy, 0.3, longer=4) for energy in (None, 1.0)]
+    return once + others + ([] if data == "cifar100-20" else longer)
+
+
+def most(recipe: Recipe, k: int) -> float:
+    """Returns the largest ΔR there is for k balanced classes: orthogonal subspaces, d/k equal directions in each."""
+    d, eps_sq = recipe.feature_dim, recipe.eps_sq
+    return d / 2 * math.log1p(1 / eps_sq) - d / k / 2 * math.log1p(k / eps_sq)
+
+
+def trained(setting: Setting, root: Path | None) -> Line:
+    began = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        recipe = replace(setting.recipe(), data=sources.resolved(setting.recipe().data))
+        summary = completed(Path(folder) / "run", recipe, root, Console(quiet=True)).summary()
+    wanted = ("train_expansion", "train_compression", "train_reduction", "test_accuracy", "class_rank")
+    return {
+        **vars(setting),
+        **{name: summary[name] for name in (*wanted, "test_accuracy_one_component")},
+        "share": summary["train_reduction"] / most(recipe, sources.load(recipe.data, root).num_classes),
+        "seconds": round(time.perf_counter() - began, 1),
+    }
+
+
+def accuracy(line: Line) -> float:
+    """Returns the better of the two subspaces' accuracies."""
+    return max(line["test_accuracy"], line["test_accuracy_one_component"])
+
+
+def chosen(data: str, longer: int) -> list[Setting]:
+    """Returns the most accurate setting of a length, and the one of most ΔR that is nearly as accurate."""
+    lines = {setting: RUNS.kept(vars(setting)) for setting in grid(data) if setting.longer == longer}
+    if not lines:
+        return []
+    best = max(lines, key=lambda setting: accuracy(lines[setting]))
+    near = [setting for setting in lines if accuracy(lines[setting]) >= accuracy(lines[best]) - POINT]
+    return list(dict.fromkeys([best, max(near, key=lambda setting: lines[setting]["train_reduction"])]))
+
+
+def run(data: list[str], root: Path | None) -> None:
+    def complete(setting: Setting) -> None:
+        RUNS.completed(vars(setting), lambda: trained(setting, root))
+
+    for name in data:
+        for setting in grid(name):
+            complete(setting)
+        for setting in [*chosen(name, 1), *chosen(name, 4)]:
+            for seed in SEEDS[setting.longer]:
+                complete(replace(setting, held=False, seed=seed))
+
+
+def row(setting: Setting, lines: list[Line]) -> list[str]:
+    def shown(name: str, digits: int) -> str:
+        return mean_and_spread([line[name] for line in lines], digits)
+
+    return [
+        "free" if setting.energy is None else f"{setting.energy:g}",
+        f"{setting.pull:g}",
+        f"{setting.balance:g}",
+        "⌊d/k⌋" if setting.atoms is None else str(setting.atoms),
+        str(setting.recipe().epochs),
+        shown("train_expansion", 1),
+        shown("train_compression", 1),
+        shown("train_reduction", 1),
+        shown("share", 2),
+        shown("class_rank", 1),
+        shown("test_accuracy", 3),
+        shown("test_accuracy_one_component", 3),
+    ]
+
+
+COLUMNS = ("energy", "pull", "ρ", "s", "epochs", "R", "R_c", "ΔR", "of the most", "class rank", "accuracy", "one comp.")
+
+
+def table() -> None:
+    """Writes results/variety.md."""
+    text = (
+        f"# Variety within a class, and accuracy\n\nMade by `python benchmarks/variety.py`, {RUNS.where()}. `energy`: "
+        "what a class's codes sum to; `of the most`: ΔR as a share of the largest there is, orthogonal subspaces of d/k "
+        "equal directions; class rank: effective rank of the median class. Accuracy of subspaces of ⌊d/k⌋ components "
+        "and of one: in the first table of a data set on a validation split, a fifth of the training set, seed 0; in "
+        "the second on the test set, of the most accurate setting of a length and the one of most ΔR within half a "
+        "point of it, both by the first table, three seeds or, of long runs, one.\n"
+    )
+    for data in DATA:
+        rows = []
+        for setting in grid(data):
+            try:
+                rows.append(row(setting, [RUNS.kept(vars(setting))]))
+            except MissingRunError:
+                continue
+        if not rows:
+            continue
+        base = BASES[data]
+        text += f"\n## {data}: {base.network}, d = {base.feature_dim}\n\n" + markdown_table(COLUMNS, rows)
+        try:
+            finals = [
+                row(setting, [RUNS.kept(vars(replace(setting, held=False, seed=seed))) for seed in SEEDS[setting.longer]])
+                for setting in [*chosen(data, 1), *chosen(data, 4)]
+            ]
+        except MissingRunError:
+            continue
+        text += f"\nOn the test set:\n\n{markdown_table(COLUMNS, finals)}"
+    (RESULTS / "variety.md").write_text(text)
+    print(text)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=("run", "table"))
+    parser.add_argument("--data-root", type=Path)
+    parser.add_argument("--only", nargs="*", choices=DATA, default=["digits", "omniglot100", "omniglot200"])
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    if arguments.command == "run":
+        run(arguments.only, arguments.data_root)
+    table()
+
+
+if __name__ == "__main__":
+    main()
