@@ -1,4 +1,4 @@
-"""Variety within a class beside accuracy: what a class's codes sum to (`energy`), and how samples are pulled (`pull`).
+"""Variety within a class beside accuracy: by `energy`, `pull` and `expand` of `VMCR2Loss`.
 
     python benchmarks/variety.py run [--data-root DIR] [--only omniglot100 ...]    runs what is missing, a line a run
     python benchmarks/variety.py table                                            results/variety.md from the lines
@@ -21,13 +21,16 @@ from noise import BASES
 from rich.console import Console
 from runs import Line, MissingRunError, Runs
 
+from vmcr2.errors import NumericalError
 from vmcr2.lab import sources
 from vmcr2.lab.recipes import Recipe
 from vmcr2.lab.report import markdown_table, mean_and_spread
 from vmcr2.lab.sweep import completed
 
 RESULTS = Path(__file__).parent.parent / "results"
-RUNS = Runs(RESULTS / "variety.jsonl", ("data", "energy", "pull", "balance", "atoms", "longer", "seed", "held"))
+RUNS = Runs(
+    RESULTS / "variety.jsonl", ("data", "energy", "pull", "expand", "balance", "atoms", "longer", "seed", "held")
+)
 DATA = ("digits", "omniglot100", "omniglot200", "cifar100-20")
 SEEDS = {1: (0, 1, 2), 4: (0,)}  # of the runs measured on the test set, by `longer`
 POINT = 0.005  # how far below the most accurate setting one with more variety may lie
@@ -40,6 +43,7 @@ class Setting:
     data: str
     energy: float | None = None
     pull: float = 1.0
+    expand: float = 0.0
     balance: float = 0.05
     atoms: int | None = None
     longer: int = 1
@@ -50,8 +54,9 @@ class Setting:
         base = BASES[self.data]
         epochs = self.longer * base.epochs
         settings = replace(
-            base.vmcr2, energy=self.energy, pull=self.pull, balance=self.balance, atoms_per_class=self.atoms
-        )
+            base.vmcr2, energy=self.energy, pull=self.pull, expand=self.expand, balance=self.balance,
+            atoms_per_class=self.atoms,
+        )  # fmt: skip
         data = replace(base.data, validation=0.2 if self.held else 0.0)
         return replace(base, seed=self.seed, epochs=epochs, evaluate_every=epochs, vmcr2=settings, data=data)
 
@@ -59,14 +64,15 @@ class Setting:
 def grid(data: str) -> list[Setting]:
     """Returns what is compared on a data set."""
     once = [Setting(data, energy, pull) for energy in (None, 2.0, 1.0) for pull in (1.0, 0.3, 0.1)]
+    expanding = [Setting(data, None, pull, expand) for pull in (1.0, 0.3) for expand in (0.2, 0.4, 0.6, 1.0)]
     others = [
         Setting(data, 1.0, 0.3, balance=0.01),
         Setting(data, 1.0, 0.3, balance=0.5),
         Setting(data, None, 0.3, atoms=1),
         Setting(data, None, 0.3, balance=0.5),
     ]
-    longer = [Setting(data, energy, 0.3, longer=4) for energy in (None, 1.0)]
-    return once + others + ([] if data == "cifar100-20" else longer)
+    longer = [Setting(data, None, 0.3, expand, longer=4) for expand in (0.0, 0.4, 0.6)]
+    return once + expanding + others + ([] if data == "cifar100-20" else longer)
 
 
 def most(recipe: Recipe, k: int) -> float:
@@ -77,9 +83,12 @@ def most(recipe: Recipe, k: int) -> float:
 
 def trained(setting: Setting, root: Path | None) -> Line:
     began = time.perf_counter()
+    recipe = replace(setting.recipe(), data=sources.resolved(setting.recipe().data))
     with tempfile.TemporaryDirectory() as folder:
-        recipe = replace(setting.recipe(), data=sources.resolved(setting.recipe().data))
-        summary = completed(Path(folder) / "run", recipe, root, Console(quiet=True)).summary()
+        try:
+            summary = completed(Path(folder) / "run", recipe, root, Console(quiet=True)).summary()
+        except NumericalError as error:
+            return {**vars(setting), "failed": str(error)[:160], "seconds": round(time.perf_counter() - began, 1)}
     wanted = ("train_expansion", "train_compression", "train_reduction", "test_accuracy", "class_rank")
     return {
         **vars(setting),
@@ -97,6 +106,7 @@ def accuracy(line: Line) -> float:
 def chosen(data: str, longer: int) -> list[Setting]:
     """Returns the most accurate setting of a length, and the one of most ΔR that is nearly as accurate."""
     lines = {setting: RUNS.kept(vars(setting)) for setting in grid(data) if setting.longer == longer}
+    lines = {setting: line for setting, line in lines.items() if "failed" not in line}
     if not lines:
         return []
     best = max(lines, key=lambda setting: accuracy(lines[setting]))
@@ -118,11 +128,14 @@ def run(data: list[str], root: Path | None) -> None:
 
 def row(setting: Setting, lines: list[Line]) -> list[str]:
     def shown(name: str, digits: int) -> str:
+        if any("failed" in line for line in lines):
+            return "collapsed"
         return mean_and_spread([line[name] for line in lines], digits)
 
     return [
         "free" if setting.energy is None else f"{setting.energy:g}",
         f"{setting.pull:g}",
+        f"{setting.expand:g}",
         f"{setting.balance:g}",
         "⌊d/k⌋" if setting.atoms is None else str(setting.atoms),
         str(setting.recipe().epochs),
@@ -136,14 +149,28 @@ def row(setting: Setting, lines: list[Line]) -> list[str]:
     ]
 
 
-COLUMNS = ("energy", "pull", "ρ", "s", "epochs", "R", "R_c", "ΔR", "of the most", "class rank", "accuracy", "one comp.")
+COLUMNS = (
+    "energy",
+    "pull",
+    "expand",
+    "ρ",
+    "s",
+    "epochs",
+    "R",
+    "R_c",
+    "ΔR",
+    "of the most",
+    "class rank",
+    "accuracy",
+    "one comp.",
+)
 
 
 def table() -> None:
     """Writes results/variety.md."""
     text = (
         f"# Variety within a class, and accuracy\n\nMade by `python benchmarks/variety.py`, {RUNS.where()}. `energy`: "
-        "what a class's codes sum to; `of the most`: ΔR as a share of the largest there is, orthogonal subspaces of d/k "
+        "what a class's codes sum to; `expand`: what R of the features weighs; `of the most`: ΔR as a share of the largest there is, orthogonal subspaces of d/k "
         "equal directions; class rank: effective rank of the median class. Accuracy of subspaces of ⌊d/k⌋ components "
         "and of one: in the first table of a data set on a validation split, a fifth of the training set, seed 0; in "
         "the second on the test set, of the most accurate setting of a length and the one of most ΔR within half a "
@@ -162,7 +189,10 @@ def table() -> None:
         text += f"\n## {data}: {base.network}, d = {base.feature_dim}\n\n" + markdown_table(COLUMNS, rows)
         try:
             finals = [
-                row(setting, [RUNS.kept(vars(replace(setting, held=False, seed=seed))) for seed in SEEDS[setting.longer]])
+                row(
+                    setting,
+                    [RUNS.kept(vars(replace(setting, held=False, seed=seed))) for seed in SEEDS[setting.longer]],
+                )
                 for setting in [*chosen(data, 1), *chosen(data, 4)]
             ]
         except MissingRunError:

@@ -163,6 +163,7 @@ def test_step_sizes_and_penalty(name, value):
         ("energy must be a finite number > 0, got 0", {"energy": 0}),
         ("pull must be a finite number > 0 and at most 1, got 0", {"pull": 0}),
         ("pull must be a finite number > 0 and at most 1, got 1.5", {"pull": 1.5}),
+        ("expand must be a finite number >= 0, got -1", {"expand": -1}),
     ],
 )
 def test_sizes(message, arguments):

@@ -33,7 +33,8 @@ def losses_of(structure, step="ascent"):
         return vmcr2.MCR2Loss(K)
     if structure == "sharded":
         return vmcr2.VMCR2Loss(K, D, atoms_per_class=2, structure="block", sharded=True).double()
-    return vmcr2.VMCR2Loss(K, D, atoms_per_class=2, structure=structure, step=step).double()
+    expand = 0.5 if structure == "block" else 0.0
+    return vmcr2.VMCR2Loss(K, D, atoms_per_class=2, structure=structure, step=step, expand=expand).double()
 
 
 def trained(rank, structure, step, kind):

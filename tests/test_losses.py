@@ -5,6 +5,7 @@ import pickle
 import warnings
 
 import pytest
+import reference
 import torch
 from conftest import (
     STRUCTURES,
@@ -199,6 +200,28 @@ def test_derivatives_in_eval_mode(structure, kind):
     point = (z, logits) if membership is None else (z, logits.detach())
     assert torch.autograd.gradcheck(value, point)
     assert torch.autograd.gradgradcheck(value, point)
+
+
+@each_structure
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("training", [True, False])
+def test_expand_takes_so_much_of_the_features_own_rate_off_the_loss(structure, reduction, training):
+    z, labels = unit_rows(12, 4), torch.arange(12) % 3
+    plain, expanding = (
+        loss_at(
+            unit_rows(20, 4, seed=1), torch.arange(20) % 3, 3, 1,
+            structure=structure, reduction=reduction, expand=expand,
+        ).train(training)
+        for expand in (0.0, 0.7)
+    )  # fmt: skip
+    expected = 0.7 * reference.rates(z.T.numpy(), reference.one_hot(labels.numpy(), 3), 0.5)[0]
+    if reduction == "mean":
+        expected /= plain.mu_at(12) * 12
+    for _ in range(2):  # the dictionary's step is the same beside it
+        without, value = plain(z, labels), expanding(z, labels)
+        assert float(without - value) == pytest.approx(expected, rel=1e-9)
+    few = z[:6].clone().requires_grad_()
+    assert torch.autograd.gradcheck(lambda features: expanding.eval()(features, labels[:6]), (few,))
 
 
 def both_losses(structure="shared"):

@@ -103,7 +103,7 @@ def assert_each(results, expected):
         ("labels", "in memory", {}),
         ("labels", "by the first batches", {"energy": 1.0, "reduction": "sum"}),
         ("labels", "in memory", {"step": "paper"}),
-        ("labels", "in memory", {"pull": 0.3}),
+        ("labels", "in memory", {"pull": 0.3, "expand": 0.5}),
         ("soft", "in memory", {}),
     ],
 )

@@ -35,7 +35,7 @@ from vmcr2.latching import MomentStream, batch_statistics, latched_blocks
 from vmcr2.linalg import rate_dtype, require_finite, wide_dtype
 from vmcr2.membership import Membership, as_membership, part_of
 from vmcr2.mismatch import Codes, mismatch, precise_mismatch
-from vmcr2.rates import checked_rates, coding_rate
+from vmcr2.rates import checked_rates, coding_rate, expansion_rate
 from vmcr2.subspaces import nearest_in_dictionary
 from vmcr2.variational import VariationalRates, objective
 
@@ -52,8 +52,10 @@ _BALANCE_DECAY = 0.97
 _WATCH_EVERY = 20  # training steps between looks at ΔR: seldom enough to cost little
 _LARGEST_MOMENT = 1.05  # ‖C_j‖ of unit rows, with the tolerance of their norms
 # Shares of the best ΔR so far, and for how many looks in a row. In small batches of natural images ΔR falls below a
-# fifth of what a fresh network has, and comes back within an epoch; that of features that have collapsed goes to 0.
+# fifth of what a fresh network has, which knows no classes; it stays a good part of R, where that of features that have
+# collapsed goes to 0.
 _COLLAPSED = ((0.05, 3), (0.2, 10))
+_HARDLY_ANY = 0.1  # share of R
 _SPOILT = (
     "the dictionary holds NaN or infinite entries, or codes (or mu) so large that the loss overflows; load it or latch "
     "it anew"
@@ -306,6 +308,9 @@ class VMCR2Loss(_OverRanks):
         pull: exponent in (0, 1] of how a sample is pulled into its class. 1 is eq. (7), in which the pull vanishes for
             a feature orthogonal to its class: what spares wrong labels, and is slow where features start far from
             their classes. Below a half it is stronger there: natural images from scratch (`mismatch._shortfall`).
+        expand: λ ≥ 0, what the features' own R of eq. (1) weighs beside the residual: the loss is (µ/2m) M − λ R, or
+            with "mean" that over µ m. 0 is Algorithm 1, in which the dictionary alone expands. Above it features keep
+            more of the variety within a class, for one log-determinant a step, and the loss may be negative.
         step: "ascent": eq. (7) never falls, no step size. "paper": the paper's Lipschitz bounds, the codes' gradient
             at the moved atoms (line 8). "simultaneous": the same with both gradients at the old dictionary.
         step_atoms: ν_Γ > 0, in units of the inverse Lipschitz bound; not used by "ascent".
@@ -338,6 +343,7 @@ class VMCR2Loss(_OverRanks):
         balance: float = 0.05,
         energy: float | None = None,
         pull: float = 1.0,
+        expand: float = 0.0,
         step: Step = "ascent",
         step_atoms: float = 5.0,
         step_codes: float = 5.0,
@@ -355,6 +361,7 @@ class VMCR2Loss(_OverRanks):
         self.balance = check_number("balance", balance)
         self.energy = None if energy is None else check_number("energy", energy)
         self.pull = check_number("pull", pull, at_most=1.0)
+        self.expand = check_number("expand", expand, positive=False)
         self.step_atoms = check_number("step_atoms", step_atoms)
         self.step_codes = check_number("step_codes", step_codes)
         for name, value, taken in (
@@ -465,7 +472,7 @@ class VMCR2Loss(_OverRanks):
     def forward(
         self, features: Float[Tensor, "m d"], membership: Int[Tensor, " m"] | Shaped[Tensor, "m k"]
     ) -> Float[Tensor, ""]:
-        """Returns the mismatch ≥ 0 of the batch (`reduction`); in training mode, after one dictionary step.
+        """Returns the mismatch of the batch (`reduction`), less `expand` of R; in training mode, after a dictionary step.
 
         Args:
             features: Z, (m, d), finite, rows of norm 1 (as the unit columns of Γ assume).
@@ -488,7 +495,10 @@ class VMCR2Loss(_OverRanks):
                 value = self._step(batch)
         else:
             value = precise_mismatch(batch.features, *self._read(batch), self.pull)
-        value = value * self.mu_at(m) if self.reduction == "sum" else value / m
+        weight = self.mu_at(m)
+        if self.expand:
+            value = value - self.expand / weight * expansion_rate(batch.whole, self.eps_sq)
+        value = value * weight if self.reduction == "sum" else value / m
         value = value.to(torch.promote_types(features.dtype, torch.float32))
         if not moving:
             require_finite(value, otherwise=_SPOILT)
@@ -791,7 +801,7 @@ class VMCR2Loss(_OverRanks):
             f"num_classes={self.num_classes}, feature_dim={self.feature_dim}, "
             f"atoms_per_class={self.atoms_per_class}, mu={self.mu}, eps_sq={self.eps_sq}, "
             f"reduction={self.reduction!r}, structure={self.structure!r}, balance={self.balance}, "
-            f"energy={self.energy}, pull={self.pull}, step={self.step!r}{steps}"
+            f"energy={self.energy}, pull={self.pull}, expand={self.expand}, step={self.step!r}{steps}"
             f"{', sharded=True' if self.sharded else ''}"
         )
 
@@ -848,11 +858,13 @@ class _CollapseWatch:
             membership, _ = as_membership(features, batch.held.detach().argmax(1), loss.num_classes)
         elif loss.sharded:
             membership, _ = as_membership(features, batch.held.unique(return_inverse=True)[1], None)
-        reduction = float(checked_rates(features, membership, loss.eps_sq).reduction)
+        rates = checked_rates(features, membership, loss.eps_sq)
+        reduction, hardly_any = torch.stack([rates.reduction, _HARDLY_ANY * rates.expansion]).tolist()
         self.best = max(self.best, reduction)
         # Of a single class, and of features that are all alike from the start, ΔR is 0 but for rounding.
+        possible = self.best > 1e-3 and reduction < hardly_any
         for place, (share, _) in enumerate(_COLLAPSED):
-            self.low[place] = self.low[place] + 1 if self.best > 1e-3 and reduction < share * self.best else 0
+            self.low[place] = self.low[place] + 1 if possible and reduction < share * self.best else 0
         if all(low < patience for low, (_, patience) in zip(self.low, _COLLAPSED, strict=True)):
             return
         self.warned = True

@@ -216,6 +216,6 @@ def build(recipe: Recipe, num_classes: int) -> Objective:
 
 def _vmcr2_loss(recipe: Recipe, num_classes: int) -> VMCR2Loss:
     settings = recipe.vmcr2
-    names = ("reduction", "mu", "balance", "atoms_per_class", "structure", "energy", "pull")
+    names = ("reduction", "mu", "balance", "atoms_per_class", "structure", "energy", "pull", "expand")
     given = {name: getattr(settings, name) for name in (*names, "step", "step_atoms", "step_codes")}
     return VMCR2Loss(num_classes, recipe.feature_dim, eps_sq=recipe.eps_sq, **given)

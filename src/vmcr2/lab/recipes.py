@@ -50,6 +50,7 @@ class VMCR2Settings:
         energy: what every class's codes are scaled to sum to after each step; None lets them run free.
         pull: exponent in (0, 1] of how a sample is pulled into its class: 1 spares wrong labels; 0.3 learns natural
             images faster.
+        expand: λ ≥ 0, what the features' own R weighs beside the residual: above 0 for more variety within a class.
         step: how the dictionary moves: ascent needs no step size; paper takes the paper's bounds, the codes at the
             moved atoms; simultaneous takes both steps at the old point.
         step_atoms: ν_Γ, in units of the inverse Lipschitz bound. Not used by ascent.
@@ -69,6 +70,7 @@ class VMCR2Settings:
     structure: Literal["shared", "block"] = "shared"
     energy: float | None = None
     pull: float = 1.0
+    expand: float = 0.0
     step: Literal["ascent", "paper", "simultaneous"] = "ascent"
     step_atoms: float = 5.0
     step_codes: float = 5.0
@@ -80,6 +82,7 @@ class VMCR2Settings:
         for name in ("lr", "balance", "step_atoms", "step_codes"):
             check_number(f"vmcr2.{name}", getattr(self, name))
         check_number("vmcr2.pull", self.pull, at_most=1.0)
+        check_number("vmcr2.expand", self.expand, positive=False)
         for name in ("mu", "energy", "gradient_clip"):
             if getattr(self, name) is not None:
                 check_number(f"vmcr2.{name}", getattr(self, name))
