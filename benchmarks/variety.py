@@ -170,11 +170,12 @@ def table() -> None:
     """Writes results/variety.md."""
     text = (
         f"# Variety within a class, and accuracy\n\nMade by `python benchmarks/variety.py`, {RUNS.where()}. `energy`: "
-        "what a class's codes sum to; `expand`: what R of the features weighs; `of the most`: ΔR as a share of the largest there is, orthogonal subspaces of d/k "
-        "equal directions; class rank: effective rank of the median class. Accuracy of subspaces of ⌊d/k⌋ components "
-        "and of one: in the first table of a data set on a validation split, a fifth of the training set, seed 0; in "
-        "the second on the test set, of the most accurate setting of a length and the one of most ΔR within half a "
-        "point of it, both by the first table, three seeds or, of long runs, one.\n"
+        "what a class's codes sum to; `expand`: what R of the features weighs; `of the most`: ΔR as a share of the "
+        "largest there is, orthogonal subspaces of d/k equal directions; class rank: effective rank of the median "
+        "class. Accuracy of subspaces of ⌊d/k⌋ components and of one: in the first table of a data set on a validation "
+        "split, a fifth of the training set, seed 0; in the second on the test set, of the most accurate setting of a "
+        "length and the one of most ΔR within half a point of it, both by the first table, three seeds or, of long "
+        "runs, one.\n"
     )
     for data in DATA:
         rows = []

@@ -472,7 +472,7 @@ class VMCR2Loss(_OverRanks):
     def forward(
         self, features: Float[Tensor, "m d"], membership: Int[Tensor, " m"] | Shaped[Tensor, "m k"]
     ) -> Float[Tensor, ""]:
-        """Returns the mismatch of the batch (`reduction`), less `expand` of R; in training mode, after a dictionary step.
+        """Returns the mismatch of the batch (`reduction`), less `expand` of R; in training mode, after one step.
 
         Args:
             features: Z, (m, d), finite, rows of norm 1 (as the unit columns of Γ assume).
