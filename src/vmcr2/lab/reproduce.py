@@ -26,7 +26,8 @@ Rows = dict[str, dict[ObjectiveName, Printed | None]]
 class Request:
     """What to reproduce, and how much of it; the flags of the command.
 
-    Runs that are there already are shown, or continued where more epochs are asked for.
+    Runs that are there already are shown, or continued where more epochs are asked for; a figure shows complete ones at
+    whatever length they have, unless `epochs` says another.
 
     Attributes:
         rows: which rows of the table, or data sets of the figure; all by default.
@@ -74,6 +75,17 @@ class Request:
             recipe, data=resolved(replace(recipe.data, train_size=self.train_size, test_size=self.test_size))
         )
 
+    def drawn(self, recipe: Recipe) -> Recipe:
+        """Returns a recipe at the length of its run, where that is complete and no other number of epochs is asked for.
+
+        So a figure shows the runs of a table that was made shorter.
+        """
+        folder = self.folder(recipe)
+        if self.epochs is not None or not (folder / "summary.json").is_file():
+            return recipe
+        made = RunFolder.open(folder).recipe()
+        return replace(recipe, epochs=made.epochs, evaluate_every=made.evaluate_every)
+
     def folder(self, recipe: Recipe) -> Path:
         """Returns where a run lies; runs on part of the data apart from those on all of it."""
         return self.out / f"{recipe.name}{self.suffix()}" / f"{recipe.objective}-seed{recipe.seed}"
@@ -99,7 +111,7 @@ def _base(row: str, ours: bool) -> Recipe:
 
 
 def _runs(
-    request: Request, rows: Rows, name: str, console: Console
+    request: Request, rows: Rows, name: str, console: Console, *, drawn: bool = False
 ) -> Iterator[tuple[str, ObjectiveName, list[RunFolder]]]:
     """Yields the runs of every row and objective, complete; all that is asked for is looked at before anything runs."""
     if not request.seeds:
@@ -117,6 +129,8 @@ def _runs(
     ]
     if not planned:
         raise InputError(f"objectives must be some that {name} has, got {', '.join(request.objectives)}")
+    if drawn:
+        planned = [(row, objective, [request.drawn(one) for one in members]) for row, objective, members in planned]
     everything = [recipe for *_, members in planned for recipe in members]
     refuse_conflicts([(request.folder(recipe), recipe) for recipe in everything])
     for settings in dict.fromkeys(recipe.data for recipe in everything):
@@ -297,7 +311,7 @@ def _figure(
     draw: Callable[[dict[tuple[str, ObjectiveName], RunFolder], Path, str], Path],
     console: Console,
 ) -> list[Path]:
-    runs = {(row, objective): found[0] for row, objective, found in _runs(request, rows, name, console)}
+    runs = {(row, objective): found[0] for row, objective, found in _runs(request, rows, name, console, drawn=True)}
     if not runs:
         raise NumericalError(f"every run of {name} diverged, there is nothing to draw")
     return [draw(runs, request.path(name, "png"), title + _part_of(request))]
