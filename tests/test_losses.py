@@ -205,12 +205,13 @@ def test_derivatives_in_eval_mode(structure, kind):
 @each_structure
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("training", [True, False])
-def test_expand_takes_so_much_of_the_features_own_rate_off_the_loss(structure, reduction, training):
+@pytest.mark.parametrize("mu", [None, 0.3])
+def test_expand_subtracts_so_much_of_the_features_own_rate(structure, reduction, training, mu):
     z, labels = unit_rows(12, 4), torch.arange(12) % 3
     plain, expanding = (
         loss_at(
             unit_rows(20, 4, seed=1), torch.arange(20) % 3, 3, 1,
-            structure=structure, reduction=reduction, expand=expand,
+            structure=structure, reduction=reduction, expand=expand, mu=mu,
         ).train(training)
         for expand in (0.0, 0.7)
     )  # fmt: skip
@@ -224,9 +225,22 @@ def test_expand_takes_so_much_of_the_features_own_rate_off_the_loss(structure, r
     assert torch.autograd.gradcheck(lambda features: expanding.eval()(features, labels[:6]), (few,))
 
 
+def test_an_expand_that_no_loss_could_hold_is_refused_before_the_dictionary_moves():
+    z, labels = unit_rows(12, 4, dtype=torch.float32), torch.arange(12) % 3
+    loss = loss_at(z, labels, 3, 1, mu=1e-38, expand=1.0)
+    before = snapshot(loss)
+    with pytest.raises(vmcr2.NumericalError, match="expand weighs R by 8.33e\\+36.*a smaller expand, or a larger mu"):
+        loss(z, labels)
+    assert_unchanged(loss, before)
+
+
 def both_losses(structure="shared"):
-    variational = loss_at(unit_rows(20, 4, seed=9), torch.arange(20) % 3, 3, 2, structure=structure).eval()
-    return [vmcr2.MCR2Loss(3), variational]
+    at = unit_rows(20, 4, seed=9), torch.arange(20) % 3, 3, 2
+    return [
+        vmcr2.MCR2Loss(3),
+        loss_at(*at, structure=structure).eval(),
+        loss_at(*at, structure=structure, pull=0.3, expand=0.5).eval(),
+    ]
 
 
 @each_structure
@@ -685,6 +699,20 @@ def test_training_that_goes_well_does_not_warn():
     assert not watch_features(vmcr2.VMCR2Loss(4, 8), 400, 400)
     # Nor does a start from features that are all alike, since nothing has been lost.
     assert not watch_features(vmcr2.VMCR2Loss(4, 8), 0, 200)
+
+
+def test_features_that_lose_what_chance_gave_them_and_keep_their_classes_do_not_warn():
+    # ΔR of a few samples that know no class is high; where classes lie on a line each it is lower, and half of R.
+    labels, lines = torch.arange(40) % 4, torch.eye(64)[:4]
+    loss = vmcr2.VMCR2Loss(4, 64, atoms_per_class=1)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for step in range(400):
+            z = unit_rows(40, 64, seed=step, dtype=torch.float32)
+            if step >= 45:
+                z = torch.nn.functional.normalize(lines[labels] + 1e-3 * z, dim=1)
+            loss(z.requires_grad_(), labels)
+    assert not [each for each in caught if "collapsed" in str(each.message)]
 
 
 def test_a_dip_that_comes_back_does_not_warn_and_one_that_stays_does():

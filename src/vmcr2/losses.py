@@ -8,6 +8,7 @@ with DistributedDataParallel's mean over ranks the gradients are those of a sing
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -51,11 +52,11 @@ _FIRST_BALANCE = 6.0
 _BALANCE_DECAY = 0.97
 _WATCH_EVERY = 20  # training steps between looks at ΔR: seldom enough to cost little
 _LARGEST_MOMENT = 1.05  # ‖C_j‖ of unit rows, with the tolerance of their norms
-# Shares of the best ΔR so far, and for how many looks in a row. In small batches of natural images ΔR falls below a
-# fifth of what a fresh network has, which knows no classes; it stays a good part of R, where that of features that have
-# collapsed goes to 0.
-_COLLAPSED = ((0.05, 3), (0.2, 10))
-_HARDLY_ANY = 0.1  # share of R
+# Shares of the best ΔR so far; for how many looks in a row; and the share of R that ΔR is below as well. A fresh
+# network's features of natural images have a high ΔR in a small batch without knowing a class. As they learn it may
+# fall below a fifth for long, and is then a quarter of R; that of features that have collapsed is next to nothing.
+_COLLAPSED = ((0.05, 3, math.inf), (0.2, 10, 0.1))
+_HEAVIEST = 1e30  # weight of R: float32 holds the loss and its gradient
 _SPOILT = (
     "the dictionary holds NaN or infinite entries, or codes (or mu) so large that the loss overflows; load it or latch "
     "it anew"
@@ -308,9 +309,11 @@ class VMCR2Loss(_OverRanks):
         pull: exponent in (0, 1] of how a sample is pulled into its class. 1 is eq. (7), in which the pull vanishes for
             a feature orthogonal to its class: what spares wrong labels, and is slow where features start far from
             their classes. Below a half it is stronger there: natural images from scratch (`mismatch._shortfall`).
-        expand: λ ≥ 0, what the features' own R of eq. (1) weighs beside the residual: the loss is (µ/2m) M − λ R, or
-            with "mean" that over µ m. 0 is Algorithm 1, in which the dictionary alone expands. Above it features keep
-            more of the variety within a class, for one log-determinant a step, and the loss may be negative.
+        expand: λ ≥ 0, what the features' own R of eq. (1) weighs beside the residual: the loss is (µ/2m) M − λ R or,
+            with "mean", that divided by µ m (= ρ d/ε² where µ follows from `balance`). 0 is Algorithm 1, in which the
+            dictionary alone expands. Larger values keep more of the variety within a class, for one log-determinant a
+            step; the loss may be negative. Take 0.2 to 0.6, and `pull` near 0.3: at 1 samples that R pushes out of
+            their class are let go.
         step: "ascent": eq. (7) never falls, no step size. "paper": the paper's Lipschitz bounds, the codes' gradient
             at the moved atoms (line 8). "simultaneous": the same with both gradients at the old dictionary.
         step_atoms: ν_Γ > 0, in units of the inverse Lipschitz bound; not used by "ascent".
@@ -472,7 +475,7 @@ class VMCR2Loss(_OverRanks):
     def forward(
         self, features: Float[Tensor, "m d"], membership: Int[Tensor, " m"] | Shaped[Tensor, "m k"]
     ) -> Float[Tensor, ""]:
-        """Returns the mismatch of the batch (`reduction`), less `expand` of R; in training mode, after one step.
+        """Returns the mismatch of the batch (`reduction`), minus `expand` times R; in training mode, after one step.
 
         Args:
             features: Z, (m, d), finite, rows of norm 1 (as the unit columns of Γ assume).
@@ -487,6 +490,11 @@ class VMCR2Loss(_OverRanks):
         moving = self.training and torch.is_grad_enabled()
         batch = self._batch(features, membership, "a training step" if moving else "an evaluation")
         m = batch.membership.num_samples
+        heavy = self._expansion_weight(m)
+        if heavy > _HEAVIEST:
+            raise NumericalError(
+                f"expand weighs R by {heavy:.3g}, more than the loss can hold; a smaller expand, or a larger mu"
+            )
         if moving:
             new = (batch.membership.sizes > 0) & ~self.dictionary.known()
             with self.dictionary.restored_on_error(new):  # what is latched for a step that fails is not kept
@@ -495,14 +503,17 @@ class VMCR2Loss(_OverRanks):
                 value = self._step(batch)
         else:
             value = precise_mismatch(batch.features, *self._read(batch), self.pull)
-        weight = self.mu_at(m)
+        value = value * self.mu_at(m) if self.reduction == "sum" else value / m
         if self.expand:
-            value = value - self.expand / weight * expansion_rate(batch.whole, self.eps_sq)
-        value = value * weight if self.reduction == "sum" else value / m
+            value = value - self._expansion_weight(m) * expansion_rate(batch.whole, self.eps_sq).double()
         value = value.to(torch.promote_types(features.dtype, torch.float32))
         if not moving:
             require_finite(value, otherwise=_SPOILT)
         return value
+
+    def _expansion_weight(self, m: int) -> float:
+        """Returns what R is multiplied by in the loss of m samples."""
+        return self.expand if self.reduction == "sum" else self.expand / (self.mu_at(m) * m)
 
     def _read(self, batch: _Batch) -> tuple[Membership, Codes]:
         """Returns what a batch meets of the dictionary.
@@ -859,13 +870,13 @@ class _CollapseWatch:
         elif loss.sharded:
             membership, _ = as_membership(features, batch.held.unique(return_inverse=True)[1], None)
         rates = checked_rates(features, membership, loss.eps_sq)
-        reduction, hardly_any = torch.stack([rates.reduction, _HARDLY_ANY * rates.expansion]).tolist()
+        reduction, expansion = torch.stack([rates.reduction, rates.expansion]).tolist()
         self.best = max(self.best, reduction)
         # Of a single class, and of features that are all alike from the start, ΔR is 0 but for rounding.
-        possible = self.best > 1e-3 and reduction < hardly_any
-        for place, (share, _) in enumerate(_COLLAPSED):
-            self.low[place] = self.low[place] + 1 if possible and reduction < share * self.best else 0
-        if all(low < patience for low, (_, patience) in zip(self.low, _COLLAPSED, strict=True)):
+        for place, (share, _, of_expansion) in enumerate(_COLLAPSED):
+            low = self.best > 1e-3 and reduction < min(share * self.best, of_expansion * expansion)
+            self.low[place] = self.low[place] + 1 if low else 0
+        if all(low < patience for low, (_, patience, _) in zip(self.low, _COLLAPSED, strict=True)):
             return
         self.warned = True
         balance = loss.mu_at(len(features)) * len(features) * loss.eps_sq / loss.feature_dim

@@ -13,7 +13,7 @@ def test_every_row_has_its_recipe_with_the_papers_settings():
         assert recipe.eps_sq == 0.5
         assert recipe.vmcr2.latch_every == 50
         assert (recipe.vmcr2.step_atoms, recipe.vmcr2.step_codes) == (5.0, 5.0)
-        assert (recipe.vmcr2.energy, recipe.vmcr2.pull) == (None, 1.0)
+        assert (recipe.vmcr2.energy, recipe.vmcr2.pull, recipe.vmcr2.expand) == (None, 1.0, 0.0)
         assert (recipe.vmcr2.step, recipe.vmcr2.reduction) == ("paper", "sum")
         assert not recipe.vmcr2.stop_on_collapse
         assert recipe.batch_size == (1000 if name in ("mnist", "cifar10") else 2000)

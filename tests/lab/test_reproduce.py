@@ -121,6 +121,16 @@ def test_a_run_that_diverges_leaves_the_others(small, monkeypatch, tmp_path, cap
         reproduce.table2(replace(request, objectives=("vmcr2",), out=tmp_path / "other"), QUIET)
 
 
+def test_a_run_stands_when_the_settings_of_another_objective_change(small, monkeypatch, tmp_path):
+    request = Request(rows=("mnist",), objectives=("vmcr2", "ce"), train_size=200, epochs=1, out=tmp_path)
+    reproduce.table2(request, QUIET)
+    recipe = paper.PAPER["mnist"]
+    monkeypatch.setitem(paper.PAPER, "mnist", replace(recipe, vmcr2=replace(recipe.vmcr2, pull=0.5)))
+    reproduce.table2(replace(request, objectives=("ce",)), QUIET)
+    with pytest.raises(InputError, match="another recipe .*vmcr2.pull: 1.0, 0.5"):
+        reproduce.table2(request, QUIET)
+
+
 def test_our_own_recipes_are_kept_apart(small, tmp_path):
     request = Request(rows=("mnist",), objectives=("ce",), ours=True, train_size=200, epochs=1, out=tmp_path)
     path, _ = reproduce.table2(request, QUIET)

@@ -313,7 +313,11 @@ def draw_comparison(runs: Sequence[RunFolder], folder: Path) -> list[Path]:
                 axes.set_ylim(bottom=0)
         panels[0].set_title(f"{title}: same network and data", loc="left")
         panels[1].legend(loc="best")
-        note = "Good: both rise and level off. A high ΔR beside a low accuracy: the features expand and never compress."
+        several = max(len(members) for members in by_objective.values()) > 1
+        note = (
+            "Good: both rise and level off. A high ΔR beside a low accuracy: the features expand and never compress."
+            + (" Bands: one standard deviation between seeds." if several else "")
+        )
         drawn.append(_save(figure, folder / "curves.png", note))
         figure = Figure(figsize=(3.1 * len(by_objective), 3.3))
         panels = figure.subplots(1, len(by_objective), squeeze=False)[0]
@@ -391,9 +395,8 @@ def draw_similarities(runs: Mapping[tuple[str, ObjectiveName], RunFolder], path:
                 draw_similarity(axes, arrays["features"], arrays["labels"], arrays["class_names"])
                 axes.set_xticklabels([])
                 axes.set_yticklabels([])
-                if i == 0:
-                    epochs = runs[name, objective].recipe().epochs
-                    axes.set_title(f"{name}, {epochs} epochs,\n{_shown_classes(arrays)}")
+                epochs = f"{runs[name, objective].recipe().epochs} epochs"
+                axes.set_title(f"{name}, {_shown_classes(arrays)}\n{epochs}" if i == 0 else epochs)
                 if j == 0:
                     axes.set_ylabel(OBJECTIVES[objective])
         shown = next(axes for line in panels for axes in line if axes.images)
@@ -439,7 +442,8 @@ def _draw_seeds(axes: Axes, seeds: list[list[dict[str, Any]]], key: str, objecti
     curves = [[(line["epoch"], line[key]) for line in metrics if key in line] for metrics in seeds]
     epochs = [epoch for epoch, _ in curves[0]]
     values = np.array([[value for _, value in curve] for curve in curves])
-    mean, spread, colour = values.mean(0), values.std(0), _COLOURS[objective]
+    mean, colour = values.mean(0), _COLOURS[objective]
+    spread = values.std(0, ddof=1) if len(values) > 1 else 0 * mean
     axes.fill_between(epochs, mean - spread, mean + spread, color=colour, alpha=0.2, linewidth=0)
     axes.plot(epochs, mean, color=colour, label=OBJECTIVES[objective], clip_on=False)
 

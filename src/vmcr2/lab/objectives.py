@@ -159,7 +159,7 @@ class Variational(Objective):
 
         It happens where the penalty outweighs the rates, ρ = µ m ε²/d well above 1: the dictionary then follows the
         features instead of leading them. A healthy run may start with a dip, deep where epochs are short, but not so
-        long.
+        long. ΔR is compared with that after the first epoch, not with a fresh network's.
         """
         if not self.settings.stop_on_collapse or len(history) <= _PATIENCE:
             return

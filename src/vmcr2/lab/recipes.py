@@ -50,7 +50,8 @@ class VMCR2Settings:
         energy: what every class's codes are scaled to sum to after each step; None lets them run free.
         pull: exponent in (0, 1] of how a sample is pulled into its class: 1 spares wrong labels; 0.3 learns natural
             images faster.
-        expand: λ ≥ 0, what the features' own R weighs beside the residual: above 0 for more variety within a class.
+        expand: λ ≥ 0, what the features' own R weighs beside the residual: 0.2 to 0.6, with `pull` 0.3, for more
+            variety within a class.
         step: how the dictionary moves: ascent needs no step size; paper takes the paper's bounds, the codes at the
             moved atoms; simultaneous takes both steps at the old point.
         step_atoms: ν_Γ, in units of the inverse Lipschitz bound. Not used by ascent.

@@ -27,7 +27,7 @@ class Request:
     """What to reproduce, and how much of it; the flags of the command.
 
     Runs that are there already are shown, or continued where more epochs are asked for; a figure shows complete ones at
-    whatever length they have, unless `epochs` says another.
+    the length they have, unless `epochs` or `evaluate_every` is given.
 
     Attributes:
         rows: which rows of the table, or data sets of the figure; all by default.
@@ -76,12 +76,13 @@ class Request:
         )
 
     def drawn(self, recipe: Recipe) -> Recipe:
-        """Returns a recipe at the length of its run, where that is complete and no other number of epochs is asked for.
+        """Returns a recipe at the length of its run, where that is complete and nothing else is asked for.
 
         So a figure shows the runs of a table that was made shorter.
         """
         folder = self.folder(recipe)
-        if self.epochs is not None or not (folder / "summary.json").is_file():
+        asked = self.epochs is not None or self.evaluate_every is not None
+        if asked or not (folder / "summary.json").is_file():
             return recipe
         made = RunFolder.open(folder).recipe()
         return replace(recipe, epochs=made.epochs, evaluate_every=made.evaluate_every)

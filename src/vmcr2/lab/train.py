@@ -26,7 +26,7 @@ from vmcr2.lab import networks, objectives, processes, recipes, sources, trained
 from vmcr2.lab.augmentation import augmented, plain, warn_of_lost_borders
 from vmcr2.lab.evaluate import Features, Measures, accuracy, extract, for_figures, measure, subspaces
 from vmcr2.lab.objectives import Objective
-from vmcr2.lab.recipes import Recipe
+from vmcr2.lab.recipes import OBJECTIVES, Recipe
 from vmcr2.lab.report import EpochProgress, device_name
 from vmcr2.lab.run import RunFolder
 from vmcr2.lab.sources import Dataset
@@ -263,7 +263,9 @@ def resume(
 
 def refuse_other_recipe(run: RunFolder, stored: Recipe, recipe: Recipe) -> None:
     """Raises InputError where a run cannot go on with a recipe: another one, or with epochs that it cannot be given."""
-    differing = recipes.differences(stored, replace(recipe, epochs=stored.epochs))
+    # What another objective would be trained with plays no part.
+    others = {name: getattr(stored, name) for name in OBJECTIVES if name != recipe.objective}
+    differing = recipes.differences(stored, replace(recipe, epochs=stored.epochs, **others))
     if differing:
         raise InputError(
             f"{run.path} belongs to another recipe (there, here): {'; '.join(differing)}. "
