@@ -33,8 +33,9 @@ def losses_of(structure, step="ascent"):
         return vmcr2.MCR2Loss(K)
     if structure == "sharded":
         return vmcr2.VMCR2Loss(K, D, atoms_per_class=2, structure="block", sharded=True).double()
-    expand = 0.5 if structure == "block" else 0.0
-    return vmcr2.VMCR2Loss(K, D, atoms_per_class=2, structure=structure, step=step, expand=expand).double()
+    if structure == "expanding":
+        return vmcr2.VMCR2Loss(K, D, atoms_per_class=2, pull=0.3, expand=0.5).double()
+    return vmcr2.VMCR2Loss(K, D, atoms_per_class=2, structure=structure, step=step).double()
 
 
 def trained(rank, structure, step, kind):
@@ -67,6 +68,8 @@ TRAINED = [
     ("block", "ascent", "labels"),
     ("block", "ascent", "soft"),
     ("shared", "paper", "labels"),
+    ("expanding", "ascent", "labels"),
+    ("expanding", "ascent", "soft"),
 ]
 
 
