@@ -484,16 +484,16 @@ class VMCR2Loss(_OverRanks):
         Raises:
             InputError: a wrong argument (a ValueError).
             NotLatchedError: nothing was ever latched, and this call is not to (a ValueError too).
-            NumericalError: the step failed, and the dictionary is as it was; or, without a step, the value is not
-                finite.
+            NumericalError: the step failed, or R weighs more than the loss can hold, and the dictionary is as it was;
+                or, without a step, the value is not finite.
         """
         moving = self.training and torch.is_grad_enabled()
         batch = self._batch(features, membership, "a training step" if moving else "an evaluation")
         m = batch.membership.num_samples
-        heavy = self._expansion_weight(m)
-        if heavy > _HEAVIEST:
+        weight = self.expand if self.reduction == "sum" else self.expand / (self.mu_at(m) * m)
+        if weight > _HEAVIEST:
             raise NumericalError(
-                f"expand weighs R by {heavy:.3g}, more than the loss can hold; a smaller expand, or a larger mu"
+                f"expand weighs R by {weight:.3g}, more than the loss can hold; a smaller expand, or a larger mu"
             )
         if moving:
             new = (batch.membership.sizes > 0) & ~self.dictionary.known()
@@ -504,16 +504,12 @@ class VMCR2Loss(_OverRanks):
         else:
             value = precise_mismatch(batch.features, *self._read(batch), self.pull)
         value = value * self.mu_at(m) if self.reduction == "sum" else value / m
-        if self.expand:
-            value = value - self._expansion_weight(m) * expansion_rate(batch.whole, self.eps_sq).double()
+        if weight:
+            value = value - weight * expansion_rate(batch.whole, self.eps_sq).double()
         value = value.to(torch.promote_types(features.dtype, torch.float32))
         if not moving:
             require_finite(value, otherwise=_SPOILT)
         return value
-
-    def _expansion_weight(self, m: int) -> float:
-        """Returns what R is multiplied by in the loss of m samples."""
-        return self.expand if self.reduction == "sum" else self.expand / (self.mu_at(m) * m)
 
     def _read(self, batch: _Batch) -> tuple[Membership, Codes]:
         """Returns what a batch meets of the dictionary.
