@@ -10,7 +10,6 @@ and the most accurate of those with at least 0.8 of the ΔR there can be, on the
 from __future__ import annotations
 
 import argparse
-import math
 import tempfile
 import time
 from dataclasses import dataclass, replace
@@ -21,6 +20,7 @@ from noise import BASES
 from rich.console import Console
 from runs import Line, MissingRunError, Runs
 
+from vmcr2.embeddings import largest_reduction
 from vmcr2.errors import NumericalError
 from vmcr2.lab import sources
 from vmcr2.lab.recipes import Recipe
@@ -75,12 +75,6 @@ def grid(data: str) -> list[Setting]:
     return once + expanding + others + ([] if data == "cifar100-20" else longer)
 
 
-def most(recipe: Recipe, k: int) -> float:
-    """Returns the largest ΔR there is for k balanced classes: orthogonal subspaces, d/k equal directions in each."""
-    d, eps_sq = recipe.feature_dim, recipe.eps_sq
-    return d / 2 * math.log1p(1 / eps_sq) - d / k / 2 * math.log1p(k / eps_sq)
-
-
 def trained(setting: Setting, root: Path | None) -> Line:
     """Trains one setting; a line of the file."""
     began = time.perf_counter()
@@ -90,11 +84,12 @@ def trained(setting: Setting, root: Path | None) -> Line:
             summary = completed(Path(folder) / "run", recipe, root, Console(quiet=True)).summary()
         except NumericalError as error:
             return {**vars(setting), "failed": str(error)[:160], "seconds": round(time.perf_counter() - began, 1)}
+    counts = sources.load(recipe.data, root).train_labels.bincount()
     wanted = ("train_expansion", "train_compression", "train_reduction", "test_accuracy", "class_rank")
     return {
         **vars(setting),
         **{name: summary[name] for name in (*wanted, "test_accuracy_one_component")},
-        "share": summary["train_reduction"] / most(recipe, sources.load(recipe.data, root).num_classes),
+        "share": summary["train_reduction"] / largest_reduction(recipe.feature_dim, counts.numpy(), recipe.eps_sq),
         "seconds": round(time.perf_counter() - began, 1),
     }
 

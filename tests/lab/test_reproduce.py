@@ -126,7 +126,8 @@ def test_a_run_stands_when_the_settings_of_another_objective_change(small, monke
     reproduce.table2(request, QUIET)
     recipe = paper.PAPER["mnist"]
     monkeypatch.setitem(paper.PAPER, "mnist", replace(recipe, vmcr2=replace(recipe.vmcr2, pull=0.5)))
-    reproduce.table2(replace(request, objectives=("ce",)), QUIET)
+    reproduce.table2(replace(request, objectives=("ce",), epochs=2), QUIET)  # it goes on, from its checkpoint
+    assert RunFolder.open(tmp_path / "mnist-first200" / "ce-seed0").summary()["epochs"] == 2
     with pytest.raises(InputError, match="another recipe .*vmcr2.pull: 1.0, 0.5"):
         reproduce.table2(request, QUIET)
 

@@ -234,6 +234,7 @@ def resume(
         stored = run.recipe()
         chosen = stored if recipe is None else replace(recipe, data=sources.resolved(recipe.data))
         refuse_other_recipe(run, stored, chosen)
+        chosen = _with_others(chosen, stored)
         if not run.is_complete() or chosen.epochs > stored.epochs:
             return stored, chosen
         if console is not None:
@@ -263,9 +264,7 @@ def resume(
 
 def refuse_other_recipe(run: RunFolder, stored: Recipe, recipe: Recipe) -> None:
     """Raises InputError where a run cannot go on with a recipe: another one, or with epochs that it cannot be given."""
-    # What another objective would be trained with plays no part.
-    others = {name: getattr(stored, name) for name in OBJECTIVES if name != recipe.objective}
-    differing = recipes.differences(stored, replace(recipe, epochs=stored.epochs, **others))
+    differing = recipes.differences(stored, replace(_with_others(recipe, stored), epochs=stored.epochs))
     if differing:
         raise InputError(
             f"{run.path} belongs to another recipe (there, here): {'; '.join(differing)}. "
@@ -278,6 +277,11 @@ def refuse_other_recipe(run: RunFolder, stored: Recipe, recipe: Recipe) -> None:
             f"epochs must stay {stored.epochs} for {run.path}, got {recipe.epochs}: its learning rate follows the "
             "share of the epochs that has passed, so a longer run is another one; start it in a folder of its own"
         )
+
+
+def _with_others(recipe: Recipe, stored: Recipe) -> Recipe:
+    """Returns the recipe with a run's settings of the objectives that it is not trained on, which play no part."""
+    return replace(recipe, **{name: getattr(stored, name) for name in OBJECTIVES if name != recipe.objective})
 
 
 class Interrupted(KeyboardInterrupt):
