@@ -71,7 +71,7 @@ def grid(data: str) -> list[Setting]:
         Setting(data, None, 0.3, atoms=1),
         Setting(data, None, 0.3, balance=0.5),
     ]
-    longer = [Setting(data, None, 0.3, expand, longer=4) for expand in (0.0, 0.4, 0.6)]
+    longer = [Setting(data, None, 0.3, expand, longer=4) for expand in (0.0, 0.2, 0.3, 0.4, 0.6)]
     return once + expanding + others + ([] if data == "cifar100-20" else longer)
 
 
