@@ -8,7 +8,7 @@ demo: .venv/ready
 	$(BIN)/vmcr2 compare digits --out runs/demo
 
 test: .venv/ready
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 
 lint: .venv/ready
 	$(BIN)/ruff check .

@@ -28,6 +28,12 @@ settings.register_profile("vmcr2", deadline=None, max_examples=25, derandomize=T
 settings.load_profile("vmcr2")
 os.environ["SCIPY_ARRAY_API"] = "1"  # without it scikit-learn skips some of its checks; read when SciPy is imported
 
+# pytest-xdist's workers share the cores, and so do the processes that tests start.
+_WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+_THREADS = max(1, torch.get_num_threads() // _WORKERS)
+torch.set_num_threads(_THREADS)
+os.environ["OMP_NUM_THREADS"] = str(_THREADS)
+
 REPOSITORY = Path(__file__).parents[1]
 STRUCTURES = ["shared", "block"]
 

@@ -12,7 +12,9 @@ from vmcr2.lab.trained import load
 
 
 def test_omniglot_many_classes_few_samples(data_root, tmp_path):
-    recipe = replace(RECIPES["omniglot100"], epochs=20, device="cpu")
+    base = RECIPES["omniglot100"]
+    data = replace(base.data, classes=50)
+    recipe = replace(base, epochs=20, batch_size=250, feature_dim=100, evaluate_every=20, device="cpu", data=data)
     variational = train.start(recipe, tmp_path / "vmcr2", data_root).summary()
     exact = train.start(replace(recipe, objective="mcr2"), tmp_path / "mcr2", data_root).summary()
     assert variational["test_accuracy"] > 0.8
