@@ -123,6 +123,8 @@ def test_losses_need_rows_of_norm_1_and_rates_do_not():
             call(3 * Z, LABELS)
         with pytest.raises(ValueError, match=r"features must have rows of norm 1 .*got norms from 0 to 0"):
             call(0 * Z, LABELS)
+        with pytest.raises(ValueError, match="got norms from 0 to 1; 1 rows are zeros, which normalising leaves"):
+            call(torch.cat([0 * Z[:1], torch.nn.functional.normalize(Z[1:], dim=1)]), LABELS)
     assert float(vmcr2.rate_reduction(3 * Z, LABELS).reduction) > 0
     rounded = torch.nn.functional.normalize(torch.randn(50, 300).bfloat16(), dim=1)
     assert vmcr2.MCR2Loss(2)(rounded, torch.arange(50) % 2).isfinite()

@@ -89,6 +89,45 @@ def test_more_lines_than_dimensions_reach_the_bound():
     np.testing.assert_allclose(found.reduction, found.maximum)
 
 
+@pytest.mark.parametrize("counts", [(30, 1, 1, 1), (30, 20, 8, 4, 2, 1), (9, 9, 9, 9, 9)])
+def test_maximum_with_as_many_classes_as_dimensions_is_reached_by_one_line_a_class(counts):
+    """The lines are found by gradient ascent on ΔR, and no allotment of them is better."""
+    d, rows = 4, torch.from_numpy(np.repeat(np.arange(len(counts)), counts))
+    best = 0.0
+    for seed in range(3):
+        lines = unit_rows(len(counts), d, seed=seed).requires_grad_()
+        optimizer = torch.optim.Adam([lines], 0.05)
+        for _ in range(300):
+            value = -vmcr2.rate_reduction(torch.nn.functional.normalize(lines, dim=1)[rows], rows).reduction
+            optimizer.zero_grad()
+            value.backward()
+            optimizer.step()
+        best = max(best, -float(value.detach()))
+    np.testing.assert_allclose(largest_reduction(d, np.array(counts), 0.5), best, rtol=1e-3)
+
+
+def test_unbalanced_orthogonal_classes_are_not_called_collapsed():
+    labels = np.repeat(np.arange(10), [2000] + [10] * 9)
+    found = vmcr2.report(np.eye(10)[labels], labels)
+    np.testing.assert_allclose(found.reduction, found.maximum)
+    assert found.warnings == ()
+    same = vmcr2.report(np.ones((2090, 10)), labels)
+    assert "collapsed" in same.warnings[0]
+
+
+def test_report_is_ready_for_json_whatever_number_eps_sq_is():
+    z, labels = unit_rows(10, 4), np.arange(10) % 2
+    assert json.loads(json.dumps(vmcr2.report(z, labels, eps_sq=np.float32(0.5)).as_dict()))["eps_sq"] == 0.5
+
+
+def test_components_as_many_as_features_are_warned_of():
+    z, labels = unit_rows(40, 4), random_labels(40, 2)
+    with pytest.warns(UserWarning, match="n_components = 4 is the number of features"):
+        vmcr2.label_quality(z, labels, 4)
+    with pytest.warns(UserWarning, match="n_components = 4 is the number of features"):
+        vmcr2.NearestSubspaceClassifier(4).fit(z.numpy(), labels.numpy())
+
+
 def test_scale_is_taken_out_and_said():
     z, labels = 7 * unit_rows(40, 5), random_labels(40, 2)
     scaled, unit = vmcr2.report(z, labels), vmcr2.report(z / 7, labels)
@@ -206,7 +245,11 @@ def test_other_bad_input_is_named():
     z, labels = unit_rows(10, 4), np.arange(10) % 2
     for call, message in (
         (lambda: vmcr2.report(z, labels, ["one"]), "class_names"),
-        (lambda: vmcr2.report(z, labels, 3), "class_names must be a sequence of names, got 3"),
+        (lambda: vmcr2.report(z, labels, 3), "class_names must be a list, a tuple or an array of names, got 3"),
+        (lambda: vmcr2.report(z, labels, {"a": 0, "b": 1}), "class_names must be a list"),
+        (lambda: vmcr2.report(z, torch.zeros(10, dtype=torch.bfloat16)), "labels must be of shape"),
+        (lambda: vmcr2.report(z, [[0]] * 5 + [[0, 1]] * 5), "labels must be of shape"),
+        (lambda: vmcr2.report(z, np.array(["2020", "NaT"] * 5, dtype="datetime64[D]")), "none may be missing"),
         (lambda: vmcr2.report(z, labels, eps_sq=0), "eps_sq"),
         (lambda: vmcr2.label_quality(z, labels, 5), "n_components"),
         (lambda: vmcr2.label_quality(z, np.zeros(10)), "2 classes"),

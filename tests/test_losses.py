@@ -715,6 +715,17 @@ def test_features_that_lose_what_chance_gave_them_and_keep_their_classes_do_not_
     assert not [each for each in caught if "collapsed" in str(each.message)]
 
 
+def test_batches_of_one_class_alone_do_not_warn():
+    lines = torch.eye(8, dtype=torch.float32)[:2]
+    loss = vmcr2.VMCR2Loss(2, 8)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for step in range(300):  # ΔR is looked at every 20 steps: first of both classes, then of one
+            labels = torch.arange(16) % 2 if step < 20 else torch.zeros(16, dtype=torch.long)
+            loss(lines[labels].requires_grad_(), labels)
+    assert not [each for each in caught if "collapsed" in str(each.message)]
+
+
 def test_a_dip_that_comes_back_does_not_warn_and_one_that_stays_does():
     labels = torch.arange(40) % 4
 

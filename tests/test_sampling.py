@@ -80,6 +80,19 @@ def test_looking_at_a_batch_or_breaking_off_shortens_no_epoch():
     assert list(sampler) == whole
 
 
+def test_a_state_saved_at_the_end_of_an_epoch_goes_on_with_the_next():
+    def second_epoch(state):
+        sampler = ClassBalancedBatchSampler(LABELS, 2, batches=5)
+        sampler.load_state_dict(state)
+        return list(sampler)
+
+    sampler = ClassBalancedBatchSampler(LABELS, 2, batches=5)
+    states = [sampler.state_dict() for _ in sampler]  # the last one before the loop is left
+    states.append(sampler.state_dict())
+    sampler.set_epoch(1)
+    assert second_epoch(states[-2]) == second_epoch(states[-1]) == list(sampler)
+
+
 @pytest.mark.parametrize(
     ("state", "message"),
     [

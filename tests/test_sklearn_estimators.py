@@ -343,6 +343,21 @@ def test_verbose_shows_progress(rich, capsys, monkeypatch):
     assert capsys.readouterr().out == ""
 
 
+def test_a_network_that_is_built_already_is_refused():
+    estimator = vmcr2.CodingRateClassifier(**SMALL, network=torch.nn.Linear(4, 16))
+    with pytest.raises(vmcr2.InputError, match="network must be None or a function of two ints .* got Linear"):
+        estimator.fit(unit_rows(20, 4).numpy(), np.arange(20) % 2)
+
+
+def test_import_star_and_inspect_work_without_extras():
+    program = (
+        "import sys, inspect; sys.modules.update(sklearn=None, filelock=None); import vmcr2; from vmcr2 import *; "
+        "inspect.getmembers(vmcr2); print(len(vmcr2.__all__)); print(VMCR2Loss)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert int(done.stdout.splitlines()[0]) == len(vmcr2.__all__) - 4
+
+
 def test_a_missing_extra_is_named():
     program = "import sys; sys.modules['sklearn'] = None; import vmcr2; vmcr2.CodingRateClassifier"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)

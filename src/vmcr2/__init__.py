@@ -8,6 +8,7 @@ loss(model(inputs), labels).backward()       # as any criterion
 from __future__ import annotations
 
 import importlib
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from vmcr2.errors import InputError, NotLatchedError, NumericalError
@@ -25,12 +26,9 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ClassBalancedBatchSampler",
-    "CodingRateClassifier",
-    "CodingRateTransformer",
     "InputError",
     "LabelQuality",
     "MCR2Loss",
-    "NearestSubspaceClassifier",
     "NotLatchedError",
     "NumericalError",
     "RateReduction",
@@ -41,12 +39,16 @@ __all__ = [
     "balanced_mu",
     "coding_rate",
     "label_quality",
-    "load",
     "rate_reduction",
     "report",
     "transrate",
     "variational_logdet",
 ]
+# What an extra brings is listed where it is there, since `import *` and inspect take all that is listed.
+if find_spec("sklearn") is not None:
+    __all__ += ["CodingRateClassifier", "CodingRateTransformer", "NearestSubspaceClassifier"]
+if find_spec("filelock") is not None:
+    __all__ += ["load"]
 
 # Imported when they are asked for: scikit-learn takes seconds, torch.utils.data tenths of one.
 _LATE = {

@@ -73,11 +73,14 @@ def pair_of(batch: Any, second: str = "membership") -> tuple[Tensor, Tensor]:
                 got = "on the meta device, which holds no values" if meta else f"of type {type(value).__name__}"
                 raise InputError(f"batches must give pairs (inputs, {second}) of tensors, got {name} {got}")
         return batch[0], batch[1]
-    got = f"a dict of {', '.join(map(repr, batch))}" if isinstance(batch, dict) else f"a {type(batch).__name__}"
-    raise InputError(
-        f"batches must give pairs (inputs, {second}), got {got}; of dicts make pairs: "
-        "((batch['pixel_values'], batch['labels']) for batch in loader)"
-    )
+    got, cure = f"a {type(batch).__name__}", ""
+    if isinstance(batch, dict):
+        got = f"a dict of {', '.join(map(repr, batch))}"
+        cure = "; of dicts make pairs: ((batch['pixel_values'], batch['labels']) for batch in loader)"
+    elif isinstance(batch, tuple | list):
+        got += f" of {len(batch)}"
+        cure = "; take the two out: ((batch[0], batch[1]) for batch in loader)" if len(batch) > 2 else ""
+    raise InputError(f"batches must give pairs (inputs, {second}), got {got}{cure}")
 
 
 class Condition(NamedTuple):
@@ -182,7 +185,12 @@ def feature_conditions(features: Tensor, *, feature_dim: int | None = None, unit
                 "features must have rows of norm 1 (the objective is unbounded otherwise)",
                 lambda: (
                     f"norms from {float(norms.min()):.3g} to {float(norms.max()):.3g}; "
-                    "end the network with torch.nn.functional.normalize(z, dim=1)"
+                    + (
+                        f"{int((norms == 0).sum())} rows are zeros, which normalising leaves as they are (does a ReLU "
+                        "or dropout come last?)"
+                        if bool((norms == 0).any())
+                        else "end the network with torch.nn.functional.normalize(z, dim=1)"
+                    )
                 ),
             )
         )

@@ -15,12 +15,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional
 
-from vmcr2.checks import UNIT_NORM_TOLERANCE, check_count, check_number
+from vmcr2.checks import UNIT_NORM_TOLERANCE, check_number
 from vmcr2.errors import InputError
 from vmcr2.linalg import require_finite
 from vmcr2.membership import as_membership
 from vmcr2.rates import checked_rates, transrate
-from vmcr2.subspaces import class_subspaces, default_components, subspace_energies
+from vmcr2.subspaces import check_components, class_subspaces, default_components, subspace_energies
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -58,7 +58,8 @@ class Report:
         expansion: R, in nats.
         compression: R_c.
         reduction: ΔR = R − R_c.
-        maximum: the largest ΔR at these class sizes: orthogonal classes with equal energy in each of their directions.
+        maximum: the largest ΔR at these class sizes, as `largest_reduction` has it: of orthogonal classes with equal
+            energy in each of their directions.
         effective_rank: of all features, from 1 to d: e to the entropy of the eigenvalues of their second moment.
         class_ranks: (k,), of each class.
         centre: norm of the mean of all features, from 0 to 1.
@@ -249,7 +250,7 @@ def report(
         InputError: a wrong argument (a ValueError).
         NumericalError: a factorisation failed.
     """
-    check_number("eps_sq", eps_sq)
+    eps_sq = check_number("eps_sq", eps_sq)
     given, places, values = _checked(features, labels)
     names = _named(values, class_names)
     unit, normalized = _unit_rows(given)
@@ -298,12 +299,16 @@ def _warnings(
     pairs: tuple[Overlap, ...],
 ) -> list[str]:
     k, found = len(counts), []
-    if rank < 2 and d > 2:
+    # What orthogonal classes of one line each have, which is no better where one class has nearly all samples.
+    weights = counts / counts.sum()
+    good_rank, good_centre = float(effective_rank(torch.from_numpy(weights)[None])[0]), float(np.linalg.norm(weights))
+    collapsed = rank < min(2, (1 + good_rank) / 2)
+    if collapsed and d > 2:
         found.append(
             f"all features lie near one direction (effective rank {rank:.1f} of {d}): they have collapsed, "
             "or share a large mean that hides the rest"
         )
-    elif centre > 0.7:
+    elif centre > max(0.7, (1 + good_centre) / 2):
         found.append(
             f"features share a large mean (norm {centre:.2f} of at most 1), which every class's subspace then holds: "
             "centre them before comparing subspaces"
@@ -315,9 +320,9 @@ def _warnings(
             f"{flat.sum()} of {k} classes have collapsed to a single direction each, where there is room for {d // k}"
             ": the variety within a class is gone"
         )
-    if share is not None and share < 0.1 and rank >= 2 and k > 1:
+    if share is not None and share < 0.1 and not collapsed and k > 1:
         found.append(f"classes are hardly apart: ΔR is {share:.0%} of what it could be")
-    if pairs and pairs[0].overlap > 0.9 and rank >= 2:
+    if pairs and pairs[0].overlap > 0.9 and not collapsed:
         found.append(
             f"{pairs[0].first} and {pairs[0].second} have nearly the same subspace: subspaces cannot tell them apart"
         )
@@ -335,8 +340,10 @@ def largest_reduction(feature_dim: int, class_counts: Int[np.ndarray, " k"], eps
 
     It is that of orthogonal classes, class j with r_j directions of equal energy (Yu et al., 2020, Theorem 1), r_j real
     and at most n_j: Σ_j r_j/2 [log(1 + β γ_j/r_j) − γ_j log(1 + β/r_j)], at the best r_j that sum to d at most. With
-    balanced classes it is d/2 [log(1 + 1/ε²) − log(1 + k/ε²)/k]. Where there are more classes than dimensions it is the
-    bound d/2 log(1 + 1/ε²) − ½ log(1 + d/ε²), which lines that are spread evenly reach.
+    balanced classes it is d/2 [log(1 + 1/ε²) − log(1 + k/ε²)/k]. With as many classes as dimensions or more it is that
+    of one line a class, spread as evenly as their sizes allow: for balanced classes the bound
+    d/2 log(1 + 1/ε²) − ½ log(1 + d/ε²); where sizes differ much and there are more classes than dimensions, a few per
+    cent more can be reached.
 
     Args:
         feature_dim: d.
@@ -347,7 +354,13 @@ def largest_reduction(feature_dim: int, class_counts: Int[np.ndarray, " k"], eps
     counts = np.asarray(class_counts, dtype=np.float64)
     weights = counts / counts.sum()
     if len(counts) >= d:
-        return max(0.0, 0.5 * d * np.log1p(1 / eps_sq) - 0.5 * np.log1p(beta))
+        # Lines with these energies can have any spectrum that majorises them: the flattest keeps a line apart as long
+        # as it has more than an even share of what is left.
+        energies = -np.sort(-weights)[:d]
+        even = (1 - np.concatenate([[0.0], energies.cumsum()[:-1]])) / np.arange(d, 0, -1)
+        apart = int(np.argmax(energies <= even * (1 + 1e-9)))
+        spectrum = np.where(np.arange(d) < apart, energies, even[apart])
+        return max(0.0, 0.5 * float(np.log1p(beta * spectrum).sum()) - 0.5 * np.log1p(beta))
     most = np.minimum(counts, d)
 
     def gain(r: np.ndarray) -> np.ndarray:
@@ -472,8 +485,8 @@ def label_quality(
     Args:
         features: Z, (m, d), NumPy or torch, finite, no row zero; their scale does not matter.
         labels: (m,), of any kind, at least two classes.
-        n_components: dimension of each class's subspace, from 1 to d; None means ⌊d/k⌋, but no more than an eighth of
-            the median class's samples, and 1 at least.
+        n_components: dimension of each class's subspace, from 1 to d, where nothing can be told; None means ⌊d/k⌋, but
+            no more than an eighth of the median class's samples, and 1 at least.
 
     Raises:
         InputError: a wrong argument (a ValueError).
@@ -487,8 +500,8 @@ def label_quality(
     if n_components is None:
         median = int(torch.bincount(places).double().quantile(0.5))
         n_components = max(1, min(default_components(d, k), median // _SAMPLES_A_DIRECTION))
-    check_count("n_components", n_components, at_most=d, limit="the number of features")
-    folds = _places_in_class(places) % _FOLDS
+    check_components(n_components, d)
+    folds = places_in_class(places) % _FOLDS
     kept = torch.ones_like(places, dtype=torch.bool)
     own, best, other = _judged(unit, places, k, n_components, folds, kept)
     for _ in range(_ROUNDS - 1):
@@ -505,7 +518,7 @@ def label_quality(
     )
 
 
-def _places_in_class(labels: Int[Tensor, " m"]) -> Int[Tensor, " m"]:
+def places_in_class(labels: Int[Tensor, " m"]) -> Int[Tensor, " m"]:
     """Returns how many samples of its class come before each sample."""
     order = labels.argsort(stable=True)
     counts = torch.bincount(labels)
@@ -572,7 +585,10 @@ def sorted_classes(labels: Any, m: int) -> tuple[np.ndarray, np.ndarray]:
         InputError: labels are not m, are numbers that are no integers, are of several kinds, or some are missing (a
             ValueError).
     """
-    array = labels.detach().cpu().numpy() if isinstance(labels, Tensor) else np.asarray(labels)
+    try:
+        array = labels.detach().cpu().numpy() if isinstance(labels, Tensor) else np.asarray(labels)
+    except (TypeError, ValueError, RuntimeError) as error:  # bfloat16, sparse, without values; lists of unequal length
+        raise InputError(f"labels must be of shape ({m},), dense and of a dtype that NumPy has: {error}") from error
     if array.shape != (m,):
         raise InputError(f"labels must have shape ({m},) to match features, got {array.shape}")
     if array.dtype.kind == "f" and not (np.isfinite(array).all() and (array == np.round(array)).all()):
@@ -580,6 +596,7 @@ def sorted_classes(labels: Any, m: int) -> tuple[np.ndarray, np.ndarray]:
     # NumPy makes strings of what is listed beside strings, and sorts NaN as if it were a label.
     listed = list(labels) if array.dtype.kind in "OU" else []
     missing = any(isinstance(label, float) and math.isnan(label) for label in listed)
+    missing = missing or (array.dtype.kind in "mM" and bool(np.isnat(array).any()))
     if not missing and len({isinstance(label, str) for label in listed}) < 2:
         with suppress(TypeError):  # of what cannot be sorted
             return np.unique(array, return_inverse=True)
@@ -601,8 +618,8 @@ def _unit_rows(features: Tensor) -> tuple[Tensor, bool]:
 def _named(values: np.ndarray, class_names: Sequence[str] | None) -> tuple[str, ...]:
     if class_names is None:
         return tuple(str(value) for value in values.tolist())
-    if isinstance(class_names, str) or not hasattr(class_names, "__len__") or not hasattr(class_names, "__getitem__"):
-        raise InputError(f"class_names must be a sequence of names, got {class_names!r}")
+    if isinstance(class_names, str) or not isinstance(class_names, Sequence | np.ndarray):
+        raise InputError(f"class_names must be a list, a tuple or an array of names, got {class_names!r}")
     if values.dtype.kind not in "iu" or values.min() < 0 or values.max() >= len(class_names):
         raise InputError(
             f"class_names must name labels that are integers from 0 to {len(class_names) - 1}, "

@@ -253,6 +253,11 @@ def balanced_mu(feature_dim: int, batch_size: int, *, eps_sq: float = 0.5, balan
     return balance * feature_dim / (batch_size * eps_sq)
 
 
+def balance_at(mu: float, feature_dim: int, batch_size: int, eps_sq: float) -> float:
+    """Returns ρ = µ m ε² / d, what `balanced_mu` turns into µ."""
+    return mu * batch_size * eps_sq / feature_dim
+
+
 @dataclass(frozen=True)
 class _Batch:
     """The batch of all ranks, and what of it a rank works on.
@@ -580,7 +585,7 @@ class VMCR2Loss(_OverRanks):
             value, terms = mismatch(
                 features, among, after, self.pull, projections=projections, energies=energies, overlap=overlap
             )
-        balance = mu * membership.num_samples * self.eps_sq / self.feature_dim
+        balance = balance_at(mu, self.feature_dim, membership.num_samples, self.eps_sq)
         # The mismatch as it is returned: in float64 it may be finite where that would be infinite.
         finite = (after.total(after.atoms.sum() + after.codes.sum()) + value.detach().to(features.dtype)).isfinite()
         alone = balance * _LARGEST_MOMENT <= 0.5 * (1 - exposure)
@@ -865,17 +870,19 @@ class _CollapseWatch:
             membership, _ = as_membership(features, batch.held.detach().argmax(1), loss.num_classes)
         elif loss.sharded:
             membership, _ = as_membership(features, batch.held.unique(return_inverse=True)[1], None)
+        if int((membership.sizes > 0).sum()) < 2:
+            return  # ΔR of one class is 0 whatever its features
         rates = checked_rates(features, membership, loss.eps_sq)
         reduction, expansion = torch.stack([rates.reduction, rates.expansion]).tolist()
         self.best = max(self.best, reduction)
-        # Of a single class, and of features that are all alike from the start, ΔR is 0 but for rounding.
+        # Of features that are all alike from the start ΔR is 0 but for rounding.
         for place, (share, _, of_expansion) in enumerate(_COLLAPSED):
             low = self.best > 1e-3 and reduction < min(share * self.best, of_expansion * expansion)
             self.low[place] = self.low[place] + 1 if low else 0
         if all(low < patience for low, (_, patience, _) in zip(self.low, _COLLAPSED, strict=True)):
             return
         self.warned = True
-        balance = loss.mu_at(len(features)) * len(features) * loss.eps_sq / loss.feature_dim
+        balance = balance_at(loss.mu_at(len(features)), loss.feature_dim, len(features), loss.eps_sq)
         warnings.warn(
             f"the features have collapsed: ΔR of a batch fell from {self.best:.3g} to {reduction:.3g}. Lower the "
             f"learning rate, or clip the network's gradients"

@@ -90,7 +90,12 @@ class ClassBalancedBatchSampler(Sampler[list[int]]):
         self.load_state_dict({"epoch": epoch, "done": 0})
 
     def state_dict(self) -> dict[str, int]:
-        """Returns the epoch and how many of its batches have been drawn; all of them stand for the next epoch."""
+        """Returns the epoch and how many of its batches have been drawn: of all of them, the next epoch and none.
+
+        Batches that a DataLoader's workers have fetched ahead are drawn too.
+        """
+        if self.done == self.batches:
+            return {"epoch": self.epoch + 1, "done": 0}
         return {"epoch": self.epoch, "done": self.done}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
@@ -121,7 +126,6 @@ class ClassBalancedBatchSampler(Sampler[list[int]]):
                 continue
             self.done = number + 1
             yield torch.cat(batch)[self.share].tolist()
-        self.done = 0
 
 
 def _int64(labels: Any) -> Int[Tensor, " m"]:

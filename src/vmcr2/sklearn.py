@@ -27,12 +27,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from vmcr2.checks import check_count, check_number
-from vmcr2.embeddings import LabelQuality, label_quality, sorted_classes
+from vmcr2.embeddings import LabelQuality, label_quality, places_in_class, sorted_classes
 from vmcr2.errors import InputError, NumericalError
 from vmcr2.latching import MomentStream
 from vmcr2.losses import MCR2Loss, VMCR2Loss
 from vmcr2.membership import as_membership
-from vmcr2.subspaces import class_subspaces, default_components, spanned, subspace_energies
+from vmcr2.subspaces import check_components, class_subspaces, default_components, spanned, subspace_energies
 
 _FLOATS = [np.float64, np.float32]
 _FOLDS = 5
@@ -57,7 +57,8 @@ class NearestSubspaceClassifier(ClassifierMixin, BaseEstimator):
     on the unit sphere, as MCR² features do; others work, but long samples then weigh more in the subspaces.
 
     Args:
-        n_components: dimension of each subspace, from 1 to the number of features; None means ⌊d/k⌋, 1 at least.
+        n_components: dimension of each subspace, from 1 to the number of features d; None means ⌊d/k⌋, 1 at least. At
+            d classes of d samples or more have the same subspace, the whole space, and tie.
 
     Attributes:
         classes_: (k,), the labels seen in `fit`.
@@ -137,7 +138,7 @@ class NearestSubspaceClassifier(ClassifierMixin, BaseEstimator):
         self.n_components_ = (
             default_components(d, len(self.classes_)) if self.n_components is None else self.n_components
         )
-        check_count("n_components", self.n_components_, at_most=d, limit="the number of features")
+        check_components(self.n_components_, d)
 
     def _energies(self, X: Any) -> tuple[np.ndarray, np.ndarray]:
         """Returns ‖V^(j)ᵀ z‖² (m, k) and ‖z‖² (m, 1)."""
@@ -329,8 +330,12 @@ class CodingRateTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
             torch.empty(0, device=self._device())
         except (RuntimeError, TypeError, AssertionError) as error:
             raise InputError(f"device must be one that torch can use here, got {self.device!r}: {error}") from error
-        if self.network is not None and not callable(self.network):
-            raise InputError(f"network must be a function of two ints or None, got {self.network!r}")
+        if self.network is not None and (isinstance(self.network, nn.Module) or not callable(self.network)):
+            got = type(self.network).__name__ if isinstance(self.network, nn.Module) else repr(self.network)
+            raise InputError(
+                "network must be None or a function of two ints that builds one, as lambda columns, feature_dim: "
+                f"nn.Linear(columns, feature_dim), got {got}"
+            )
 
     def _feature_dim(self, k: int) -> int:
         return min(512, max(64, 2 * k)) if self.feature_dim is None else self.feature_dim
@@ -572,7 +577,7 @@ class CodingRateClassifier(ClassifierMixin, CodingRateTransformer):
         k = len(self.classes_)
         drawn = np.random.default_rng(self._seed + len(self.history_)).permutation(len(labels))
         order = drawn[np.argsort(labels[drawn], kind="stable")]
-        kept = order[_places_in_class(labels[order]) < max(_KEPT_A_CLASS, _KEPT // k)]
+        kept = order[places_in_class(torch.from_numpy(labels[order])).numpy() < max(_KEPT_A_CLASS, _KEPT // k)]
         self._kept = X[kept], labels[kept]
         features = _tensor(self._embed(self._inputs(self._kept[0])))
         self.subspaces_ = _of_all_classes(
@@ -660,19 +665,10 @@ def _enter_classes(estimator: Any, y: Any, classes: Any, first: bool) -> np.ndar
     return np.searchsorted(known, y)
 
 
-def _places_in_class(labels: np.ndarray) -> np.ndarray:
-    """Returns how many samples of its class come before each sample."""
-    order = np.argsort(labels, kind="stable")
-    counts = np.bincount(labels)
-    starts = np.cumsum(counts) - counts
-    places = np.empty(len(labels), dtype=np.int64)
-    places[order] = np.arange(len(labels)) - starts[labels[order]]
-    return places
-
-
 def _fold_temperature(features: Tensor, labels: np.ndarray, k: int, n_components: int) -> float:
     """Returns the temperature that makes labels likeliest, each sample judged by subspaces found without it."""
-    folds, held = torch.from_numpy(_places_in_class(labels) % _FOLDS), torch.from_numpy(labels)
+    held = torch.from_numpy(labels)
+    folds = places_in_class(held) % _FOLDS
     judged = torch.zeros(len(features), dtype=torch.bool)
     judged[_spread(len(features), k)] = True
     tables, owners = [features.new_zeros(0, k)], [held[:0]]

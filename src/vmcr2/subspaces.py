@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -18,6 +20,17 @@ _CACHED = 2**20  # projections found at once: few enough to be squared and summe
 def default_components(feature_dim: int, num_classes: int) -> int:
     """Returns ⌊d/k⌋, the paper's number of components, and 1 where there are more classes than dimensions."""
     return max(1, feature_dim // num_classes)
+
+
+def check_components(n_components: int, d: int) -> None:
+    """Raises InputError unless the number is from 1 to d, and warns where subspaces cannot tell classes apart."""
+    check_count("n_components", n_components, at_most=d, limit="the number of features")
+    if n_components == d > 1:
+        warnings.warn(
+            f"n_components = {d} is the number of features: the subspace of a class of {d} samples or more is the "
+            "whole space, so that classes tie",
+            stacklevel=4,
+        )
 
 
 @torch.no_grad()

@@ -176,6 +176,7 @@ def test_fit_takes_batches_that_do_not_fit_in_memory():
     [
         (torch.utils.data.DataLoader(Stream(), batch_size=3), lambda _: 0.1, "must have a length where lr_at is given"),
         ([{"pixel_values": torch.eye(2), "labels": torch.arange(2)}], None, "got a dict of 'pixel_values', 'labels'"),
+        ([(torch.eye(2), torch.arange(2), torch.ones(2))], None, r"got a tuple of 3; take the two out"),
         ([torch.eye(2)], None, r"batches must give pairs \(inputs, labels\), got a Tensor"),
         ([(torch.eye(2), [0, 1])], None, r"pairs \(inputs, labels\) of tensors, got labels of type list"),
     ],

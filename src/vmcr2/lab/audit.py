@@ -50,7 +50,7 @@ def audit(run: RunFolder, data_root: str | Path | None = None) -> tuple[list[Sus
     dataset = sources.load(recipe.data, data_root)
     if dataset.class_names != trained.classes or dataset.train_inputs.shape[1:] != trained.image_shape:
         raise vmcr2.InputError(f"{recipe.data.source} has other classes or sizes than {run.path} was trained on")
-    features = extract(trained.model, dataset, recipe.augmentation, recipe.batch_size).train
+    features = extract(trained.model, dataset, recipe.augmentation, recipe.batch_size, recipe.precision).train
     judged = vmcr2.label_quality(features, dataset.train_labels)
     scores, suggested = np.asarray(judged.scores), np.asarray(judged.suggested)
     given = dataset.train_labels.numpy()

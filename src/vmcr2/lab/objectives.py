@@ -17,7 +17,7 @@ from torch.nn import functional
 from vmcr2.distributed import agree, gather_rows
 from vmcr2.errors import NumericalError
 from vmcr2.lab.recipes import Recipe, VMCR2Settings
-from vmcr2.losses import MCR2Loss, VMCR2Loss
+from vmcr2.losses import MCR2Loss, VMCR2Loss, balance_at
 from vmcr2.rates import rate_reduction
 
 _PATIENCE = 10  # epochs that ΔR may stay low
@@ -123,12 +123,12 @@ class Variational(Objective):
     """V-MCR²: latches when that is due, logs the variational rates, and notices a collapse.
 
     Args:
-        criterion: the loss.
-        settings: when to latch, where to clip, whether to stop.
+        criterion: the loss, which has its own µ, ρ, pull and the like.
+        settings: of these count `latch_every`, `gradient_clip` and `stop_on_collapse`.
     """
 
     def __init__(self, criterion: VMCR2Loss, settings: VMCR2Settings) -> None:
-        rivals = "vmcr2.lr or vmcr2.mu" if settings.mu is not None else "vmcr2.lr or vmcr2.balance"
+        rivals = "vmcr2.lr or vmcr2.mu" if criterion.mu is not None else "vmcr2.lr or vmcr2.balance"
         clip = "" if settings.gradient_clip else ", or set vmcr2.gradient_clip to 0.02"
         super().__init__(
             criterion,
@@ -170,8 +170,8 @@ class Variational(Objective):
         if max(reductions[-_PATIENCE:]) >= 0.2 * reductions[0] and not flat:
             return
         shown, of = (measured, "training set") if flat else (reductions, "batch")
-        mu, d = self.settings.mu, self.loss.feature_dim
-        balance = self.settings.balance if mu is None else mu * self._batch_size * self.eps_sq / d
+        m, d = self._batch_size, self.loss.feature_dim
+        balance = self.loss.balance if self.loss.mu is None else balance_at(self.loss.mu, d, m, self.eps_sq)
         raise NumericalError(
             f"the features have collapsed: ΔR of the {of} fell from {shown[0]:.3g} to {shown[-1]:.3g} for good, the "
             f"residual is {history[-1]['residual']:.3g}. ρ = mu * batch_size * eps_sq / feature_dim is {balance:.2g}; "
@@ -180,7 +180,7 @@ class Variational(Objective):
 
     def describe(self) -> dict[str, Any]:
         """Returns µ, where it was chosen rather than ρ, and the atoms of each class."""
-        return {"mu": self.settings.mu, "atoms_per_class": self.loss.atoms_per_class}
+        return {"mu": self.loss.mu, "atoms_per_class": self.loss.atoms_per_class}
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Returns the codes Ã, (q, k) or (s, k)."""
