@@ -1,6 +1,7 @@
 """The estimators: scikit-learn's conventions, what they learn, streams, odd class sizes, pipelines and pickles."""
 
 import copy
+import os
 import pickle
 import subprocess
 import sys
@@ -362,6 +363,16 @@ def test_a_missing_extra_is_named():
     program = "import sys; sys.modules['sklearn'] = None; import vmcr2; vmcr2.CodingRateClassifier"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert "pip install 'vmcr2[sklearn]'" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("first", "given", "found"), [("", {}, "1000"), ("", {"GOMP_SPINCOUNT": "7"}, "7"), ("import torch; ", {}, "None")]
+)
+def test_openmp_threads_spin_briefly_unless_told_otherwise(first, given, found):
+    program = f"{first}import os, vmcr2; print(os.environ.get('GOMP_SPINCOUNT'))"
+    environment = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"} | given
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout.strip() == found
 
 
 def test_importing_vmcr2_imports_no_extra():

@@ -8,8 +8,15 @@ loss(model(inputs), labels).backward()       # as any criterion
 from __future__ import annotations
 
 import importlib
+import os
+import sys
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
+
+# OpenMP's threads wait for each other spinning, and where other programs want the cores a step may take several times as
+# long (results/busy.md). GNU's reads this when torch is loaded, so that it does nothing for those who load torch first.
+if "torch" not in sys.modules:
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 from vmcr2.errors import InputError, NotLatchedError, NumericalError
 from vmcr2.losses import MCR2Loss, TotalCodingRateLoss, VMCR2Loss, balanced_mu
