@@ -13,8 +13,8 @@ import sys
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-# OpenMP's threads wait for each other spinning, and where other programs want the cores a step may take several times as
-# long (results/busy.md). GNU's reads this when torch is loaded, so that it does nothing for those who load torch first.
+# OpenMP's threads spin while they wait for each other, and where other programs want the cores a step may take several
+# times as long (results/busy.md). GNU's reads this when torch is loaded: for who loads torch first it does nothing.
 if "torch" not in sys.modules:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
