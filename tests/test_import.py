@@ -1,5 +1,6 @@
 """A light core: what `import vmcr2` brings along, and what is said where an extra is missing."""
 
+import os
 import subprocess
 import sys
 
@@ -45,6 +46,28 @@ print(vmcr2.coding_rate(z).item() > 0)
     done = run(program, missing=HEAVY)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["True"]
+
+
+def test_import_star_and_inspect_work_without_extras():
+    program = """
+import inspect, vmcr2
+from vmcr2 import *
+inspect.getmembers(vmcr2)
+print(VMCR2Loss.__name__, len(vmcr2.__all__))
+"""
+    done = run(program, missing=[*HEAVY, "filelock"])
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["VMCR2Loss", str(len(vmcr2.__all__) - 4)]
+
+
+@pytest.mark.parametrize(
+    ("first", "given", "found"), [("", {}, "1000"), ("", {"GOMP_SPINCOUNT": "7"}, "7"), ("import torch; ", {}, "None")]
+)
+def test_openmp_threads_spin_briefly_unless_told_otherwise(first, given, found):
+    program = f"{first}import os, vmcr2; print(os.environ.get('GOMP_SPINCOUNT'))"
+    environment = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"} | given
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout.strip() == found
 
 
 def test_the_estimator_names_the_extra_that_is_missing():

@@ -1,7 +1,6 @@
 """The estimators: scikit-learn's conventions, what they learn, streams, odd class sizes, pipelines and pickles."""
 
 import copy
-import os
 import pickle
 import subprocess
 import sys
@@ -350,29 +349,10 @@ def test_a_network_that_is_built_already_is_refused():
         estimator.fit(unit_rows(20, 4).numpy(), np.arange(20) % 2)
 
 
-def test_import_star_and_inspect_work_without_extras():
-    program = (
-        "import sys, inspect; sys.modules.update(sklearn=None, filelock=None); import vmcr2; from vmcr2 import *; "
-        "inspect.getmembers(vmcr2); print(len(vmcr2.__all__)); print(VMCR2Loss)"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert int(done.stdout.splitlines()[0]) == len(vmcr2.__all__) - 4
-
-
 def test_a_missing_extra_is_named():
     program = "import sys; sys.modules['sklearn'] = None; import vmcr2; vmcr2.CodingRateClassifier"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert "pip install 'vmcr2[sklearn]'" in done.stderr
-
-
-@pytest.mark.parametrize(
-    ("first", "given", "found"), [("", {}, "1000"), ("", {"GOMP_SPINCOUNT": "7"}, "7"), ("import torch; ", {}, "None")]
-)
-def test_openmp_threads_spin_briefly_unless_told_otherwise(first, given, found):
-    program = f"{first}import os, vmcr2; print(os.environ.get('GOMP_SPINCOUNT'))"
-    environment = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"} | given
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, env=environment)
-    assert done.stdout.strip() == found
 
 
 def test_importing_vmcr2_imports_no_extra():

@@ -51,10 +51,19 @@ __all__ = [
     "transrate",
     "variational_logdet",
 ]
+
+
+def _installed(package: str) -> bool:
+    try:
+        return find_spec(package) is not None
+    except (ImportError, ValueError):  # of a finder that refuses it, of a module put in by hand
+        return False
+
+
 # What an extra brings is listed where it is there, since `import *` and inspect take all that is listed.
-if find_spec("sklearn") is not None:
+if _installed("sklearn"):
     __all__ += ["CodingRateClassifier", "CodingRateTransformer", "NearestSubspaceClassifier"]
-if find_spec("filelock") is not None:
+if _installed("filelock"):
     __all__ += ["load"]
 
 # Imported when they are asked for: scikit-learn takes seconds, torch.utils.data tenths of one.
