@@ -7,6 +7,7 @@ BIN := .venv/bin
 demo: .venv/ready
 	$(BIN)/vmcr2 compare digits --out runs/demo
 
+# Eight workers at most: each loads torch and keeps processes of its own for the tests of several ranks.
 test: .venv/ready
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 

@@ -29,10 +29,9 @@ settings.load_profile("vmcr2")
 os.environ["SCIPY_ARRAY_API"] = "1"  # without it scikit-learn skips some of its checks; read when SciPy is imported
 
 # pytest-xdist's workers share the cores, and so do the processes that tests start.
-_WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-_THREADS = max(1, torch.get_num_threads() // _WORKERS)
-torch.set_num_threads(_THREADS)
-os.environ["OMP_NUM_THREADS"] = str(_THREADS)
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
+    torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])))
+    os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())
 
 REPOSITORY = Path(__file__).parents[1]
 STRUCTURES = ["shared", "block"]

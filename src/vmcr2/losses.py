@@ -254,7 +254,14 @@ def balanced_mu(feature_dim: int, batch_size: int, *, eps_sq: float = 0.5, balan
 
 
 def balance_at(mu: float, feature_dim: int, batch_size: int, eps_sq: float) -> float:
-    """Returns ρ = µ m ε² / d, what `balanced_mu` turns into µ."""
+    """Returns ρ = µ m ε² / d, which `balanced_mu` turns into µ: what the residual weighs against the rates.
+
+    Args:
+        mu: µ > 0.
+        feature_dim: d ≥ 1.
+        batch_size: m ≥ 1, that of all ranks together.
+        eps_sq: ε² > 0.
+    """
     return mu * batch_size * eps_sq / feature_dim
 
 

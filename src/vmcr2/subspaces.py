@@ -23,7 +23,15 @@ def default_components(feature_dim: int, num_classes: int) -> int:
 
 
 def check_components(n_components: int, d: int) -> None:
-    """Raises InputError unless the number is from 1 to d, and warns where subspaces cannot tell classes apart."""
+    """Warns where subspaces of so many components cannot tell classes of eq. (8) apart.
+
+    Args:
+        n_components: r.
+        d: the number of features.
+
+    Raises:
+        InputError: r is not from 1 to d (a ValueError).
+    """
     check_count("n_components", n_components, at_most=d, limit="the number of features")
     if n_components == d > 1:
         warnings.warn(
