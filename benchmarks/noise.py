@@ -436,8 +436,8 @@ def table() -> None:
         f"{RUNS.where()}. Test accuracy (right labels), mean ± standard deviation where there are several seeds, as "
         "many as the column says at most. The learning rate and what predicts were chosen on a validation split with "
         "wrong labels, at 30 % and seed 0; so other columns are at a rate chosen there: on clean labels cross-entropy "
-        "has more at its own rate (omniglot100/comparison.md). The rivals' other settings are their papers'. `similar`: 30 % got the label of "
-        "the likest class.\n"
+        "has more at its own rate (omniglot100/comparison.md). The rivals' other settings are their papers'. "
+        "`similar`: 30 % got the label of the likest class.\n"
     )
     curves: dict[str, dict[str, list[tuple[float, float, float]]]] = {}
     for data, base in BASES.items():
