@@ -70,18 +70,23 @@ BASES: dict[str, Recipe] = {
 
 
 class Head(nn.Module):
-    """A linear layer on the features with a loss of its logits; `scale` makes it a cosine softmax."""
+    """A linear layer on `scale` times the features, with a loss of its logits; `cosine` has rows of norm 1."""
 
     def __init__(
-        self, loss: Callable[[Tensor, Tensor], Tensor], feature_dim: int, num_classes: int, scale: float | None = None
+        self,
+        loss: Callable[[Tensor, Tensor], Tensor],
+        feature_dim: int,
+        num_classes: int,
+        scale: float = 1.0,
+        cosine: bool = False,
     ) -> None:
         super().__init__()
-        self.linear = nn.Linear(feature_dim, num_classes, bias=scale is None)
-        self.loss, self.scale = loss, scale
+        self.linear = nn.Linear(feature_dim, num_classes, bias=not cosine)
+        self.loss, self.scale, self.cosine = loss, scale, cosine
 
     def logits(self, features: Tensor) -> Tensor:
-        if self.scale is None:
-            return self.linear(features)
+        if not self.cosine:
+            return self.linear(self.scale * features)
         return self.scale * functional.linear(features, functional.normalize(self.linear.weight, dim=1))
 
     def forward(self, features: Tensor, labels: Tensor) -> Tensor:
@@ -147,9 +152,10 @@ METHODS: dict[str, Callable[[Given], nn.Module]] = {
     "vmcr2": lambda g: vmcr2.VMCR2Loss(g[2], g[1]),
     "vmcr2-1": lambda g: vmcr2.VMCR2Loss(g[2], g[1], atoms_per_class=1),
     "ce": lambda g: Head(functional.cross_entropy, g[1], g[2]),
+    "ce-10": lambda g: Head(functional.cross_entropy, g[1], g[2], scale=10.0),
     "ce-stopped": lambda g: Head(functional.cross_entropy, g[1], g[2]),
     "smoothing": lambda g: Head(lambda x, y: functional.cross_entropy(x, y, label_smoothing=0.1), g[1], g[2]),
-    "cosine": lambda g: Head(functional.cross_entropy, g[1], g[2], scale=20.0),
+    "cosine": lambda g: Head(functional.cross_entropy, g[1], g[2], scale=20.0, cosine=True),
     "gce": lambda g: Head(generalised, g[1], g[2]),
     "sce": lambda g: Head(symmetric, g[1], g[2]),
     "elr": lambda g: EarlyLearning(g[0], g[1], g[2]),
@@ -163,6 +169,7 @@ NAMES = {
     "vmcr2": "V-MCR²",
     "vmcr2-1": "V-MCR², s = 1",
     "ce": "cross-entropy",
+    "ce-10": "cross-entropy, features times 10",
     "ce-stopped": "cross-entropy, stopped early",
     "smoothing": "label smoothing 0.1",
     "cosine": "cosine softmax (NormSoftmax)",

@@ -8,7 +8,7 @@ import pytest
 
 import vmcr2
 
-HEAVY = ["sklearn", "scipy", "torchvision", "matplotlib", "rich", "tyro", "cattrs", "PIL"]
+HEAVY = ["sklearn", "scipy", "pandas", "torchvision", "matplotlib", "rich", "tyro", "cattrs", "PIL"]
 
 
 def run(program, *, missing=()):
@@ -70,8 +70,9 @@ def test_openmp_threads_spin_briefly_unless_told_otherwise(first, given, found):
     assert done.stdout.strip() == found
 
 
-def test_the_estimator_names_the_extra_that_is_missing():
-    done = run("import vmcr2\nvmcr2.NearestSubspaceClassifier", missing=["sklearn"])
+@pytest.mark.parametrize("name", ["NearestSubspaceClassifier", "CodingRateClassifier"])
+def test_the_estimator_names_the_extra_that_is_missing(name):
+    done = run(f"import vmcr2\nvmcr2.{name}", missing=["sklearn"])
     assert done.returncode != 0
     assert done.stderr.splitlines()[-1].startswith("ModuleNotFoundError")
     assert "pip install 'vmcr2[sklearn]'" in done.stderr.splitlines()[-1]

@@ -349,18 +349,6 @@ def test_a_network_that_is_built_already_is_refused():
         estimator.fit(unit_rows(20, 4).numpy(), np.arange(20) % 2)
 
 
-def test_a_missing_extra_is_named():
-    program = "import sys; sys.modules['sklearn'] = None; import vmcr2; vmcr2.CodingRateClassifier"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-    assert "pip install 'vmcr2[sklearn]'" in done.stderr
-
-
-def test_importing_vmcr2_imports_no_extra():
-    program = "import sys, vmcr2; print({'sklearn', 'matplotlib', 'pandas', 'rich'} & set(sys.modules))"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "set()"
-
-
 SHAPES = """
 from jaxtyping import install_import_hook
 

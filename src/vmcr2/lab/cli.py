@@ -407,9 +407,9 @@ def _parse(command: str, default: Recipe, kind: type[_Given], flags: list[str]) 
 
 def _show(title: str, summaries: Sequence[dict]) -> None:
     from vmcr2.lab.report import table
-    from vmcr2.lab.sweep import COLUMNS, hardware, rows
+    from vmcr2.lab.sweep import COLUMNS, measured_on, rows
 
-    _console().print(table(f"{title}, {hardware(summaries[0])}", COLUMNS, rows(summaries)))
+    _console().print(table(f"{title}, {measured_on(summaries[0])}", COLUMNS, rows(summaries)))
 
 
 def _console() -> Console:

@@ -17,7 +17,7 @@ from vmcr2.lab.recipes import OBJECTIVES, ObjectiveName, Recipe
 from vmcr2.lab.report import describe_device, markdown_table
 from vmcr2.lab.run import RunFolder, write_atomically, write_json
 from vmcr2.lab.sources import load, resolved
-from vmcr2.lab.sweep import completed, hardware, refuse_conflicts
+from vmcr2.lab.sweep import completed, measured_on, refuse_conflicts
 
 Rows = dict[str, dict[ObjectiveName, Printed | None]]
 
@@ -222,7 +222,7 @@ def _rendered(records: list[dict[str, Any]], rows: Rows, name: str, ours: bool) 
     sizes = list(dict.fromkeys(sizes))
     sizes += _parts(records[0]["train_size"], records[0]["test_size"])  # those of a file are alike
     settings = "our settings" if ours else ("the recipes' settings" if name == "noise" else "the paper's settings")
-    where = "; ".join(dict.fromkeys(hardware(record) for record in records))
+    where = "; ".join(dict.fromkeys(measured_on(record) for record in records))
     columns = ["row", "seeds", "epochs", "R", "R_c", "ΔR", "test accuracy", "one component", "own head"]
     columns += ["class rank", "s/epoch"]
     notes = " ".join([_COLUMNS, *_NOTES.get(name, ())])

@@ -58,7 +58,7 @@ def compare(
         figures.draw_run(runs[-1])
     summaries = [run.summary() for run in runs]
     write_json(out / "comparison.json", summaries)
-    heading = f"{recipe.name}, {recipe.epochs} epochs, seeds {', '.join(map(str, seeds))}, {hardware(summaries[0])}"
+    heading = f"{recipe.name}, {recipe.epochs} epochs, seeds {', '.join(map(str, seeds))}, {measured_on(summaries[0])}"
     text = f"{heading}\n\n{markdown_table(COLUMNS, rows(summaries))}"
     write_atomically(out / "comparison.md", text.encode())
     figures.draw_comparison(runs, out / "figures")
@@ -82,7 +82,7 @@ def completed(path: Path, recipe: Recipe, data_root: str | Path | None, console:
     return train.start(recipe, path, data_root, console)
 
 
-def hardware(summary: dict[str, Any]) -> str:
+def measured_on(summary: dict[str, Any]) -> str:
     """Returns what a run ran on, in words, and what it was measured on where that is not the test set."""
     held_out = ", measured on a validation share" if summary.get("evaluated_on") == "validation" else ""
     return report.hardware(summary["device"], summary["threads"], summary["torch"]) + held_out
