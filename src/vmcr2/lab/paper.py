@@ -138,7 +138,7 @@ TABLE3: dict[str, dict[ObjectiveName, Printed | None]] = {
 # cross-entropy are in benchmarks/noise.py.
 NOISE: dict[str, dict[ObjectiveName, Printed | None]] = {
     f"{name}-noise{percent}": {"mcr2": Printed(), "vmcr2": Printed(), "ce": Printed()}
-    for name in ("digits", "omniglot100", "mnist", "cifar10")
+    for name in ("digits", "omniglot100", "mnist", "cifar10", "cifar100")
     for percent in (0, 10, 20, 30, 40, 50)
 }
 FIGURE1: dict[str, dict[ObjectiveName, Printed | None]] = {
