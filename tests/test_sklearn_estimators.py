@@ -312,10 +312,11 @@ def test_a_fit_that_fails_changes_nothing():
         ({"n_components": 17}, z, labels + 5),
         ({}, z, np.zeros(60)),
         ({"network": lambda columns, d: torch.nn.Linear(columns, d + 1)}, z[:, :3], labels + 5),
-        ({"learning_rate": 1e30}, z, labels + 5),  # fails in the middle of training
+        ({"learning_rate": 1e30, "epochs": 1}, z, labels + 5),  # seen after the last step alone
+        ({"learning_rate": 1e30, "epochs": 3}, z, labels + 5),
     ):
         before = estimator.get_params()
-        with pytest.raises(vmcr2.InputError):
+        with pytest.raises(vmcr2.NumericalError if "learning_rate" in settings else vmcr2.InputError):
             estimator.set_params(**settings).fit(X, y)
         estimator.set_params(**before)
         assert estimator.predict(z).tolist() == expected.tolist()
@@ -374,3 +375,16 @@ def test_annotated_shapes_hold():
     done = subprocess.run([sys.executable, "-c", SHAPES], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "checked"
+
+
+class Shifting(torch.nn.Linear):
+    """A network whose forward makes float32 tensors of its own."""
+
+    def forward(self, inputs):
+        return super().forward(inputs) @ torch.eye(self.out_features)
+
+
+def test_a_network_of_the_users_is_given_float32_throughout():
+    z, labels = unit_rows(20, 4).numpy(), np.arange(20) % 2
+    estimator = vmcr2.CodingRateTransformer(**SMALL, network=Shifting).fit(z.astype(np.float64), labels)
+    assert estimator.transform(z).dtype == np.float32

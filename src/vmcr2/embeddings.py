@@ -456,7 +456,7 @@ class LabelQuality:
 
     @property
     def suspects(self) -> Int[np.ndarray, " s"]:
-        """The samples whose suggested label is another than the given, the most suspect first."""
+        """The samples whose suggested label differs from the given one, the most suspect first."""
         return self.order[(self.suggested != self.labels)[self.order]]
 
     def __str__(self) -> str:
@@ -480,12 +480,12 @@ def label_quality(
     another class's. A sample is judged by subspaces found without it (five folds) and, in a few rounds, without the
     samples that a round before fitted another class better; so subspaces of high dimension do not memorise wrong
     labels, and up to half of the labels may be wrong. Of a class's only sample nothing can be said, as no other shows
-    what the class is like: it keeps its label, with score 0.5. docs/estimators.md has what each of this is worth.
+    what the class is like: it keeps its label, with score 0.5. docs/estimators.md has what each of these steps is worth.
 
     Args:
         features: Z, (m, d), NumPy or torch, finite, no row zero; their scale does not matter.
         labels: (m,), of any kind, at least two classes.
-        n_components: dimension of each class's subspace, from 1 to d, where nothing can be told; None means ⌊d/k⌋, but
+        n_components: dimension of each class's subspace, from 1 to d (at d, large classes cannot be told apart); None means ⌊d/k⌋, but
             no more than an eighth of the median class's samples, and 1 at least.
 
     Raises:
@@ -500,7 +500,7 @@ def label_quality(
     if n_components is None:
         median = int(torch.bincount(places).double().quantile(0.5))
         n_components = max(1, min(default_components(d, k), median // _SAMPLES_A_DIRECTION))
-    check_components(n_components, d)
+    check_components(n_components, d, stacklevel=3)
     folds = places_in_class(places) % _FOLDS
     kept = torch.ones_like(places, dtype=torch.bool)
     own, best, other = _judged(unit, places, k, n_components, folds, kept)

@@ -37,7 +37,7 @@ from vmcr2.linalg import rate_dtype, require_finite, wide_dtype
 from vmcr2.membership import Membership, as_membership, part_of
 from vmcr2.mismatch import Codes, mismatch, precise_mismatch
 from vmcr2.rates import checked_rates, coding_rate, expansion_rate
-from vmcr2.subspaces import nearest_in_dictionary
+from vmcr2.subspaces import default_components, nearest_in_dictionary
 from vmcr2.variational import VariationalRates, objective
 
 Step = Literal["ascent", "paper", "simultaneous"]
@@ -369,7 +369,7 @@ class VMCR2Loss(_OverRanks):
         check_count("num_classes", num_classes)
         check_count("feature_dim", feature_dim)
         if atoms_per_class is None:
-            atoms_per_class = max(1, feature_dim // num_classes)
+            atoms_per_class = default_components(feature_dim, num_classes)
         check_count("atoms_per_class", atoms_per_class, at_most=feature_dim, limit="feature_dim")
         self.mu = None if mu is None else check_number("mu", mu)
         self.eps_sq = check_number("eps_sq", eps_sq)

@@ -97,8 +97,7 @@ class NearestSubspaceClassifier(ClassifierMixin, BaseEstimator):
         """Adds a batch of samples, and finds the subspaces of all there have been since the first `partial_fit`.
 
         What is kept of them takes k d² numbers at most. After `fit`, which keeps none, it starts afresh among the same
-        classes, and warns of it. The temperature is that of the latest batch, before it is
-        learned from.
+        classes, and warns of it. The temperature is that of the latest batch, before it is learned from.
 
         Args:
             X: (m, d), as in `fit`.
@@ -138,7 +137,7 @@ class NearestSubspaceClassifier(ClassifierMixin, BaseEstimator):
         self.n_components_ = (
             default_components(d, len(self.classes_)) if self.n_components is None else self.n_components
         )
-        check_components(self.n_components_, d)
+        check_components(self.n_components_, d, stacklevel=4)
 
     def _energies(self, X: Any) -> tuple[np.ndarray, np.ndarray]:
         """Returns ‖V^(j)ᵀ z‖² (m, k) and ‖z‖² (m, 1)."""
@@ -191,7 +190,7 @@ class CodingRateTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
         objective: "vmcr2", the variational objective (eq. 7); "mcr2", the exact one (eq. 1), for up to a few tens of
             classes.
         network: a function of the number of columns and of d that returns the `nn.Module` to train, from (m, columns)
-            to (m, d), float32; None means two hidden layers with BatchNorm and ReLU.
+            to (m, d), in float32; None means two hidden layers with BatchNorm and ReLU.
         hidden: the width of the default network's layers.
         epochs: passes over the samples in `fit`; None means 20, or what 120 steps take. `partial_fit` makes one.
         batch_size: samples a step, at most, from 2; 3 of an odd number in twos, as BatchNorm takes no sample alone.
@@ -432,13 +431,17 @@ class CodingRateTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
             for group in self._optimizer.param_groups:
                 group["lr"] = rate
             self._optimizer.zero_grad()
-            loss = self.loss_(self._features(part), held)
+            features = self._features(part)
+            _check_trained(features)
+            loss = self.loss_(features, held)
             loss.backward()
             self._optimizer.step()
             total += loss.item() * len(part)
-        if not np.isfinite(total):
-            raise NumericalError("training diverged: the loss is not finite; lower learning_rate")
         self.history_.append(total / len(inputs))
+        # The last step may have spoilt the network without a loss to show it.
+        self.network_.eval()
+        with torch.no_grad():
+            _check_trained(self._features(batches[-1][0]))
 
     @torch.no_grad()
     def _settle(self, inputs: Tensor) -> None:
@@ -463,7 +466,7 @@ class CodingRateTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
     def _embed(self, inputs: np.ndarray) -> np.ndarray:
         device = self._device()
         network, parts = self.network_.to(device).eval(), _tensor(inputs).split(_EMBEDDED)
-        if device.type == "cpu":
+        if device.type == "cpu" and isinstance(network, _MLP):  # a network of the user's is promised float32
             # In float64 a sample's features do not depend on which others it is embedded with, by rounding of products.
             network, parts = copy.deepcopy(network).double(), tuple(part.double() for part in parts)
         return torch.cat([self._features(part.to(device), network).cpu() for part in parts]).numpy()
@@ -715,11 +718,20 @@ def _of_all_classes(
     return found
 
 
-def _mlp(columns: int, feature_dim: int, hidden: int) -> nn.Module:
+class _MLP(nn.Sequential):
+    """The default network, which can be evaluated in float64 too."""
+
+
+def _mlp(columns: int, feature_dim: int, hidden: int) -> _MLP:
     layers: list[nn.Module] = []
     for before in (columns, hidden):
         layers += [nn.Linear(before, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU()]
-    return nn.Sequential(*layers, nn.Linear(hidden, feature_dim))
+    return _MLP(*layers, nn.Linear(hidden, feature_dim))
+
+
+def _check_trained(features: Tensor) -> None:
+    if not features.isfinite().all():
+        raise NumericalError("training diverged: the network's features are not finite; lower learning_rate")
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from vmcr2.checks import check_count, feature_conditions, read
@@ -22,12 +22,13 @@ def default_components(feature_dim: int, num_classes: int) -> int:
     return max(1, feature_dim // num_classes)
 
 
-def check_components(n_components: int, d: int) -> None:
+def check_components(n_components: int, d: int, stacklevel: int) -> None:
     """Warns where subspaces of so many components cannot tell classes of eq. (8) apart.
 
     Args:
         n_components: r.
         d: the number of features.
+        stacklevel: whose call the warning points at: 1 is this function's, 2 its caller's, and so on.
 
     Raises:
         InputError: r is not from 1 to d (a ValueError).
@@ -37,14 +38,14 @@ def check_components(n_components: int, d: int) -> None:
         warnings.warn(
             f"n_components = {d} is the number of features: the subspace of a class of {d} samples or more is the "
             "whole space, so that classes tie",
-            stacklevel=4,
+            stacklevel=stacklevel + 1,
         )
 
 
 @torch.no_grad()
 def class_subspaces(
     features: Float[Tensor, "m d"],
-    membership: Tensor,
+    membership: Int[Tensor, " m"] | Shaped[Tensor, "m k"],
     num_classes: int,
     n_components: int | None = None,
 ) -> Float[Tensor, "k d r"]:
@@ -104,8 +105,12 @@ def nearest_subspace(features: Float[Tensor, "m d"], bases: Float[Tensor, "k d r
         InputError: a wrong argument (a ValueError).
     """
     read(feature_conditions(features, feature_dim=bases.shape[1]))
-    absent = (bases == 0).all(2).all(1)
-    return subspace_energies(features, bases).masked_fill(absent, -1).argmax(1)
+    return _energies_where_there_is_a_basis(features, bases).argmax(1)
+
+
+def _energies_where_there_is_a_basis(features: Float[Tensor, "m d"], bases: Float[Tensor, "k d r"]) -> Tensor:
+    """Returns `subspace_energies`, and −1 for a class without a basis."""
+    return subspace_energies(features, bases).masked_fill((bases == 0).all(2).all(1), -1)
 
 
 def dictionary_subspaces(dictionary: BlockCodes) -> Float[Tensor, "k d s"]:
@@ -138,9 +143,7 @@ def nearest_in_dictionary(
         part = BlockCodes(
             dictionary.atoms[start * s : (start + at_once) * s], dictionary.codes[start : start + at_once]
         )
-        bases = dictionary_subspaces(part)
-        energies = subspace_energies(features, bases).masked_fill((bases == 0).all(2).all(1), -1)
-        best, classes = energies.max(1)
+        best, classes = _energies_where_there_is_a_basis(features, dictionary_subspaces(part)).max(1)
         better = best > scores
         scores = torch.where(better, best, scores)
         nearest = torch.where(better, classes + start, nearest)

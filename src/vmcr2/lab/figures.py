@@ -17,6 +17,7 @@ from matplotlib.ticker import MaxNLocator
 from vmcr2.lab.recipes import OBJECTIVES, ObjectiveName
 from vmcr2.lab.run import RunFolder
 from vmcr2.lab.sources import Dataset
+from vmcr2.subspaces import default_components
 
 _NAMED_CLASSES = 20  # named on an axis at most
 _SHEET_ROWS, _SHEET_COLUMNS = 10, 8  # of a contact sheet
@@ -208,7 +209,7 @@ def draw_run(run: RunFolder) -> list[Path]:
         figure.colorbar(axes.images[0], ax=axes, shrink=0.7)
         drawn.append(_save(figure, run.figures / "similarity.png", _SIMILARITY_NOTE))
         figure, axes = _figure(5.4, 3.8)
-        draw_spectra(axes, arrays["spectra"], max(1, recipe.feature_dim // k))
+        draw_spectra(axes, arrays["spectra"], default_components(recipe.feature_dim, k))
         _title(figure, f"Spectrum of each class's features, all {k} classes\n{name}")
         note = (
             "Good: several strong components, then a fall: classes keep their variety. A fall after the first: each "
