@@ -44,11 +44,10 @@ def test_collapse_is_said_and_what_to_change(tmp_path):
     assert metrics[-1]["train_reduction"] > 1.5 * metrics[0]["train_reduction"]
 
 
-def test_a_collapse_names_the_balance_of_the_loss_itself():
-    """Whatever its settings say, which another loss may be given with."""
+def test_a_collapse_names_the_balance_of_the_loss_itself_also_on_resuming():
+    """Whatever its settings say, which another loss may be given with; before a batch was seen, too."""
     loss = vmcr2.VMCR2Loss(4, 16, mu=1.0)
     objective = objectives.Variational(loss, VMCR2Settings())
-    objective._batch_size = 100
     with pytest.raises(NumericalError, match=r"feature_dim is 3.1"):
         objective.check(lines([1.0] + [0.01] * 60, [1.0] * 61))
     assert objective.describe()["mu"] == 1.0
@@ -60,6 +59,7 @@ def lines(batches, sets):
     return [
         {
             "epoch": i,
+            "batch_size": 100,
             "batch_expansion": 2.0 + batch,
             "batch_compression": 2.0,
             "residual": 1.0,

@@ -84,7 +84,6 @@ class Objective:
         self.eps_sq = eps_sq
         self.gradient_clip = gradient_clip
         self.cure = cure
-        self._batch_size = 0
 
     def before_epoch(self, epoch: int, model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
         """Does what is due before an epoch, the first of which is 1.
@@ -98,9 +97,12 @@ class Objective:
     def log(self, features: Float[Tensor, "m d"], labels: Int[Tensor, " m"]) -> dict[str, float]:
         """Returns figures of an epoch's last batch, that of all processes, for its line in the log."""
         features, labels = _of_all(features, labels, "rates", getattr(self.criterion, "process_group", None))
-        self._batch_size = len(features)
         rates = rate_reduction(features, labels, num_classes=self.num_classes, eps_sq=self.eps_sq)
-        return {"batch_expansion": float(rates.expansion), "batch_compression": float(rates.compression)}
+        return {
+            "batch_size": len(features),
+            "batch_expansion": float(rates.expansion),
+            "batch_compression": float(rates.compression),
+        }
 
     def check(self, history: Sequence[dict[str, Any]]) -> None:
         """Raises NumericalError where the epochs so far show that it makes no sense to go on."""
@@ -170,7 +172,7 @@ class Variational(Objective):
         if max(reductions[-_PATIENCE:]) >= 0.2 * reductions[0] and not flat:
             return
         shown, of = (measured, "training set") if flat else (reductions, "batch")
-        m, d = self._batch_size, self.loss.feature_dim
+        m, d = history[-1]["batch_size"], self.loss.feature_dim
         balance = self.loss.balance if self.loss.mu is None else balance_at(self.loss.mu, d, m, self.eps_sq)
         raise NumericalError(
             f"the features have collapsed: ΔR of the {of} fell from {shown[0]:.3g} to {shown[-1]:.3g} for good, the "
@@ -188,7 +190,7 @@ class Variational(Objective):
 
 
 def _of_all(features: Tensor, labels: Tensor, call: str, group: Any = None) -> tuple[Tensor, Tensor]:
-    """Returns the batch of all processes, from which gradients find back to each."""
+    """Returns the batch of all processes, from which gradients flow back to each."""
     facts = {"feature_dim": features.shape[1], "the dtype of features": str(features.dtype)}
     _, sizes = agree(lambda: (None, [len(features)]), lambda _: facts, call, group)
     features, labels = gather_rows(features, labels, shares=[size for (size,) in sizes], group=group)
