@@ -173,6 +173,7 @@ def test_timings_are_kept_row_by_row(monkeypatch, tmp_path):
         ),
         (reproduce.figure1, Request(ours=True, rows=("cifar100-d100",)), "rows of figure1 --ours must be among mnist"),
         (reproduce.table2, Request(seeds=()), "seeds must name at least one"),
+        (reproduce.figure2, Request(seeds=(0, 1)), "seeds must name one for figure2"),
         (reproduce.table1, Request(epochs=3, ours=True), "epochs, ours has no meaning for table1"),
     ],
 )

@@ -18,6 +18,7 @@ from small import SMALL, without_times
 
 from vmcr2.errors import InputError
 from vmcr2.lab import recipes, train
+from vmcr2.lab import run as run_module
 from vmcr2.lab.run import RunFolder
 
 
@@ -222,7 +223,8 @@ def test_folders_that_are_taken(tmp_path):
         RunFolder.open(tmp_path / "nowhere")
     with pytest.raises(InputError, match=r"no recipe\.json"):
         RunFolder.open(tmp_path / "taken")
-    RunFolder.create(tmp_path / "run", SMALL)
+    with RunFolder.created(tmp_path / "run", SMALL):
+        pass
     with pytest.raises(InputError, match="a run is there already; continue it with --resume"):
         train.start(SMALL, tmp_path / "run")
     with pytest.raises(InputError, match=r"has no summary\.json: the run is not complete"):
@@ -247,3 +249,26 @@ def test_a_run_is_not_shortened_nor_its_schedule_stretched(tmp_path):
     run.summary_file.unlink()
     with pytest.raises(InputError, match="epochs must be at least the 4 .* got 2"):
         train.resume(run, replace(run.recipe(), epochs=2))
+
+
+def test_a_second_run_in_a_folder_leaves_the_recipe_of_the_first(tmp_path, monkeypatch):
+    """It looks at the folder while that is free, and comes to write when the first has begun."""
+    other, free = replace(SMALL, seed=5), run_module.is_free
+    with RunFolder.created(tmp_path / "run", SMALL) as run:
+        monkeypatch.setattr(run_module, "is_free", lambda path: True)
+        with pytest.raises(InputError, match="in use by another process"), RunFolder.created(run.path, other):
+            pass
+    monkeypatch.setattr(run_module, "is_free", lambda path, answers=iter([True]): next(answers, free(path)))
+    with pytest.raises(InputError, match="a run is there already"), RunFolder.created(run.path, other):
+        pass
+    assert run.recipe().seed == SMALL.seed
+
+
+def test_a_file_that_cannot_be_written_leaves_the_old_one_and_no_half(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    with pytest.raises(OSError, match="full"), run_module.replacing(path) as file:
+        file.write(b"ne")
+        raise OSError("the disk is full")
+    assert [each.name for each in tmp_path.iterdir()] == ["file"]
+    assert path.read_bytes() == b"old"

@@ -202,6 +202,11 @@ def test_folder_of_images_by_class(tmp_path):
     assert sources.load(DataSettings(source=str(tmp_path), image_size=4)).test_inputs.shape == (4, 3, 4, 4)
 
 
+def test_a_size_for_the_images_of_anything_but_a_folder_is_refused():
+    with pytest.raises(InputError, match=r"data\.image_size scales a folder's images; those of digits keep theirs"):
+        sources.load(DataSettings(source="digits", image_size=4))
+
+
 def test_wrong_folders(tmp_path):
     root = write_folder(tmp_path / "a")
     Image.new("RGB", (9, 9)).save(root / "train" / "oak" / "large.png")

@@ -138,7 +138,8 @@ def test_what_is_wrong_is_said_in_every_process_before_anything_is_written(ranks
     recipe = replace(UNEVEN, **change) if isinstance(change, dict) else UNEVEN
     path = tmp_path / "run"
     if change == "taken":
-        RunFolder.create(path, UNEVEN)
+        with RunFolder.created(path, UNEVEN):
+            pass
     before = path.exists()
     for said in ranks(3, refused, recipe, path, change):
         assert re.search(message, said)

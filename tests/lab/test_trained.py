@@ -128,6 +128,21 @@ def test_an_export_is_the_same_model(run, tmp_path):
         vmcr2.load(tmp_path / "out")
 
 
+@pytest.mark.parametrize("name", ["write_atomically", "write_json"])
+def test_an_export_that_fails_can_be_made_again(run, tmp_path, monkeypatch, name):
+    def full(*_):
+        raise OSError("no space left on device")
+
+    loaded = vmcr2.load(run)
+    with monkeypatch.context() as patched:
+        patched.setattr(trained, name, full)
+        with pytest.raises(OSError, match="no space"):
+            trained.export(loaded, tmp_path / "out")
+    assert not list((tmp_path / "out").iterdir())
+    trained.export(loaded, tmp_path / "out")
+    vmcr2.load(tmp_path / "out")
+
+
 def test_the_hubs_mixin_writes_and_reads_the_same_folder_offline(run, tmp_path):
     import huggingface_hub  # noqa: F401  of the dev extra: without it the mixin is a stand-in
 

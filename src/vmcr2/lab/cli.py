@@ -276,7 +276,7 @@ def report(
         out: the folder to write to; by default the file's.
     """
     import vmcr2
-    from vmcr2.lab.run import write_json
+    from vmcr2.lab.run import replacing, write_json
     from vmcr2.lab.sources import read_npz
 
     dataset = read_npz(file, needs_test=False)
@@ -287,7 +287,8 @@ def report(
     stem = (file.parent if out is None else out) / f"{file.stem}.report"
     stem.parent.mkdir(parents=True, exist_ok=True)
     write_json(stem.with_name(f"{stem.name}.json"), made.as_dict())
-    made.figure().savefig(stem.with_name(f"{stem.name}.png"), dpi=150)
+    with replacing(stem.with_name(f"{stem.name}.png")) as picture:
+        made.figure().savefig(picture, dpi=150)
     _say(f"written: {stem}.json, {stem}.png")
 
 

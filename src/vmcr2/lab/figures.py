@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from vmcr2.lab.recipes import OBJECTIVES, ObjectiveName
-from vmcr2.lab.run import RunFolder
+from vmcr2.lab.run import RunFolder, replacing
 from vmcr2.lab.sources import Dataset
 from vmcr2.subspaces import default_components
 
@@ -458,11 +458,11 @@ def _title(figure: Figure, title: str) -> None:
     figure.suptitle(title, x=0.01, ha="left", fontsize=10)
 
 
-def _save(figure: Figure, path: Path, note: str = "") -> Path:
+def _save(figure: Figure, path: Path, note: str) -> Path:
     """Saves a figure with one line under it, on what good looks like."""
-    if note:
-        wide = int(figure.get_figwidth() * 17)
-        figure.supxlabel(textwrap.fill(note, wide), x=0.01, ha="left", fontsize=7.5, color="#555555")
+    wide = int(figure.get_figwidth() * 17)
+    figure.supxlabel(textwrap.fill(note, wide), x=0.01, ha="left", fontsize=7.5, color="#555555")
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    with replacing(path) as file:
+        figure.savefig(file)
     return path

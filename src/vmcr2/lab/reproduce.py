@@ -312,7 +312,9 @@ def _figure(
     draw: Callable[[dict[tuple[str, ObjectiveName], RunFolder], Path, str], Path],
     console: Console,
 ) -> list[Path]:
-    runs = {(row, objective): found[0] for row, objective, found in _runs(request, rows, name, console, drawn=True)}
+    if len(request.seeds) > 1:
+        raise InputError(f"seeds must name one for {name}, which shows a run of each kind, got {len(request.seeds)}")
+    runs = {(row, objective): run for row, objective, (run,) in _runs(request, rows, name, console, drawn=True)}
     if not runs:
         raise NumericalError(f"every run of {name} diverged, there is nothing to draw")
     return [draw(runs, request.path(name, "png"), title + _part_of(request))]

@@ -5,6 +5,8 @@ metrics.jsonl    one line an epoch
 checkpoint.pt    the latest state, tensors and primitives only; checkpoint.previous.pt the one before
 features.npz     features for the figures
 summary.json     the final numbers; there once the run is complete
+evaluation.json  what `vmcr2 evaluate` measured
+suspects.csv     what `vmcr2 audit` found
 figures/*.png
 """
 
@@ -20,7 +22,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -31,14 +33,30 @@ from vmcr2.lab import recipes
 from vmcr2.lab.recipes import Recipe
 
 
+@contextmanager
+def replacing(path: Path, part: str | None = None) -> Iterator[IO[bytes]]:
+    """Opens a file to write so that at any moment the old or the new content of the path is there, whole.
+
+    Args:
+        path: of the file.
+        part: the name of the half-written file beside it, which a kill leaves there; by default one of this process's.
+    """
+    written = path.with_name(f".{path.name}.{os.getpid()}.part" if part is None else part)
+    try:
+        with written.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        written.replace(path)
+    except BaseException:
+        written.unlink(missing_ok=True)
+        raise
+
+
 def write_atomically(path: Path, content: bytes) -> None:
     """Writes a file so that at any moment its old or its new content is there, whole."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    with part.open("wb") as file:
+    with replacing(path) as file:
         file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -54,7 +72,7 @@ def write_csv(path: Path, rows: Iterable[Sequence[Any]]) -> None:
 
 
 def is_free(path: Path) -> bool:
-    """Whether nothing is at the path, or a folder with nothing but what a killed run's half-written files left."""
+    """Whether a path is free: nothing is there, or a folder that holds at most the half-written files of a killed run."""
     if not path.exists():
         return True
     return path.is_dir() and all(file.name.startswith(".") and ".part" in file.name for file in path.iterdir())
@@ -85,24 +103,27 @@ class RunFolder:
     figures = _Inside("figures")
 
     @classmethod
-    def create(cls, path: str | Path, recipe: Recipe) -> RunFolder:
-        """Makes a new run folder.
+    @contextmanager
+    def created(cls, path: str | Path, recipe: Recipe) -> Iterator[RunFolder]:
+        """Makes a new run folder and holds it, as `held` does.
 
         Raises:
             InputError: the path is taken, by a run or by anything else (a ValueError).
         """
-        path = Path(path)
-        if not is_free(path):
-            what = (
-                "a run is there already; continue it with --resume"
-                if (path / "recipe.json").is_file()
-                else "it is taken"
-            )
-            raise InputError(f"out must be a new or empty folder, got {path}: {what}, or choose another --out")
-        path.mkdir(parents=True, exist_ok=True)
-        run = cls(path)
-        run.write_recipe(recipe)
-        return run
+        run = cls(Path(path))
+        run._refuse_taken()
+        run.path.mkdir(parents=True, exist_ok=True)
+        with run.held():
+            run._refuse_taken()  # by a run that began since
+            run.write_recipe(recipe)
+            yield run
+
+    def _refuse_taken(self) -> None:
+        if is_free(self.path):
+            return
+        begun = self.recipe_file.is_file()
+        what = "a run is there already; continue it with --resume" if begun else "it is taken"
+        raise InputError(f"out must be a new or empty folder, got {self.path}: {what}, or choose another --out")
 
     @classmethod
     def open(cls, path: str | Path) -> RunFolder:
@@ -151,20 +172,16 @@ class RunFolder:
 
     def save_checkpoint(self, state: dict[str, Any]) -> None:
         """Writes checkpoint.pt, keeping the one before as checkpoint.previous.pt; both are whole at any moment."""
-        part = self.path / ".checkpoint.part"
-        with part.open("wb") as file:
+        with replacing(self.checkpoint_file, ".checkpoint.part") as file:
             torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        if self.checkpoint_file.exists():
-            spare = self.path / ".checkpoint.previous.part"
-            spare.unlink(missing_ok=True)
-            try:
-                os.link(self.checkpoint_file, spare)
-            except OSError:  # a file system without hard links
-                shutil.copyfile(self.checkpoint_file, spare)
-            spare.replace(self.previous_checkpoint_file)
-        part.replace(self.checkpoint_file)
+            if self.checkpoint_file.exists():
+                spare = self.path / ".checkpoint.previous.part"
+                spare.unlink(missing_ok=True)
+                try:
+                    os.link(self.checkpoint_file, spare)
+                except OSError:  # a file system without hard links
+                    shutil.copyfile(self.checkpoint_file, spare)
+                spare.replace(self.previous_checkpoint_file)
 
     def load_checkpoint(self) -> dict[str, Any] | None:
         """Returns the latest checkpoint with its tensors on the CPU, or None where none was written yet.
@@ -189,8 +206,8 @@ class RunFolder:
         except Exception as error:
             previous = self.previous_checkpoint_file
             cure = (
-                f"the checkpoint before it is whole or not by itself: to go on from there, move {previous.name} "
-                f"over {self.checkpoint_file.name}"
+                f"the previous one may be whole: to continue from it, move {previous.name} over "
+                f"{self.checkpoint_file.name}"
                 if previous.exists()
                 else "there is no checkpoint before it; start the run anew"
             )
@@ -218,9 +235,8 @@ class RunFolder:
 
     def save_features(self, arrays: dict[str, np.ndarray]) -> None:
         """Writes features.npz."""
-        part = self.path / ".features.part.npz"
-        np.savez_compressed(part, allow_pickle=False, **arrays)
-        part.replace(self.features_file)
+        with replacing(self.features_file, ".features.part") as file:
+            np.savez_compressed(file, allow_pickle=False, **arrays)
 
     def features(self) -> dict[str, np.ndarray]:
         """Returns the arrays of features.npz.

@@ -125,6 +125,8 @@ def load(settings: DataSettings, data_root: str | Path | None = None) -> Dataset
     """
     root = default_data_root() if data_root is None else Path(data_root)
     path = Path(settings.source)
+    if settings.image_size is not None and (settings.source in _NAMED or path.suffix == ".npz"):
+        raise InputError(f"data.image_size scales a folder's images; those of {settings.source} keep theirs")
     if settings.source in _NAMED:
         dataset = _NAMED[settings.source](root)
     elif path.suffix == ".npz":

@@ -196,9 +196,8 @@ def start(
     """
     recipe = processes.first(lambda: replace(recipe, data=sources.resolved(recipe.data)))
     prepared = _prepare(recipe, data_root)
-    run = processes.first(lambda: RunFolder.create(out, recipe))
     with ExitStack() as stack:
-        processes.first(lambda: stack.enter_context(run.held()))
+        run = processes.first(lambda: stack.enter_context(RunFolder.created(out, recipe)))
         _train(prepared, run, console, on_epoch)
     return run
 

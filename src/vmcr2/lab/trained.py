@@ -314,9 +314,16 @@ def export(trained: TrainedModel, folder: str | Path) -> None:
         raise InputError(f"the folder to export to must be new or empty, got {folder}")
     save_model = _safetensors().save_model
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "config.json", trained.config)
-    write_atomically(folder / "README.md", trained.card().encode())
-    save_model(trained, str(folder / "model.safetensors"))
+    part = folder / ".model.safetensors.part"
+    try:
+        save_model(trained, str(part))
+        write_atomically(folder / "README.md", trained.card().encode())
+        write_json(folder / "config.json", trained.config)
+        part.replace(folder / "model.safetensors")
+    except BaseException:
+        for name in (part.name, "README.md", "config.json"):
+            (folder / name).unlink(missing_ok=True)
+        raise
 
 
 def _load_exported(folder: Path) -> TrainedModel:
