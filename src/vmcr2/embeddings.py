@@ -480,13 +480,13 @@ def label_quality(
     another class's. A sample is judged by subspaces found without it (five folds) and, in a few rounds, without the
     samples that a round before fitted another class better; so subspaces of high dimension do not memorise wrong
     labels, and up to half of the labels may be wrong. Of a class's only sample nothing can be said, as no other shows
-    what the class is like: it keeps its label, with score 0.5. docs/estimators.md has what each of these steps is worth.
+    what the class is like: it keeps its label, with score 0.5. What each of these steps is worth: docs/estimators.md.
 
     Args:
         features: Z, (m, d), NumPy or torch, finite, no row zero; their scale does not matter.
         labels: (m,), of any kind, at least two classes.
-        n_components: dimension of each class's subspace, from 1 to d (at d, large classes cannot be told apart); None means ⌊d/k⌋, but
-            no more than an eighth of the median class's samples, and 1 at least.
+        n_components: dimension of each class's subspace, from 1 to d (at d, large classes cannot be told apart); None
+            means ⌊d/k⌋, but no more than an eighth of the median class's samples, and 1 at least.
 
     Raises:
         InputError: a wrong argument (a ValueError).

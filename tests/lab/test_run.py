@@ -258,7 +258,8 @@ def test_a_second_run_in_a_folder_leaves_the_recipe_of_the_first(tmp_path, monke
         monkeypatch.setattr(run_module, "is_free", lambda path: True)
         with pytest.raises(InputError, match="in use by another process"), RunFolder.created(run.path, other):
             pass
-    monkeypatch.setattr(run_module, "is_free", lambda path, answers=iter([True]): next(answers, free(path)))
+    answers = iter([True])
+    monkeypatch.setattr(run_module, "is_free", lambda path: next(answers, free(path)))
     with pytest.raises(InputError, match="a run is there already"), RunFolder.created(run.path, other):
         pass
     assert run.recipe().seed == SMALL.seed
@@ -267,8 +268,13 @@ def test_a_second_run_in_a_folder_leaves_the_recipe_of_the_first(tmp_path, monke
 def test_a_file_that_cannot_be_written_leaves_the_old_one_and_no_half(tmp_path):
     path = tmp_path / "file"
     path.write_bytes(b"old")
-    with pytest.raises(OSError, match="full"), run_module.replacing(path) as file:
-        file.write(b"ne")
-        raise OSError("the disk is full")
+
+    def write():
+        with run_module.replacing(path) as file:
+            file.write(b"ne")
+            raise OSError("the disk is full")
+
+    with pytest.raises(OSError, match="full"):
+        write()
     assert [each.name for each in tmp_path.iterdir()] == ["file"]
     assert path.read_bytes() == b"old"

@@ -72,7 +72,7 @@ def write_csv(path: Path, rows: Iterable[Sequence[Any]]) -> None:
 
 
 def is_free(path: Path) -> bool:
-    """Whether a path is free: nothing is there, or a folder that holds at most the half-written files of a killed run."""
+    """Whether nothing is at the path, or a folder that holds at most half-written files of a killed run."""
     if not path.exists():
         return True
     return path.is_dir() and all(file.name.startswith(".") and ".part" in file.name for file in path.iterdir())
