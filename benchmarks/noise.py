@@ -201,9 +201,9 @@ class Setting:
 
 
 def noisy(labels: Tensor, images: Tensor, k: int, share: float, kind: str, seed: int) -> Tensor:
-    """Gives a share of the samples the label of another class: any ("symmetric"), or the likest one ("similar").
+    """Gives a share of the samples the label of another class: any ("symmetric"), or the most similar one ("similar").
 
-    The likest class is the one whose mean image has the largest cosine with that of the sample's class.
+    The most similar class is the one whose mean image has the largest cosine with that of the sample's class.
     """
     generator = torch.Generator().manual_seed(1000 + seed)
     wrong = torch.randperm(len(labels), generator=generator)[: round(share * len(labels))]
@@ -440,11 +440,11 @@ def table() -> None:
     known = RUNS.lines()
     text = (
         "# Wrong training labels\n\nMade by `python benchmarks/noise.py`, "
-        f"{RUNS.where()}. Test accuracy (right labels), mean ± standard deviation where there are several seeds, as "
-        "many as the column says at most. The learning rate and what predicts were chosen on a validation split with "
-        "wrong labels, at 30 % and seed 0; so other columns are at a rate chosen there: on clean labels cross-entropy "
-        "has more at its own rate (omniglot100/comparison.md). The rivals' other settings are their papers'. "
-        "`similar`: 30 % got the label of the likest class.\n"
+        f"{RUNS.where()}. Test accuracy (right labels), mean ± standard deviation where there are several seeds; "
+        "the column gives their largest number. The learning rate and what predicts were chosen on a validation split "
+        "with wrong labels, at 30 % and seed 0; so other columns are at a rate chosen there: on clean labels "
+        "cross-entropy has more at its own rate (omniglot100/comparison.md). The rivals' other settings are their "
+        "papers'. `similar`: 30 % got the label of the most similar class.\n"
     )
     curves: dict[str, dict[str, list[tuple[float, float, float]]]] = {}
     for data, base in BASES.items():

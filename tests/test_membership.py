@@ -75,7 +75,6 @@ def test_spread_and_collect_are_products_with_pi(kind):
     by_class, by_sample = normal(4, 3), normal(30, 3, seed=1)
     torch.testing.assert_close(pi.spread(by_class), rows @ by_class)
     torch.testing.assert_close(pi.collect(by_sample), rows.T @ by_sample)
-    torch.testing.assert_close(pi.rows(), rows)
     torch.testing.assert_close(pi.class_weights, rows.mean(0))
     assert pi.num_samples == 30
     assert pi.num_classes == 4
@@ -94,7 +93,8 @@ def test_among_present_renumbers_the_classes_that_have_a_sample(kind):
         membership = wide
     pi = checked(z, membership, 9)
     few = pi.among_present()
-    torch.testing.assert_close(few.rows(), pi.rows()[:, pi.present])
+    values = normal(9, 3)
+    torch.testing.assert_close(few.spread(values[gap]), pi.spread(values))
     torch.testing.assert_close(few.counts, pi.counts[pi.present])
     assert few.sizes.tolist() == pi.sizes[pi.sizes > 0].tolist()
     assert few.among_present() is few
@@ -139,4 +139,5 @@ def test_what_is_read_beside_the_sizes_comes_back_as_it_was():
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64])
 def test_labels_of_any_integer_type(dtype):
     labels = random_labels(20, 5)
-    assert torch.equal(checked(unit_rows(20, 4), labels.to(dtype), 5).rows(), rows_of(labels, 5))
+    narrow = checked(unit_rows(20, 4), labels.to(dtype), 5)
+    assert torch.equal(narrow.spread(torch.eye(5, dtype=torch.float64)), rows_of(labels, 5))

@@ -26,7 +26,7 @@ from conftest import (
 
 import vmcr2
 from vmcr2.dictionary import paper_step
-from vmcr2.mismatch import mismatch, moment_norms
+from vmcr2.mismatch import code_gradient, mismatch, moment_norms
 from vmcr2.subspaces import class_subspaces, nearest_subspace
 from vmcr2.variational import lipschitz_atoms, lipschitz_codes, objective
 
@@ -163,7 +163,7 @@ def test_eq_11(m, d, k, s, structure):
     z, labels, dictionary, columns, pi, gamma, a = balanced(m, d, k, s, structure)
     pi_checked = checked(z, labels, k)
     energies = dictionary.energies(dictionary.project(z, pi_checked), pi_checked)
-    got = MU * k / m * (dictionary.respond(dictionary.overlap(), m / k * dictionary.codes) - energies)
+    got = MU * k / m * code_gradient(dictionary, energies, dictionary.overlap(), pi_checked)
     expected = reference.penalty_code_gradient(columns, pi, gamma, a, MU)
     if structure == "block":
         expected = np.stack([expected[j * s : (j + 1) * s, j] for j in range(k)], axis=1)

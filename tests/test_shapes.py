@@ -27,8 +27,9 @@ for membership in (labels, torch.nn.functional.one_hot(labels, 3), torch.full((3
     loss(z.clone().requires_grad_(), membership).backward()
     loss.rates(z, membership)
     loss.nearest_class(z)
-vmcr2.TotalCodingRateLoss()([z, z[:7]])
-vmcr2.coding_rate(z)
+for views in (z, z.view(3, 10, 8), [z, z[:7]]):
+    vmcr2.TotalCodingRateLoss()(views)
+vmcr2.coding_rate(z), vmcr2.coding_rate(z.view(3, 10, 8))
 vmcr2.variational_logdet(torch.randn(2, 5, 3))
 vmcr2.NearestSubspaceClassifier().fit(z.numpy(), labels.numpy()).predict(z.numpy())
 try:

@@ -16,11 +16,12 @@ from torch import Tensor, nn
 
 from vmcr2.distributed import Shards, full_tensor
 from vmcr2.membership import Membership
-from vmcr2.mismatch import BlockCodes, Codes, SharedCodes, moment_norms
+from vmcr2.mismatch import BlockCodes, Codes, SharedCodes, code_gradient, moment_norms
 from vmcr2.variational import (
     compression_code_gradient,
     expansion_atom_gradient,
     expansion_code_gradient,
+    exposures,
     lipschitz_atoms,
     lipschitz_codes,
     solved_atoms,
@@ -186,11 +187,10 @@ def _code_bound(
     codes, counts = dictionary.codes, membership.counts[:, None]
     beta = dictionary.atoms.shape[1] / eps_sq
     weights = membership.class_weights
-    exposed = (solved_atoms(dictionary, weights, eps_sq) * dictionary.atoms).sum(1)
-    grows = 0.5 * beta * weights[:, None] * dictionary.by_class(exposed)
-    linear = mu * (energies - dictionary.respond(overlap, codes * counts)) - compression_code_gradient(
-        dictionary, weights, eps_sq
-    )
+    exposed = exposures(dictionary, solved_atoms(dictionary, weights, eps_sq))
+    grows = expansion_code_gradient(dictionary, exposed, weights, eps_sq)
+    linear = -mu * code_gradient(dictionary, energies, overlap, membership)
+    linear = linear - compression_code_gradient(dictionary, weights, eps_sq)
     moves = (codes > 0) | (grows + linear > 0)
     number = moves.sum(1, keepdim=True).clamp_min(1)
     sums = codes.sum(1, keepdim=True)
@@ -272,8 +272,9 @@ def paper_step(
         solved = solved_atoms(moved, weights, eps_sq)
     here = moved if at_moved_atoms else dictionary
     energies = here.energies(projections, membership)
-    rise = expansion_code_gradient(here, solved, weights, eps_sq) - compression_code_gradient(here, weights, eps_sq)
-    rise = rise + mu * (energies - here.respond(overlap, here.codes * counts[:, None]))
+    rise = expansion_code_gradient(here, exposures(here, solved), weights, eps_sq)
+    rise = rise - compression_code_gradient(here, weights, eps_sq)
+    rise = rise - mu * code_gradient(here, energies, overlap, membership)
     codes = (dictionary.codes + step_codes * _over(rise, bound_codes)).clamp_min(0)  # lines 8 and 9
     # A class all of whose codes fell to 0 could not be scaled back to its energy.
     kept = (counts > 0) if energy is None else (counts > 0) & (codes.sum(1) > 0)

@@ -115,7 +115,7 @@ def require_equal(name: str, values: Sequence[int | str], group: Any = None) -> 
         f"{value} on {_named([rank for rank, its in enumerate(values) if its == value], group)}"
         for value in dict.fromkeys(values)
     ]
-    raise InputError(f"ranks disagree on {name}: {'; '.join(held)}. All must make the same calls, alike in this")
+    raise InputError(f"ranks disagree on {name}: {'; '.join(held)}. Every rank must make the same call, alike in this")
 
 
 def _exchanged(message: list[int], group: Any) -> list[list[int]]:

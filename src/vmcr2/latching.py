@@ -22,6 +22,7 @@ from vmcr2.errors import NumericalError
 from vmcr2.membership import Membership
 
 _EIGH_ELEMENTS = 2**24  # entries of the d×d matrices decomposed at once
+_FOLDED = 8192  # rows folded into the moments at once: they cost memory, a product of few rows costs time
 _COPIES = 8  # of the rows that are decomposed, counting what the decomposition makes itself
 
 
@@ -100,7 +101,7 @@ class MomentStream:
         self._keep(features, membership.rows_or_labels, membership.sizes)
         self.counts += membership.counts
         limit = self.num_classes * self.feature_dim
-        if self.kept > (limit if self.sums is None else min(limit, 8192)):
+        if self.kept > (limit if self.sums is None else min(limit, _FOLDED)):
             self._fold()
 
     def _keep(self, features: Tensor, held: Tensor, sizes: Tensor) -> None:

@@ -98,7 +98,7 @@ def product(left: Float[Tensor, "*b n i"], right: Float[Tensor, "*b i p"]) -> Fl
 
 
 class _Gram(Function):
-    """X Xᵀ, with the one product that its symmetry leaves in the gradient: an eighth of a step of `MCR2Loss`."""
+    """X Xᵀ, with the one product in the gradient that its symmetry leaves, where autograd takes two."""
 
     generate_vmap_rule = True
 

@@ -13,7 +13,7 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
@@ -36,7 +36,7 @@ from vmcr2.latching import MomentStream, batch_statistics, latched_blocks
 from vmcr2.linalg import rate_dtype, require_finite, wide_dtype
 from vmcr2.membership import Membership, as_membership, part_of
 from vmcr2.mismatch import Codes, mismatch, precise_mismatch
-from vmcr2.rates import checked_rates, coding_rate, expansion_rate
+from vmcr2.rates import checked_rates, expansion_rate
 from vmcr2.subspaces import default_components, nearest_in_dictionary
 from vmcr2.variational import VariationalRates, objective
 
@@ -52,9 +52,9 @@ _FIRST_BALANCE = 6.0
 _BALANCE_DECAY = 0.97
 _WATCH_EVERY = 20  # training steps between looks at ΔR: seldom enough to cost little
 _LARGEST_MOMENT = 1.05  # ‖C_j‖ of unit rows, with the tolerance of their norms
-# Shares of the best ΔR so far; for how many looks in a row; and the share of R that ΔR is below as well. A fresh
-# network's features of natural images have a high ΔR in a small batch without knowing a class. As they learn it may
-# fall below a fifth for long, and is then a quarter of R; that of features that have collapsed is next to nothing.
+# Each: a share of the best ΔR so far, the number of consecutive looks, and the share of R that ΔR must be below too. A
+# fresh network's features of natural images have a high ΔR in a small batch without knowing a class. As they learn it
+# may fall below a fifth for long, and is then a quarter of R; that of collapsed features is next to nothing.
 _COLLAPSED = ((0.05, 3, math.inf), (0.2, 10, 0.1))
 _HEAVIEST = 1e30  # weight of R: float32 holds the loss and its gradient
 _SPOILT = (
@@ -86,7 +86,7 @@ def _facts(features: Tensor, membership: Membership) -> dict[str, int | str]:
         "the dimension of features": features.shape[1],
         "the dtype of features": str(features.dtype),
         "the kind of membership": "soft rows" if membership.labels is None else "labels",
-        "what they have": "with gradient" if gradient else "without gradient",
+        "gradients": "with gradient" if gradient else "without gradient",
     }
 
 
@@ -185,11 +185,10 @@ class TotalCodingRateLoss(_OverRanks):
             ) + gather_rows(sizes, shares=[len(views)] * len(brought), group=self.process_group)
             parts = rows.split(sizes.tolist())
             views = [torch.cat(parts[number :: len(views)]) for number in range(len(views))]
-        if len({view.shape for view in views}) == 1:
-            rate = coding_rate(torch.stack(views), eps_sq=self.eps_sq).mean()
-        else:
-            rate = torch.stack([coding_rate(view, eps_sq=self.eps_sq) for view in views]).mean()
-        return -rate
+        dtype = rate_dtype(views[0].shape[1], self.eps_sq, *views)
+        rates = torch.stack([expansion_rate(view.to(dtype), self.eps_sq) for view in views])
+        require_finite(rates)
+        return -rates.mean().to(wide_dtype(*views))
 
     def extra_repr(self) -> str:
         """Returns the settings, for `repr`."""
@@ -219,7 +218,7 @@ def _view_facts(views: list[Tensor]) -> dict[str, int | str]:
         "the dimension of features": views[0].shape[1],
         "the number of views": len(views),
         "the dtype of features": str(views[0].dtype),
-        "what they have": "with gradient" if gradient else "without gradient",
+        "gradients": "with gradient" if gradient else "without gradient",
     }
 
 
@@ -300,7 +299,8 @@ class VMCR2Loss(_OverRanks):
     that shared codes of others may have begun to use).
 
     A training step reads from the device twice: before it what must hold of the batch, with the sizes of its classes,
-    and after it whether it came out finite; every twentieth step ΔR as well, for the warning of a collapse.
+    and after it whether it came out finite; every twentieth step ΔR as well, for the warning of a collapse; and, until
+    every class has been latched, which have been.
 
     Args:
         num_classes: k ≥ 1. A batch may lack any of them.
@@ -320,7 +320,7 @@ class VMCR2Loss(_OverRanks):
             run free, as the paper does: it grows (the more, the smaller ρ), and presses each class together.
         pull: exponent in (0, 1] of how a sample is pulled into its class. 1 is eq. (7), in which the pull vanishes for
             a feature orthogonal to its class: what spares wrong labels, and is slow where features start far from
-            their classes. Below a half it is stronger there: natural images from scratch (`mismatch._shortfall`).
+            their classes. Below a half it is stronger there: natural images from scratch (docs/choosing.md).
         expand: λ ≥ 0, what the features' own R of eq. (1) weighs beside the residual: the loss is (µ/2m) M − λ R or,
             with "mean", that divided by µ m (= ρ d/ε² where µ follows from `balance`). 0 is Algorithm 1, in which the
             dictionary alone expands. Larger values keep more of the variety within a class, for one log-determinant a
@@ -380,12 +380,12 @@ class VMCR2Loss(_OverRanks):
         self.step_atoms = check_number("step_atoms", step_atoms)
         self.step_codes = check_number("step_codes", step_codes)
         for name, value, taken in (
-            ("reduction", reduction, ("mean", "sum")),
-            ("structure", structure, ("shared", "block")),
-            ("step", step, ("ascent", "paper", "simultaneous")),
+            ("reduction", reduction, Reduction),
+            ("structure", structure, Structure),
+            ("step", step, Step),
         ):
-            if value not in taken:
-                raise InputError(f"{name} must be one of {', '.join(map(repr, taken))}, got {value!r}")
+            if value not in get_args(taken):
+                raise InputError(f"{name} must be one of {', '.join(map(repr, get_args(taken)))}, got {value!r}")
         if sharded and structure != "block":
             raise InputError(
                 f"sharded takes structure='block', in which classes have atoms of their own, got {structure!r}"
@@ -458,13 +458,11 @@ class VMCR2Loss(_OverRanks):
             broadcast(dictionary, group)
         gathered, held = gather_rows(features, checked.rows_or_labels, shares=shares, group=group)
         dtype = rate_dtype(self.feature_dim, self.eps_sq, gathered, dictionary.atoms)
+        here = gathered
         if dictionary.shards is not None:
             here, checked = part_of(gathered, held, dictionary.shards.own)
         elif gathered is not features:
-            here = gathered
             checked, confined = self._check(gathered, held, dictionary.confined()[None] if watched else None)
-        else:
-            here = gathered
         dictionary.changed = False
         return _Batch(
             here.to(dtype),

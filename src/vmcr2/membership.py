@@ -14,7 +14,6 @@ from functools import cached_property
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn import functional
 
 from vmcr2.checks import Condition, check_count, check_tensor, feature_conditions, read
 from vmcr2.errors import InputError
@@ -141,13 +140,6 @@ class Membership:
         places = torch.zeros_like(self.counts, dtype=torch.long)
         places[self.present] = torch.arange(len(self.present), device=places.device)
         return Membership(places[self.labels], None, self.counts[self.present], sizes, self.batch_size)
-
-    def rows(self) -> Float[Tensor, "m k"]:
-        """Returns Π as rows."""
-        if self.soft is not None:
-            return self.soft
-        assert self.labels is not None
-        return functional.one_hot(self.labels, self.num_classes).to(self.counts.dtype)
 
     def groups(self, width: int) -> list[ClassGroup]:
         """Returns the classes that have a sample, as `ClassGroup`s; worked out once.

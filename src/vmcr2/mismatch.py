@@ -235,6 +235,20 @@ def moment_norms(features: Float[Tensor, "m d"], membership: Membership) -> Floa
     return norms
 
 
+def code_gradient(
+    dictionary: Codes, energies: Float[Tensor, "k c"], overlap: Tensor, membership: Membership
+) -> Float[Tensor, "k c"]:
+    """Returns the gradient of M/2m in the codes Ã: (ΓᵀΓ)^⊙2 Ã Diag(n) − (ΓᵀZ)^⊙2 Π, by class, eq. (11).
+
+    Args:
+        dictionary: Γ and Ã.
+        energies: (ΓᵀZ)^⊙2 Π, `dictionary.energies`.
+        overlap: `dictionary.overlap()`.
+        membership: Π.
+    """
+    return dictionary.respond(overlap, dictionary.codes * membership.counts[:, None]) - energies
+
+
 def mismatch(
     features: Float[Tensor, "m d"],
     membership: Membership,
@@ -248,7 +262,7 @@ def mismatch(
     """Returns ½ Σ_j n_j ‖C_j − B_j‖²_F by eq. (9), and the size of the terms that it is the difference of.
 
     Times µ it is the residual (µ/2m) M; its gradient in a feature is 2 Σ_j π_ij (C_j − B_j) z_i (Alg. 1, line 12).
-    With `pull` below 1 comes `_shortfall`.
+    For `pull` < 1, `_shortfall` is added.
 
     Args:
         features: Z, (m, d).

@@ -90,7 +90,7 @@ class ClassBalancedBatchSampler(Sampler[list[int]]):
         self.load_state_dict({"epoch": epoch, "done": 0})
 
     def state_dict(self) -> dict[str, int]:
-        """Returns the epoch and how many of its batches have been drawn: of all of them, the next epoch and none.
+        """Returns the epoch and how many of its batches have been drawn; once all have, the next epoch and 0.
 
         Batches that a DataLoader's workers have fetched ahead are drawn too.
         """

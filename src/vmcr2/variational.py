@@ -85,12 +85,17 @@ def expansion_atom_gradient(
     return beta * dictionary.by_atom(dictionary.codes * class_weights[:, None])[:, None] * solved
 
 
+def exposures(dictionary: Codes, solved: Float[Tensor, "q d"]) -> Float[Tensor, " q"]:
+    """Returns Γ_lᵀ S⁻¹ Γ_l of each atom: 1 where nothing else lies along it."""
+    return (dictionary.atoms * solved).sum(1)
+
+
 def expansion_code_gradient(
-    dictionary: Codes, solved: Float[Tensor, "q d"], class_weights: Float[Tensor, " k"], eps_sq: float
+    dictionary: Codes, exposed: Float[Tensor, " q"], class_weights: Float[Tensor, " k"], eps_sq: float
 ) -> Float[Tensor, "k c"]:
     """Returns ∂R^v/∂Ã_lj = ½ β γ_j Γ_lᵀ S⁻¹ Γ_l, by class."""
     beta = dictionary.atoms.shape[1] / eps_sq
-    return 0.5 * beta * class_weights[:, None] * dictionary.by_class((dictionary.atoms * solved).sum(1))
+    return 0.5 * beta * class_weights[:, None] * dictionary.by_class(exposed)
 
 
 def compression_code_gradient(

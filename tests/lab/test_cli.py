@@ -5,16 +5,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
-from matplotlib.figure import Figure
 from PIL import Image
 
 import vmcr2
-from vmcr2 import __main__, __version__
+from vmcr2 import __version__
+from vmcr2.embeddings import LabelQuality
 from vmcr2.lab.cli import main
 
 QUICK = ["--epochs", "2", "--data.train-size", "200", "--feature-dim", "24", "--device", "cpu"]
@@ -157,14 +155,6 @@ def test_output_fits_a_pipe_of_any_code_page(tmp_path):
     assert b"?R" in done.stdout
 
 
-def test_a_missing_extra_is_named(monkeypatch, capsys):
-    for name in [name for name in sys.modules if name.startswith("vmcr2.lab.cli")]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "tyro", None)
-    assert __main__.main() == 1
-    assert "needs tyro, which is missing: pip install 'vmcr2[lab]'" in capsys.readouterr().err
-
-
 def test_warnings_are_one_line(tmp_path, capsys):
     assert main(["train", "digits", *QUICK, "--augmentation.crop", "6", "--out", str(tmp_path / "run")]) == 0
     assert "vmcr2: augmentation.crop 6 is smaller than the images of 8×8 pixels" in capsys.readouterr().err
@@ -230,12 +220,11 @@ def test_export_predicts_as_the_run_does(leaves, tmp_path, capsys):
 
 def test_audit_lists_suspects(leaves, monkeypatch, capsys):
     def label_quality(features, labels):
-        scores = torch.linspace(1, 0, len(labels))
-        suggested = labels.clone()
+        suggested = labels.numpy().copy()
         suggested[-2:] = 0
-        return SimpleNamespace(scores=scores, suggested=suggested)
+        return LabelQuality(np.linspace(1, 0, len(labels)), suggested, labels.numpy())
 
-    monkeypatch.setattr(vmcr2, "label_quality", label_quality, raising=False)
+    monkeypatch.setattr(vmcr2, "label_quality", label_quality)
     assert main(["audit", str(leaves / "run"), "--top", "1"]) == 0
     said = capsys.readouterr().out
     assert "1 of 2 suspects" in said
@@ -243,28 +232,12 @@ def test_audit_lists_suspects(leaves, monkeypatch, capsys):
     rows = (leaves / "run" / "suspects.csv").read_text().splitlines()
     assert rows[1:] == ["train/oak/7.png,oak,ash,0.0000", "train/oak/6.png,oak,ash,0.0667"]
     assert (leaves / "run" / "figures" / "suspects.png").is_file()
-    monkeypatch.setattr(vmcr2, "label_quality", lambda z, y: SimpleNamespace(scores=torch.ones(len(y)), suggested=y))
+    monkeypatch.setattr(vmcr2, "label_quality", lambda z, y: LabelQuality(np.ones(len(y)), y.numpy(), y.numpy()))
     assert main(["audit", str(leaves / "run")]) == 0
     assert "no suspects" in capsys.readouterr().out
 
 
-class StandInReport:
-    def __init__(self, features, labels, class_names):
-        self.shape, self.names = list(features.shape), list(class_names)
-
-    def __str__(self):
-        return f"a report on {self.shape}"
-
-    def as_dict(self):
-        return {"shape": self.shape, "class_names": self.names}
-
-    def figure(self):
-        return Figure()
-
-
-def test_report_prints_and_writes_what_embeddings_are_like(tmp_path, monkeypatch, capsys):
-    if not hasattr(vmcr2, "report"):
-        monkeypatch.setattr(vmcr2, "report", StandInReport, raising=False)
+def test_report_prints_and_writes_what_embeddings_are_like(tmp_path, capsys):
     z = np.random.default_rng(0).normal(size=(60, 8))
     np.savez(
         tmp_path / "mine.npz", features=z / np.linalg.norm(z, axis=1, keepdims=True), labels=100 + np.arange(60) % 3

@@ -90,7 +90,7 @@ class Killed(BaseException):
     "moment", ["before_recipe", "within_recipe", "torch_save", "link", "replace_previous", "replace_latest", "metrics"]
 )
 def test_a_kill_at_any_moment_of_writing(tmp_path, monkeypatch, moment):
-    """The process dies in the midst of writing in epoch 4; what is on the disk can be gone on with."""
+    """The process dies in the midst of writing in epoch 4; what is on the disk can be resumed."""
     unbroken = train.start(SMALL, tmp_path / "unbroken")
     run = RunFolder(tmp_path / "run")
     with monkeypatch.context() as patched:

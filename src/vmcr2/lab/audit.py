@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 import vmcr2
 from vmcr2.lab import figures, sources
 from vmcr2.lab.evaluate import extract
@@ -52,18 +50,15 @@ def audit(run: RunFolder, data_root: str | Path | None = None) -> tuple[list[Sus
         raise vmcr2.InputError(f"{recipe.data.source} has other classes or sizes than {run.path} was trained on")
     features = extract(trained.model, dataset, recipe.augmentation, recipe.batch_size, recipe.precision).train
     judged = vmcr2.label_quality(features, dataset.train_labels)
-    scores, suggested = np.asarray(judged.scores), np.asarray(judged.suggested)
-    given = dataset.train_labels.numpy()
-    order = np.argsort(scores, kind="stable")
-    order = order[suggested[order] != given[order]]
     names = dataset.class_names
     suspects = [
-        Suspect(dataset.train_name(i), names[given[i]], names[suggested[i]], float(scores[i])) for i in order.tolist()
+        Suspect(dataset.train_name(i), names[judged.labels[i]], names[judged.suggested[i]], float(judged.scores[i]))
+        for i in judged.suspects.tolist()
     ]
     written = [run.path / "suspects.csv"]
     lines = [(one.sample, one.given, one.suggested, f"{one.score:.4f}") for one in suspects]
     write_csv(written[0], [("sample", "given", "suggested", "score"), *lines])
     if suspects and dataset.train_inputs.ndim == 4:
         path = run.figures / "suspects.png"
-        written.append(figures.draw_suspects(dataset, order, scores, suggested, path, recipe.name))
+        written.append(figures.draw_suspects(dataset, judged, path, recipe.name))
     return suspects, written

@@ -441,7 +441,9 @@ def _how_to_continue(error: BaseException, given: list[str]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line and returns its exit code: 0, or 2 for wrong input, 3 for diverged training.
+    """Runs the command line and returns its exit code.
+
+    That is 0, or 2 for wrong input, 3 for diverged training, 130 for Ctrl-C, 1 for another process that was lost.
 
     Under torchrun the first process reads and writes for all, and the first to fail says why.
     """

@@ -18,6 +18,8 @@ from vmcr2.lab.sources import Dataset
 from vmcr2.rates import RateReduction, rate_reduction
 from vmcr2.subspaces import class_subspaces, nearest_subspace
 
+_SHOWN_CLASSES = 10  # of which figures have samples
+
 
 @dataclass(frozen=True)
 class Features:
@@ -119,15 +121,13 @@ def accuracy_by_components(features: Features, dataset: Dataset, components: lis
 
 
 @torch.no_grad()
-def for_figures(
-    features: Features, dataset: Dataset, bases: Float[Tensor, "k d r"], shown_classes: int = 10
-) -> dict[str, np.ndarray]:
+def for_figures(features: Features, dataset: Dataset, bases: Float[Tensor, "k d r"]) -> dict[str, np.ndarray]:
     """Returns what the figures need: features of a few classes sorted by class, spectra, and the confusion matrix.
 
     Of more than ten classes ten are shown, evenly spread; of each at most 50 samples.
     """
     k = dataset.num_classes
-    chosen = torch.linspace(0, k - 1, min(k, shown_classes)).long().tolist()
+    chosen = torch.linspace(0, k - 1, min(k, _SHOWN_CLASSES)).long().tolist()
     rows = [(dataset.train_labels == j).nonzero()[:50, 0] for j in chosen]
     picked = torch.cat(rows)
     depth = min(features.train.shape[1], int(torch.bincount(dataset.train_labels).max()))

@@ -1,4 +1,4 @@
-"""Figures from run folders alone. Each `draw_*` takes Axes and returns them; `draw_run` and `draw_comparison` save."""
+"""Figures from run folders alone. A `draw_*` that takes Axes returns them; one that does not saves, and says where."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from matplotlib.axis import Axis, XAxis
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from vmcr2.embeddings import LabelQuality
 from vmcr2.lab.recipes import OBJECTIVES, ObjectiveName
 from vmcr2.lab.run import RunFolder, replacing
 from vmcr2.lab.sources import Dataset
@@ -53,7 +54,7 @@ def draw_rates(axes: Axes, metrics: Sequence[dict[str, Any]]) -> Axes:
     return axes
 
 
-def draw_accuracy(axes: Axes, metrics: Sequence[dict[str, Any]], part: str = "test") -> Axes:
+def draw_accuracy(axes: Axes, metrics: Sequence[dict[str, Any]], part: str) -> Axes:
     """Draws the accuracy of nearest subspaces over epochs, and that of cross-entropy's own head where there is one."""
     styles: tuple[tuple[str, str, dict[str, Any]], ...] = (
         ("test_accuracy", "nearest subspace (eq. 8)", {"color": "#0b6e99", "linewidth": 2.2}),
@@ -126,7 +127,7 @@ def draw_spectra(axes: Axes, spectra: np.ndarray, components: int) -> Axes:
     return axes
 
 
-def draw_codes(axes: Axes, codes: np.ndarray, names: np.ndarray | None = None) -> Axes:
+def draw_codes(axes: Axes, codes: np.ndarray, names: np.ndarray) -> Axes:
     """Draws the codes Ã, atoms down and classes across; names are shown where there are few."""
     shown = np.sqrt(codes)
     image = axes.imshow(shown, aspect="auto", cmap="magma_r", interpolation="nearest", vmin=0)
@@ -240,20 +241,16 @@ def _shown_classes(arrays: dict[str, np.ndarray]) -> str:
     return f"{shown} of {k} classes" if shown < k else f"all {k} classes"
 
 
-def draw_suspects(
-    dataset: Dataset, order: np.ndarray, scores: np.ndarray, suggested: np.ndarray, path: Path, title: str
-) -> Path:
+def draw_suspects(dataset: Dataset, judged: LabelQuality, path: Path, title: str) -> Path:
     """Draws a contact sheet of samples whose label looks wrong, a row for each given label.
 
     Args:
         dataset: with images.
-        order: the suspects, most suspect first.
-        scores: of all training samples, from 0 (surely wrong) to 1.
-        suggested: their suggested labels.
+        judged: its training labels, of which one at least is suspect.
         path: where to save.
         title: what the data is called.
     """
-    labels, names = dataset.train_labels.numpy(), dataset.class_names
+    labels, names, scores, order = judged.labels, dataset.class_names, judged.scores, judged.suspects
     counts = np.bincount(labels[order], minlength=len(names))
     classes = np.argsort(-counts, kind="stable")[: min(_SHEET_ROWS, int((counts > 0).sum()))]
     width = 1 + min(_SHEET_COLUMNS, int(counts.max()))
@@ -265,7 +262,7 @@ def draw_suspects(
             own = np.flatnonzero(labels == j)
             for axes, sample in zip(cells, [own[scores[own].argmax()], *members], strict=False):
                 axes.imshow(images[sample].squeeze(), cmap="gray" if images.shape[3] == 1 else None)
-                wrapped = _readable(names[suggested[sample]], 16)
+                wrapped = _readable(names[judged.suggested[sample]], 16)
                 said = "fits best" if axes is cells[0] else f"{wrapped}?\n{scores[sample]:.2f}"
                 axes.set_title(said, fontsize=6.5)
             for axes in cells:

@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from vmcr2.checks import check_count, check_number
+from vmcr2.dictionary import Structure
 from vmcr2.errors import InputError
 from vmcr2.lab import sources
 from vmcr2.lab.augmentation import Augmentation
 from vmcr2.lab.networks import check_network
 from vmcr2.lab.sources import DataSettings
+from vmcr2.losses import Reduction, Step
 
 ObjectiveName = Literal["vmcr2", "mcr2", "ce"]
 OBJECTIVES: dict[ObjectiveName, str] = {"vmcr2": "V-MCR²", "mcr2": "MCR²", "ce": "cross-entropy"}
@@ -47,7 +49,7 @@ class VMCR2Settings:
             Below 1 the dictionary leads the features; above they may collapse. Used where mu is None.
         atoms_per_class: s = q/k, at most the feature dimension; None takes ⌊d/k⌋, and 1 at least.
         structure: shared: every class may use every atom; block: its own s only.
-        energy: what every class's codes are scaled to sum to after each step; None lets them run free.
+        energy: what every class's codes sum to after each step; None lets them run free.
         pull: exponent in (0, 1] of how a sample is pulled into its class: 1 spares wrong labels; 0.3 learns natural
             images faster.
         expand: λ ≥ 0, what the features' own R weighs beside the residual: 0.2 to 0.6, with `pull` 0.3, for more
@@ -64,15 +66,15 @@ class VMCR2Settings:
     """
 
     lr: float = 0.5
-    reduction: Literal["mean", "sum"] = "mean"
+    reduction: Reduction = "mean"
     mu: float | None = None
     balance: float = 0.05
     atoms_per_class: int | None = None
-    structure: Literal["shared", "block"] = "shared"
+    structure: Structure = "shared"
     energy: float | None = None
     pull: float = 1.0
     expand: float = 0.0
-    step: Literal["ascent", "paper", "simultaneous"] = "ascent"
+    step: Step = "ascent"
     step_atoms: float = 5.0
     step_codes: float = 5.0
     latch_every: int = 50

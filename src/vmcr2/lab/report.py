@@ -32,7 +32,7 @@ class _Bar(Progress):
 class EpochProgress:
     """Shows epochs as they pass: a bar with the latest figures and the time left, or a line every ten seconds."""
 
-    def __init__(self, title: str, epochs: int, done: int = 0, console: Console | None = None) -> None:
+    def __init__(self, title: str, epochs: int, done: int, console: Console | None) -> None:
         self.console = Console() if console is None else console
         self.title = title
         self.epochs = epochs

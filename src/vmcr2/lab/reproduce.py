@@ -19,7 +19,7 @@ from vmcr2.lab.run import RunFolder, write_atomically, write_json
 from vmcr2.lab.sources import load, resolved
 from vmcr2.lab.sweep import completed, measured_on, refuse_conflicts
 
-Rows = dict[str, dict[ObjectiveName, Printed | None]]
+Rows = dict[str, dict[ObjectiveName, Printed]]
 
 
 @dataclass(frozen=True)
@@ -165,10 +165,10 @@ def _table(request: Request, rows: Rows, name: str, console: Console) -> list[Pa
         # After every run, so that breaking off loses nothing that was there to see.
         sizes = {"train_size": request.train_size, "test_size": request.test_size}
         fresh = [{"row": row} | sizes | run.summary() for run in runs]
-        order = [str(cell) for cell in _cells(rows)]
-        earlier = [line for line in _records(record) if str(_identity(line)[:2]) in order]
+        place = {cell: number for number, cell in enumerate(_cells(rows))}
+        earlier = [line for line in _records(record) if _identity(line)[:2] in place]
         known = {_identity(line): line for line in [*earlier, *fresh]}
-        lines = sorted(known.values(), key=lambda line: (order.index(str(_identity(line)[:2])), line["seed"]))
+        lines = sorted(known.values(), key=lambda line: (place[_identity(line)[:2]], line["seed"]))
         write_json(record, lines)
         write_atomically(text, _rendered(lines, rows, name, request.ours).encode())
     if not text.is_file():
@@ -181,7 +181,7 @@ def _cells(rows: Rows) -> list[tuple[str, ObjectiveName]]:
     return [(row, objective) for row, cells in rows.items() for objective in cells]
 
 
-def _identity(record: dict[str, Any]) -> tuple[str, str, int]:
+def _identity(record: dict[str, Any]) -> tuple[str, ObjectiveName, int]:
     return record["row"], record["objective"], record["seed"]
 
 
@@ -203,7 +203,7 @@ def _rendered(records: list[dict[str, Any]], rows: Rows, name: str, ours: bool) 
             continue
         full = _base(row, ours).epochs
         sizes += [f"{member['epochs']} of {full} epochs" for member in members if member["epochs"] < full]
-        printed = rows[row][objective] or Printed()
+        printed = rows[row][objective]
         lines.append(
             [
                 f"{row}, {OBJECTIVES[objective]}",
