@@ -13,6 +13,7 @@ from PIL import Image
 import vmcr2
 from vmcr2 import __version__
 from vmcr2.embeddings import LabelQuality
+from vmcr2.lab import bench
 from vmcr2.lab.cli import main
 
 QUICK = ["--epochs", "2", "--data.train-size", "200", "--feature-dim", "24", "--device", "cpu"]
@@ -153,6 +154,24 @@ def test_output_fits_a_pipe_of_any_code_page(tmp_path):
     done = subprocess.run(command, capture_output=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
     assert b"?R" in done.stdout
+
+
+def test_training_that_diverges_ends_with_code_3_and_says_what_to_change(tmp_path, capsys):
+    given = ["--objective", "mcr2", "--mcr2.lr", "1e30", "--out", str(tmp_path / "run")]
+    assert main(["train", "digits", *QUICK, *given]) == 3
+    said = capsys.readouterr().err
+    assert "Lower mcr2.lr" in said
+    assert "Traceback" not in said
+
+
+def test_bench_prints_and_writes_what_a_step_costs(tmp_path, monkeypatch, capsys):
+    tiny = bench.Workload(100, (1, 8, 8), 4, "mlp", 16, 2, 50, 1.0, 0.5)
+    monkeypatch.setattr(bench, "WORKLOADS", {"mnist": tiny})
+    assert main(["bench", "--rows", "mnist", "--seconds", "0.01", "--out", str(tmp_path / "bench.json")]) == 0
+    assert "mnist, vmcr2" in capsys.readouterr().out
+    assert json.loads((tmp_path / "bench.json").read_text())["rows"]["mnist"]["objectives"].keys() >= {"vmcr2", "mcr2"}
+    assert main(["bench", "--seconds", "0"]) == 2
+    assert "seconds must be" in capsys.readouterr().err
 
 
 def test_warnings_are_one_line(tmp_path, capsys):
