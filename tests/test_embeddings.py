@@ -300,3 +300,15 @@ def test_the_example_finds_wrong_labels(capsys):
     assert any(line.startswith("of the 269 lowest scores 9") for line in lines)
     accuracies = [float(line.split()[-1]) for line in lines if line.startswith("3 nearest")]
     assert accuracies[2] > accuracies[0] + 0.05
+
+
+def test_class_names_with_dollar_signs_are_drawn_as_they_are(tmp_path):
+    names = np.array(["$\\foo$", "costs $5", "b", "c"])
+    vmcr2.report(unit_rows(40, 8), names[np.arange(40) % 4]).figure().savefig(tmp_path / "report.png")
+
+
+@pytest.mark.parametrize("features", [unit_rows(20, 4).to_sparse(), torch.empty(20, 4, device="meta")])
+def test_tensors_that_hold_no_dense_values_are_refused(features):
+    for call in (vmcr2.report, vmcr2.label_quality):
+        with pytest.raises(vmcr2.InputError, match="features must be a dense tensor with values"):
+            call(features, np.arange(20) % 2)

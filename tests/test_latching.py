@@ -334,3 +334,27 @@ def test_shuffled_batches_give_the_same_dictionary():
         loss.latch_from(nn.Identity(), zip(features.split(13), membership.split(13), strict=True))
         codes.append(loss.dictionary.codes)
     torch.testing.assert_close(*codes)
+
+
+def test_a_function_that_calls_a_compiled_module():
+    """As README's loop has it, before and after the module was compiled by a training step."""
+    z, labels = unit_rows(40, 8).float(), torch.arange(40) % 4
+    plain = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.BatchNorm1d(16))
+    model = torch.compile(plain, backend="eager")
+    losses = [vmcr2.VMCR2Loss(4, 16, atoms_per_class=2) for _ in range(3)]
+    losses[0].latch_from(lambda x: torch.nn.functional.normalize(model(x), dim=1), [(z, labels)])
+    losses[1].latch_from(lambda x: torch.nn.functional.normalize(plain(x), dim=1), [(z, labels)])
+    model(z)
+    plain[1].reset_running_stats()
+    losses[2].latch_from(lambda x: torch.nn.functional.normalize(model(x), dim=1), [(z, labels)])
+    for loss in losses[1:]:
+        torch.testing.assert_close(loss.dictionary.codes, losses[0].dictionary.codes)
+
+
+def test_a_last_batch_of_one_sample_is_named():
+    z, labels = unit_rows(21, 8).float(), torch.arange(21) % 4
+    model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.BatchNorm1d(16)).eval()
+    with pytest.raises(vmcr2.InputError, match="batches must have at least 2 samples each.*drop_last=True"):
+        vmcr2.VMCR2Loss(4, 16).latch_from(
+            lambda x: torch.nn.functional.normalize(model(x), dim=1), zip(z.split(10), labels.split(10), strict=True)
+        )

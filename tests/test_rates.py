@@ -279,3 +279,25 @@ def test_a_failed_factorisation_is_a_numerical_error():
         vmcr2.coding_rate(torch.full((3, 3), 1e30))
     with pytest.raises(vmcr2.NumericalError, match="logdet"):
         vmcr2.rate_reduction(torch.full((3, 3), 1e30), torch.tensor([0, 0, 1]))
+
+
+@pytest.mark.parametrize("length", [1e-4, 1e-2, 30.0, 200.0, 3000.0])
+def test_float32_rates_of_features_of_any_norm_are_those_of_float64(length):
+    """What counts is d/ε² times the squared norm, not d/ε² alone."""
+    base = normal(10, 128)[torch.arange(200) % 10]
+    z = length * torch.nn.functional.normalize(base + 0.1 * normal(200, 128, seed=1), dim=1)
+    narrow = vmcr2.rate_reduction(z.float(), torch.arange(200) % 10)
+    wide = vmcr2.rate_reduction(z, torch.arange(200) % 10)
+    for ours, exact in zip((*narrow, vmcr2.coding_rate(z.float())), (*wide, wide.expansion), strict=True):
+        torch.testing.assert_close(ours.double(), exact, rtol=1e-5, atol=1e-12)
+
+
+def test_features_too_long_for_float64_are_refused():
+    z, labels = 1e7 * unit_rows(20, 4), torch.arange(20) % 2
+    for call in (
+        lambda: vmcr2.coding_rate(z),
+        lambda: vmcr2.rate_reduction(z, labels),
+        lambda: vmcr2.transrate(z, labels),
+    ):
+        with pytest.raises(vmcr2.NumericalError, match="norms of at most .* scale the features down"):
+            call()

@@ -118,3 +118,12 @@ def test_entries_whose_squares_float64_does_not_hold_are_refused():
     for call in (lambda X: NearestSubspaceClassifier(2).fit(X, labels), estimator.predict_proba):
         with pytest.raises(ValueError, match=r"X must have entries of at most 1e\+150 in size, got .*e\+15"):
             call(1e160 * train)
+
+
+@pytest.mark.parametrize("classes", [2, 4])
+def test_a_class_without_a_sample_is_never_predicted(classes):
+    """Also where a sample is orthogonal to all subspaces, so that its distances to all are alike."""
+    rows, last = np.eye(8)[[2, 3]], classes - 1
+    estimator = vmcr2.NearestSubspaceClassifier().partial_fit(rows, [last, last], classes=np.arange(classes))
+    assert estimator.predict(np.eye(8)).tolist() == [last] * 8
+    assert estimator.predict_proba(np.eye(8))[:, 0].tolist() == [0.0] * 8

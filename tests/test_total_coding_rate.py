@@ -160,3 +160,8 @@ def test_transrate_refuses():
     ):
         with pytest.raises(vmcr2.InputError, match=f"^{message}"):
             vmcr2.transrate(features, labels, eps_sq=eps_sq)
+
+
+def test_views_of_different_dimensions_are_refused():
+    with pytest.raises(vmcr2.InputError, match="features must be views of one dimension, got 4, 5"):
+        vmcr2.TotalCodingRateLoss()([unit_rows(8, 4), unit_rows(8, 5)])

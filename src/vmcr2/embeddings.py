@@ -162,7 +162,7 @@ class Report:
             axes.spines[["top", "right"]].set_visible(False)
         figure.suptitle(f"{self.num_samples} features, {self.feature_dim} dimensions, {len(self.class_names)} classes")
         if self.warnings:
-            text = "\n".join(textwrap.fill(f"Warning: {warning}", 130) for warning in self.warnings)
+            text = "\n".join(textwrap.fill(f"Warning: {_plain(warning)}", 130) for warning in self.warnings)
             figure.supxlabel(text, x=0.01, ha="left", fontsize=9, color="#a02030")
         return figure
 
@@ -225,7 +225,12 @@ class Report:
 
 
 def _short(name: str) -> str:
-    return name if len(name) <= 18 else f"{name[:17]}…"
+    return _plain(name if len(name) <= 18 else f"{name[:17]}…")
+
+
+def _plain(text: str) -> str:
+    """Returns text that matplotlib does not take for mathematics."""
+    return text.replace("$", r"\$")
 
 
 def report(
@@ -567,6 +572,9 @@ def _checked(features: Any, labels: Any) -> tuple[Tensor, Tensor, np.ndarray]:
         if array.dtype.kind not in "fiu":
             raise InputError(f"features must hold real numbers, got dtype {array.dtype}")
         features = torch.from_numpy(np.array(array, dtype=np.float64))
+    if features.layout != torch.strided or features.is_nested or features.is_meta:
+        got = "a nested one" if features.is_nested else "meta" if features.is_meta else f"layout {features.layout}"
+        raise InputError(f"features must be a dense tensor with values, got {got}")
     if features.ndim != 2 or 0 in features.shape:
         raise InputError(f"features must have shape (m, d) with m, d >= 1, got {tuple(features.shape)}")
     if features.is_complex() or features.dtype == torch.bool:
@@ -623,6 +631,6 @@ def _named(values: np.ndarray, class_names: Sequence[str] | None) -> tuple[str, 
     if values.dtype.kind not in "iu" or values.min() < 0 or values.max() >= len(class_names):
         raise InputError(
             f"class_names must name labels that are integers from 0 to {len(class_names) - 1}, "
-            f"got labels from {values[0]!r} to {values[-1]!r}"
+            f"got labels from {values[0]} to {values[-1]}"
         )
     return tuple(str(class_names[value]) for value in values.tolist())

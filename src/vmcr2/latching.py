@@ -7,6 +7,7 @@ many samples there are, and `batch_statistics` decides which of a network's feat
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,7 +19,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from vmcr2.distributed import gather_rows, sum_over_ranks
-from vmcr2.errors import NumericalError
+from vmcr2.errors import InputError, NumericalError
 from vmcr2.membership import Membership
 
 _EIGH_ELEMENTS = 2**24  # entries of the d×d matrices decomposed at once
@@ -219,13 +220,29 @@ def batch_statistics(model: Callable[[Tensor], Tensor]) -> Iterator[Callable[[Te
 
     def run(inputs: Tensor) -> Tensor:
         nonlocal settled
-        if not settled:
-            if handle is not None:
+        if handle is None:
+            return settled_run(inputs)
+        with torch.compiler.set_stance("force_eager"), warnings.catch_warnings():  # compiled, the hook would be traced
+            warnings.filterwarnings("ignore", message="Using `torch.compile")  # twice is as good as once
+            if not settled:
                 model(inputs)
+            return settled_run(inputs)
+
+    def settled_run(inputs: Tensor) -> Tensor:
+        nonlocal settled
+        if not settled:
             settled = True
             for module in list(modes):
                 settle(module)
-        return model(inputs)
+        try:
+            return model(inputs)
+        except ValueError as error:
+            if len(inputs) != 1 or "more than 1 value per channel" not in str(error):
+                raise
+            raise InputError(
+                "batches must have at least 2 samples each, as latching shows the network batch statistics like "
+                "training, got one of 1 sample; give the loader drop_last=True"
+            ) from error
 
     known, all_known = _modules_of(model)
     handle = None if all_known else register_module_forward_pre_hook(enter)

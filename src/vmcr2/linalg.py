@@ -11,10 +11,11 @@ from torch.autograd import Function
 
 from vmcr2.errors import InputError, NumericalError
 
-# β = d/ε² scales every matrix of which I + βC is factorised. Within these bounds float32 is exact to about 1e-5 even
-# where all features of a class coincide; outside of them float64 is; beyond the widest, float64 is not either.
+# β = d/ε² scales every matrix of which I + βC is factorised. Within these bounds of β ‖z‖² float32 is exact to about
+# 1e-5 even where all features of a class coincide; outside of them float64 is; beyond the widest, it is not either.
 _FLOAT32_RANGE = (1.0, 1e4)
 _FLOAT64_RANGE = (1e-8, 1e10)
+_LARGEST_SCALE = 1e12  # of β ‖z‖² with features that are not of norm 1: R is exact to about 1e-4 up to here
 
 _LOGDET_FAILED = (
     "logdet(I + A) failed: A has overflowed, or its precision is too low for its scale; lower the learning rate, "
@@ -30,11 +31,18 @@ def wide_dtype(*tensors: Tensor) -> torch.dtype:
     return dtype
 
 
-def rate_dtype(feature_dim: int, eps_sq: float, *tensors: Tensor) -> torch.dtype:
-    """Returns `wide_dtype`, or float64 where d/ε² asks for it.
+def rate_dtype(feature_dim: int, eps_sq: float, *tensors: Tensor, largest: float = 1.0) -> torch.dtype:
+    """Returns `wide_dtype`, or float64 where d/ε² asks for it, or the norm of features does.
+
+    Args:
+        feature_dim: d.
+        eps_sq: ε².
+        tensors: whose dtype is the least.
+        largest: the norm of the longest feature.
 
     Raises:
         InputError: ε² is so small or large that float64 would not do either (a ValueError).
+        NumericalError: features are too long for float64.
     """
     beta = feature_dim / eps_sq
     lowest, highest = _FLOAT64_RANGE
@@ -43,8 +51,14 @@ def rate_dtype(feature_dim: int, eps_sq: float, *tensors: Tensor) -> torch.dtype
             f"eps_sq must be from {feature_dim / highest:.3g} to {feature_dim / lowest:.3g} for features of dimension "
             f"{feature_dim} (beyond that float64 loses log(1 + d/eps_sq)), got {eps_sq!r}"
         )
+    if beta * largest * largest > _LARGEST_SCALE:
+        raise NumericalError(
+            f"logdet(I + A) fails for features of norms up to {largest:.3g}: at this eps_sq float64 takes norms of at "
+            f"most {(_LARGEST_SCALE / beta) ** 0.5:.3g}; scale the features down, or raise eps_sq"
+        )
     lowest, highest = _FLOAT32_RANGE
-    return wide_dtype(*tensors) if lowest <= beta <= highest else torch.float64
+    enough = all(lowest <= scale <= highest for scale in (beta, beta * largest * largest))
+    return wide_dtype(*tensors) if enough else torch.float64
 
 
 def is_batched(tensor: Tensor) -> bool:

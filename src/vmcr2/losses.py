@@ -205,10 +205,11 @@ def _checked_views(features: Any) -> tuple[list[Tensor], list[int]]:
     if not views:
         got = f"shape {tuple(features.shape)}" if isinstance(features, Tensor) else "an empty sequence"
         raise InputError(f"features must be {form}, got {got}")
-    dimension = None
     for view in views:
-        read([*feature_conditions(view, feature_dim=dimension), _longest(view)])
-        dimension = view.shape[1]
+        read([*feature_conditions(view), _longest(view)])
+    widths = sorted({view.shape[1] for view in views})
+    if len(widths) > 1:
+        raise InputError(f"features must be views of one dimension, got {', '.join(map(str, widths))}")
     return views, [sum(len(view) for view in views)]
 
 
@@ -373,6 +374,7 @@ class VMCR2Loss(_OverRanks):
         check_count("atoms_per_class", atoms_per_class, at_most=feature_dim, limit="feature_dim")
         self.mu = None if mu is None else check_number("mu", mu)
         self.eps_sq = check_number("eps_sq", eps_sq)
+        rate_dtype(feature_dim, self.eps_sq)
         self.balance = check_number("balance", balance)
         self.energy = None if energy is None else check_number("energy", energy)
         self.pull = check_number("pull", pull, at_most=1.0)

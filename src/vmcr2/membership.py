@@ -292,7 +292,7 @@ def _from_labels(
             f"{named} must lie in [0, {limit})",
             lambda: (
                 f"labels from {int(lowest)} to {int(highest)}"
-                + ("; pass num_classes if they are right" if num_classes is None else "")
+                + ("; pass num_classes if they are right" if name == "membership" and limit <= highest else "")
             ),
         )
     )

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from vmcr2.checks import check_number, check_tensor, feature_conditions, read
 from vmcr2.errors import InputError
-from vmcr2.linalg import gram, half_logdet, product, rate_dtype, require_finite
+from vmcr2.linalg import gram, half_logdet, is_batched, product, rate_dtype, require_finite
 from vmcr2.membership import Membership, as_membership
 
 _MOMENT_ELEMENTS = 2**25  # entries of the moments, or of the rows they are made of, held at once
@@ -44,7 +45,7 @@ def coding_rate(features: Float[Tensor, "*b m d"], *, eps_sq: float = 0.5) -> Fl
 
     Raises:
         InputError: a wrong argument (a ValueError).
-        NumericalError: the factorisation failed.
+        NumericalError: the factorisation failed, or features are too long for it.
     """
     eps_sq = check_number("eps_sq", eps_sq)
     check_tensor("features", features, "of shape (..., m, d)")
@@ -54,7 +55,8 @@ def coding_rate(features: Float[Tensor, "*b m d"], *, eps_sq: float = 0.5) -> Fl
             f"features must have shape (..., m, d) without an empty dimension, got {tuple(features.shape)}"
         )
     read(feature_conditions(features.flatten(0, -2) if batched else features))
-    rate = expansion_rate(features.to(rate_dtype(features.shape[-1], eps_sq, features)), eps_sq)
+    dtype = rate_dtype(features.shape[-1], eps_sq, features, largest=_longest(features))
+    rate = expansion_rate(features.to(dtype), eps_sq)
     require_finite(rate)
     return rate
 
@@ -79,11 +81,11 @@ def rate_reduction(
 
     Raises:
         InputError: a wrong argument (a ValueError).
-        NumericalError: the factorisation failed.
+        NumericalError: the factorisation failed, or features are too long for it.
     """
     eps_sq = check_number("eps_sq", eps_sq)
     checked, _ = as_membership(features, membership, num_classes)
-    rates = checked_rates(features, checked, eps_sq)
+    rates = checked_rates(features, checked, eps_sq, _longest(features))
     require_finite(*rates)
     return rates
 
@@ -102,7 +104,7 @@ def transrate(
     their plain mean, which is the same for balanced classes.
 
     Args:
-        features: Z, (m, d), rows are samples; finite, any floating dtype, at any scale.
+        features: Z, (m, d), rows are samples; finite, any floating dtype. Centred they may have norms up to 10⁶ ε.
         labels: Y, (m,) in [0, k), or rows (m, k) ≥ 0 that sum to 1.
         eps_sq: the squared precision ε² > 0; the authors' code calls this `eps`.
 
@@ -111,19 +113,32 @@ def transrate(
 
     Raises:
         InputError: a wrong argument (a ValueError).
-        NumericalError: the factorisation failed.
+        NumericalError: the factorisation failed, or features are too long for it.
     """
     eps_sq = check_number("eps_sq", eps_sq)
     checked, _ = as_membership(features, labels, None, name="labels")
     widened = features.double()
-    rates = checked_rates(widened - widened.mean(0), checked, features.shape[1] * eps_sq)
+    centred = widened - widened.mean(0)
+    rates = checked_rates(centred, checked, features.shape[1] * eps_sq, _longest(centred))
     require_finite(*rates)
     return rates.reduction
 
 
-def checked_rates(features: Float[Tensor, "m d"], membership: Membership, eps_sq: float) -> RateReduction:
-    """Returns R and R_c of eq. (1) for features that have been checked; NaN where a factorisation failed."""
-    dtype = rate_dtype(features.shape[1], eps_sq, features)
+def _longest(features: Tensor) -> float:
+    """Returns the norm of the longest row; 1 of what `torch.vmap` has batched, which cannot be read."""
+    if is_batched(features):
+        return 1.0
+    return float(torch.linalg.vector_norm(features.detach(), dim=-1, dtype=torch.float64).max())
+
+
+def checked_rates(
+    features: Float[Tensor, "m d"], membership: Membership, eps_sq: float, largest: float = 1.0
+) -> RateReduction:
+    """Returns R and R_c of eq. (1) for features that have been checked, the longest of norm `largest`.
+
+    They are NaN where a factorisation failed.
+    """
+    dtype = rate_dtype(features.shape[1], eps_sq, features, largest=largest)
     widened = features.to(dtype)
     return RateReduction(expansion_rate(widened, eps_sq), compression_rate(widened, membership.to(dtype), eps_sq))
 

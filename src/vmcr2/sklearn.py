@@ -140,15 +140,21 @@ class NearestSubspaceClassifier(ClassifierMixin, BaseEstimator):
         check_components(self.n_components_, d, stacklevel=4)
 
     def _energies(self, X: Any) -> tuple[np.ndarray, np.ndarray]:
-        """Returns ‖V^(j)ᵀ z‖² (m, k) and ‖z‖² (m, 1)."""
+        """Returns ‖V^(j)ᵀ z‖² (m, k), −∞ for a class that has had no sample, and ‖z‖² (m, 1)."""
         check_is_fitted(self, "components_")
         X = _with_squares(validate_data(self, X, dtype=_FLOATS, reset=False))
         dtype = np.result_type(X.dtype, self.components_.dtype)
         energies = subspace_energies(_tensor(X.astype(dtype)), _tensor(self.components_.astype(dtype))).numpy()
+        absent = (self.components_ == 0).all((1, 2))
+        if not absent.all():
+            energies[:, absent] = -np.inf
         return energies, np.square(X.astype(dtype)).sum(1, keepdims=True)
 
     def decision_function(self, X: Any) -> np.ndarray:
-        """Returns minus the squared distance to each subspace, (m, k); for two classes the difference (m,)."""
+        """Returns minus the squared distance to each subspace, (m, k); for two classes the difference (m,).
+
+        It is −∞ for a class that has had no sample yet.
+        """
         energies, norms = self._energies(X)
         if len(self.classes_) == 2:
             return energies[:, 1] - energies[:, 0]
@@ -262,6 +268,7 @@ class CodingRateTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
         with _all_or_nothing(self):
             X, y = validate_data(self, X, y, dtype=_FLOATS)
             check_classification_targets(y)
+            _with_squares(X)
             self.classes_, labels = np.unique(y, return_inverse=True)
             self._begin(X.shape[1])
             self._fit(X, labels)
@@ -627,7 +634,7 @@ class CodingRateClassifier(ClassifierMixin, CodingRateTransformer):
         features = self._transformed(X)
         strange = np.setdiff1d(sorted_classes(y, len(features))[0], self.classes_)
         if len(strange):
-            raise InputError(f"y must hold the labels of classes_ alone, got {strange[0]!r}")
+            raise InputError(f"y must hold the labels of classes_ alone, got {strange[:1].tolist()[0]!r}")
         return label_quality(features, y)
 
 
@@ -662,7 +669,7 @@ def _enter_classes(estimator: Any, y: Any, classes: Any, first: bool) -> np.ndar
         raise InputError(f"classes must be those of the first call, {known.tolist()}, got {given.tolist()}")
     strange = np.setdiff1d(y, known)
     if len(strange):
-        raise InputError(f"y must hold labels among classes, {known.tolist()}, got {strange[0]!r}")
+        raise InputError(f"y must hold labels among classes, {known.tolist()}, got {strange[:1].tolist()[0]!r}")
     if first:
         estimator.classes_ = known
     return np.searchsorted(known, y)

@@ -200,3 +200,13 @@ def test_subspaces_older_than_the_network_are_said(run):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         vmcr2.load(run)
+
+
+def test_a_model_that_is_being_trained_further_predicts_as_in_eval_mode_and_stays_as_it_is(run):
+    loaded, images = vmcr2.load(run), sources.load(DataSettings()).test_inputs
+    expected = loaded.predict(images)
+    loaded.model.train()
+    before = {name: value.clone() for name, value in loaded.state_dict().items()}
+    assert loaded.predict(images) == expected
+    assert loaded.model.training
+    assert all(torch.equal(value, before[name]) for name, value in loaded.state_dict().items())

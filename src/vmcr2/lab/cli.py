@@ -212,7 +212,12 @@ def predict(run: _Run, files: tyro.conf.Positional[tuple[Path, ...]], out: Path 
     from vmcr2.lab.sources import image_files
     from vmcr2.lab.trained import load
 
-    images = [file for given in files for file in (image_files(given) if given.is_dir() else [given])]
+    images = []
+    for given in files:
+        found = image_files(given) if given.is_dir() else [given]
+        if not found:
+            raise InputError(f"files must be images or folders that hold some, got {given}, which holds none itself")
+        images += found
     if not images:
         raise InputError("files must name at least one image, got none")
     if out is not None and not out.resolve().parent.is_dir():

@@ -106,7 +106,7 @@ def draw_similarity(axes: Axes, features: np.ndarray, labels: np.ndarray, names:
 
 def _readable(name: str, width: int = 32) -> str:
     """Returns a class name for a figure: words apart, on as many lines as it needs."""
-    words = str(name).replace("/character", " ").replace("_", " ")
+    words = str(name).replace("/character", " ").replace("_", " ").replace("$", r"\$")
     return textwrap.fill(words, width)
 
 

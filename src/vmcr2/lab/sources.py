@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import zipfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -389,6 +390,8 @@ def read_npz(path: Path, *, needs_test: bool = True) -> Dataset:
     """
     if not path.is_file():
         raise InputError(f"data.source: there is no file {path}")
+    if not zipfile.is_zipfile(path):
+        raise InputError(f"{path} is no readable .npz file (truncated, or of another kind?)")
     try:
         with np.load(path, allow_pickle=False) as file:
             held = {name: file[name] for name in file.files}
@@ -510,6 +513,8 @@ def decode(source: Any, size: tuple[int, int] | None = None, mode: str = "RGB") 
     """
     from PIL import Image
 
+    if isinstance(source, str | Path) and not Path(source).is_file():
+        raise InputError(f"{source} is no readable image: there is no such file")
     try:
         with source if isinstance(source, Image.Image) else Image.open(source) as image:
             read = image.convert(mode)

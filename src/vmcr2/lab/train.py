@@ -198,7 +198,10 @@ def start(
     prepared = _prepare(recipe, data_root)
     with ExitStack() as stack:
         run = processes.first(lambda: stack.enter_context(RunFolder.created(out, recipe)))
-        _train(prepared, run, console, on_epoch)
+        try:
+            _train(prepared, run, console, on_epoch)
+        except KeyboardInterrupt as error:  # before the first epoch, too, there is a run to continue
+            raise error if isinstance(error, Interrupted) else Interrupted(run.path) from error
     return run
 
 

@@ -135,7 +135,14 @@ class TrainedModel(
                 ValueError).
         """
         given, device = self._inputs(images), self.subspaces.device
-        return torch.cat([self.model(plain(batch.to(device), self.augmentation)) for batch in given.split(_AT_ONCE)])
+        modes = {module: module.training for module in self.model.modules()}
+        self.model.eval()  # also where it is being trained further
+        try:
+            parts = [self.model(plain(batch.to(device), self.augmentation)) for batch in given.split(_AT_ONCE)]
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+        return torch.cat(parts)
 
     @torch.no_grad()
     def scores(self, images: Any) -> Float[Tensor, "m k"]:
