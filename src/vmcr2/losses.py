@@ -374,7 +374,6 @@ class VMCR2Loss(_OverRanks):
         check_count("atoms_per_class", atoms_per_class, at_most=feature_dim, limit="feature_dim")
         self.mu = None if mu is None else check_number("mu", mu)
         self.eps_sq = check_number("eps_sq", eps_sq)
-        rate_dtype(feature_dim, self.eps_sq)
         self.balance = check_number("balance", balance)
         self.energy = None if energy is None else check_number("energy", energy)
         self.pull = check_number("pull", pull, at_most=1.0)

@@ -94,7 +94,7 @@ class Objective:
             batches: one pass over the un-augmented training set, read only where it is needed.
         """
 
-    def log(self, features: Float[Tensor, "m d"], labels: Int[Tensor, " m"]) -> dict[str, float]:
+    def log(self, features: Float[Tensor, "m d"], labels: Int[Tensor, " m"]) -> dict[str, float | int]:
         """Returns figures of an epoch's last batch, that of all processes, for its line in the log."""
         features, labels = _of_all(features, labels, "rates", getattr(self.criterion, "process_group", None))
         rates = rate_reduction(features, labels, num_classes=self.num_classes, eps_sq=self.eps_sq)
@@ -147,7 +147,7 @@ class Variational(Objective):
         if (epoch - 1) % self.settings.latch_every == 0:
             self.loss.latch_from(model, batches)
 
-    def log(self, features: Float[Tensor, "m d"], labels: Int[Tensor, " m"]) -> dict[str, float]:
+    def log(self, features: Float[Tensor, "m d"], labels: Int[Tensor, " m"]) -> dict[str, float | int]:
         """Returns the exact rates of the batch, and those of the dictionary beside its residual."""
         rates = self.loss.rates(features, labels)
         return super().log(features, labels) | {
