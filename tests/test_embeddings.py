@@ -312,3 +312,11 @@ def test_tensors_that_hold_no_dense_values_are_refused(features):
     for call in (vmcr2.report, vmcr2.label_quality):
         with pytest.raises(vmcr2.InputError, match="features must be a dense tensor with values"):
             call(features, np.arange(20) % 2)
+
+
+def test_features_too_long_for_transrate_are_reported_on_without_it():
+    made = vmcr2.report(1e9 * unit_rows(40, 8), np.arange(40) % 4)
+    assert made.transrate is None
+    assert "TransRate –" in str(made)
+    assert any("TransRate" in warning for warning in made.warnings)
+    json.dumps(made.as_dict())

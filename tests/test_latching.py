@@ -351,6 +351,15 @@ def test_a_function_that_calls_a_compiled_module():
         torch.testing.assert_close(loss.dictionary.codes, losses[0].dictionary.codes)
 
 
+def test_modes_are_restored_where_the_function_compiles_a_module_itself():
+    z, labels = unit_rows(40, 8).float(), torch.arange(40) % 4
+    net = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.BatchNorm1d(16)).train()
+    vmcr2.VMCR2Loss(4, 16).latch_from(
+        lambda x: torch.nn.functional.normalize(torch.compile(net, backend="eager")(x), dim=1), [(z, labels)]
+    )
+    assert all(module.training for module in net.modules())
+
+
 def test_a_last_batch_of_one_sample_is_named():
     z, labels = unit_rows(21, 8).float(), torch.arange(21) % 4
     model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.BatchNorm1d(16)).eval()

@@ -127,3 +127,9 @@ def test_a_class_without_a_sample_is_never_predicted(classes):
     estimator = vmcr2.NearestSubspaceClassifier().partial_fit(rows, [last, last], classes=np.arange(classes))
     assert estimator.predict(np.eye(8)).tolist() == [last] * 8
     assert estimator.predict_proba(np.eye(8))[:, 0].tolist() == [0.0] * 8
+
+
+@pytest.mark.parametrize("kind", [vmcr2.NearestSubspaceClassifier, vmcr2.CodingRateClassifier])
+def test_entries_whose_squares_vanish_are_refused(kind):
+    with pytest.raises(vmcr2.InputError, match="X must have entries above 1e-150"):
+        kind().fit(1e-200 * unit_rows(20, 4).numpy(), np.arange(20) % 2)

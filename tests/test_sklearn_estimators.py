@@ -314,6 +314,7 @@ def test_a_fit_that_fails_changes_nothing():
         ({"network": lambda columns, d: torch.nn.Linear(columns, d + 1)}, z[:, :3], labels + 5),
         ({"learning_rate": 1e30, "epochs": 1}, z, labels + 5),  # seen after the last step alone
         ({"learning_rate": 1e30, "epochs": 3}, z, labels + 5),
+        ({"learning_rate": 1e10, "epochs": 3}, z, labels + 5),  # norms of features overflow
     ):
         before = estimator.get_params()
         with pytest.raises(vmcr2.NumericalError if "learning_rate" in settings else vmcr2.InputError):

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from vmcr2.checks import UNIT_NORM_TOLERANCE, check_number
-from vmcr2.errors import InputError
+from vmcr2.errors import InputError, NumericalError
 from vmcr2.linalg import require_finite
 from vmcr2.membership import as_membership
 from vmcr2.rates import checked_rates, transrate
@@ -65,7 +65,7 @@ class Report:
         centre: norm of the mean of all features, from 0 to 1.
         overlap: (k, k), the cosine between classes' second moments, Σ_ab (z_a·z_b)² scaled to 1 on the diagonal.
         entangled: the pairs that overlap most, first the worst.
-        transrate: TransRate of the features as given, see `vmcr2.transrate`.
+        transrate: TransRate of the features as given, see `vmcr2.transrate`; None where they are too long for it.
         spectrum: (d,), shares of the eigenvalues of the second moment of all features, largest first.
         warnings: what looks wrong, in words.
     """
@@ -85,7 +85,7 @@ class Report:
     centre: float
     overlap: Float[np.ndarray, "k k"]
     entangled: tuple[Overlap, ...]
-    transrate: float
+    transrate: float | None
     spectrum: Float[np.ndarray, " d"]
     warnings: tuple[str, ...]
 
@@ -103,7 +103,7 @@ class Report:
             f"(median), from {ranks[lowest]:.1f} ({self.class_names[lowest]}) to {ranks[highest]:.1f} "
             f"({self.class_names[highest]})",
             f"overlap of two classes {self.mean_overlap:.3f} on average (0 orthogonal, 1 the same)",
-            f"TransRate {self.transrate:.2f}",
+            f"TransRate {'–' if self.transrate is None else format(self.transrate, '.2f')}",
         ]
         if self.entangled:
             lines.append("most entangled:")
@@ -272,6 +272,14 @@ def report(
     pairs = _worst_pairs(overlap, names)
     rank = float(effective_rank(spectrum[None])[0])
     reduction = float(rates.reduction)
+    warnings = _warnings(d, counts, reduction / maximum if maximum > 0 else None, rank, ranks, centre, pairs)
+    try:
+        transferable = float(transrate(given, places))
+    except NumericalError:
+        transferable = None
+        warnings.append(
+            "TransRate, which takes features at their own scale, cannot be had for ones so long: divide them"
+        )
     return Report(
         num_samples=m,
         feature_dim=d,
@@ -288,9 +296,9 @@ def report(
         centre=centre,
         overlap=overlap,
         entangled=pairs,
-        transrate=float(transrate(given, places)),
+        transrate=transferable,
         spectrum=spectrum.cpu().numpy(),
-        warnings=tuple(_warnings(d, counts, reduction / maximum if maximum > 0 else None, rank, ranks, centre, pairs)),
+        warnings=tuple(warnings),
     )
 
 
@@ -630,7 +638,7 @@ def _named(values: np.ndarray, class_names: Sequence[str] | None) -> tuple[str, 
         raise InputError(f"class_names must be a list, a tuple or an array of names, got {class_names!r}")
     if values.dtype.kind not in "iu" or values.min() < 0 or values.max() >= len(class_names):
         raise InputError(
-            f"class_names must name labels that are integers from 0 to {len(class_names) - 1}, "
+            f"class_names are {len(class_names)} names, for labels that are integers from 0 to {len(class_names) - 1}, "
             f"got labels from {values[0]} to {values[-1]}"
         )
     return tuple(str(class_names[value]) for value in values.tolist())

@@ -255,7 +255,7 @@ def batch_statistics(model: Callable[[Tensor], Tensor]) -> Iterator[Callable[[Te
             handle.remove()
         for held, values in reversed(lent):
             held.update(values)
-        for module, mode in modes.items():
+        for module, mode in reversed(modes.items()):  # a compiled module, met last, passes its mode on
             module.training = mode
 
 

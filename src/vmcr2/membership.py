@@ -286,13 +286,14 @@ def _from_labels(
     labels = labels.long()
     lowest, highest = labels.min(), labels.max()
     limit = _LARGEST_LABEL if num_classes is None else num_classes
+    could_be_told = num_classes is None and name == "membership"
     conditions.append(
         Condition(
             (lowest < 0) | (highest >= limit),
             f"{named} must lie in [0, {limit})",
             lambda: (
                 f"labels from {int(lowest)} to {int(highest)}"
-                + ("; pass num_classes if they are right" if name == "membership" and limit <= highest else "")
+                + ("; pass num_classes if they are right" if could_be_told and int(highest) >= limit else "")
             ),
         )
     )

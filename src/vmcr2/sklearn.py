@@ -24,7 +24,6 @@ except ModuleNotFoundError as error:
         f"vmcr2's estimators need scikit-learn: pip install 'vmcr2[sklearn]' ({error})", name="sklearn"
     ) from error
 from torch import Tensor, nn
-from torch.nn import functional
 
 from vmcr2.checks import check_count, check_number
 from vmcr2.embeddings import LabelQuality, label_quality, places_in_class, sorted_classes
@@ -43,7 +42,7 @@ _EPOCHS, _STEPS = 20, 120  # enough for digits, by cross-validation; at 50 epoch
 _KEPT = 4096  # samples that partial_fit remembers, about
 _KEPT_A_CLASS = 16  # and of every class, at least
 _SAY_SECONDS = 10.0
-_LARGEST = 1e150  # the squares of larger entries are none in float64
+_LARGEST = 1e150  # the squares of larger entries, and of ones below its inverse, are none in float64
 
 Objective = Literal["vmcr2", "mcr2"]
 Network = Callable[[int, int], nn.Module]
@@ -419,7 +418,10 @@ class CodingRateTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
         if not isinstance(features, Tensor) or features.shape != (len(inputs), self.feature_dim_):
             got = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
             raise InputError(f"network must map to shape ({len(inputs)}, feature_dim = {self.feature_dim_}), got {got}")
-        return functional.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=1).float()
+        features = features.to(torch.promote_types(features.dtype, torch.float32))
+        norms = torch.linalg.vector_norm(features, dim=1, keepdim=True)
+        # Where the norm overflows there is no direction to be had: NaN, to be found, rather than zeros.
+        return (features / norms.where(norms.isfinite(), torch.nan).clamp_min(1e-12)).float()
 
     def _latch(self, inputs: Tensor, labels: Tensor) -> None:
         if isinstance(self.loss_, VMCR2Loss):
@@ -476,7 +478,12 @@ class CodingRateTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
         if device.type == "cpu" and isinstance(network, _MLP):  # a network of the user's is promised float32
             # In float64 a sample's features do not depend on which others it is embedded with, by rounding of products.
             network, parts = copy.deepcopy(network).double(), tuple(part.double() for part in parts)
-        return torch.cat([self._features(part.to(device), network).cpu() for part in parts]).numpy()
+        features = torch.cat([self._features(part.to(device), network).cpu() for part in parts])
+        if not features.isfinite().all():
+            raise NumericalError(
+                "the network's features of these samples are not finite: X is far from what was fitted"
+            )
+        return features.numpy()
 
     @property
     def _n_features_out(self) -> int:
@@ -648,6 +655,10 @@ def _with_squares(X: np.ndarray) -> np.ndarray:
     largest = float(np.abs(X).max())
     if largest > _LARGEST:
         raise InputError(f"X must have entries of at most {_LARGEST:g} in size, got {largest:g}: float64 overflows")
+    if 0 < largest < 1 / _LARGEST:
+        raise InputError(
+            f"X must have entries above {1 / _LARGEST:g} in size, got {largest:g}: squares are 0 in float64"
+        )
     return X
 
 

@@ -154,6 +154,7 @@ def evaluate(run: _Run, data_root: Path | None = None, components: tuple[int, ..
         data_root: folder of named data sets; also $VMCR2_DATA_ROOT. By default ./data.
         components: dimensions of the subspaces to try; by default 1, 2, 4, … and ⌊d/k⌋.
     """
+    from vmcr2.checks import check_count
     from vmcr2.lab import sources
     from vmcr2.lab.evaluate import accuracy_by_components, extract, measure, subspaces
     from vmcr2.lab.report import table
@@ -163,6 +164,8 @@ def evaluate(run: _Run, data_root: Path | None = None, components: tuple[int, ..
 
     folder = RunFolder.open(run)
     trained, recipe = load(folder), folder.recipe()
+    for r in components:
+        check_count("components", r, at_most=recipe.feature_dim, limit="feature_dim")
     dataset = sources.load(recipe.data, data_root)
     features = extract(trained.model, dataset, recipe.augmentation, recipe.batch_size, recipe.precision)
     predict = load_objective(folder).predict

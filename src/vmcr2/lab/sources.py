@@ -141,6 +141,8 @@ def load(settings: DataSettings, data_root: str | Path | None = None) -> Dataset
             f"got {settings.source!r}, which is neither"
         )
     dataset = _subset(replace(dataset, train_rows=torch.arange(len(dataset.train_labels))), settings)
+    if dataset.num_classes < 2:
+        raise InputError(f"{settings.source} must have at least 2 classes, it has {dataset.num_classes}")
     for part, labels in (("training", dataset.train_labels), ("test", dataset.test_labels)):
         if not len(labels):
             raise InputError(f"{settings.source} must have {part} samples of the classes chosen, it has none")
