@@ -201,6 +201,9 @@ def test_every_line_reaches_the_hook(tmp_path):
     seen = []
     run = train.start(replace(SMALL, epochs=2), tmp_path / "run", on_epoch=seen.append)
     assert seen == run.metrics()
+    train.resume(run, replace(SMALL, epochs=3), on_epoch=seen.append)
+    assert [line["epoch"] for line in seen] == [1, 2, 3]
+    assert seen == run.metrics()
 
 
 def test_paths_may_be_text(tmp_path):
