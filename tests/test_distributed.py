@@ -452,7 +452,7 @@ DISAGREEMENTS = {
     "settings": "settings of the loss, see repr(loss)",
     "dtype": "the dtype of features: torch.float64 on ranks 0, 2; torch.float32 on rank 1",
     "kind": "the kind of membership: labels on ranks 0, 2; soft rows on rank 1",
-    "gradient": "what they have: without gradient on ranks 0, 2; with gradient on rank 1",
+    "gradient": "gradients: without gradient on ranks 0, 2; with gradient on rank 1",
     "views": "the number of views: 1 on ranks 0, 2; 2 on rank 1",
     "steps": "the number of steps that the dictionary has taken: 1 on ranks 0, 2; 2 on rank 1",
     "steps, block": "the number of steps that the dictionary has taken: 1 on ranks 0, 2; 2 on rank 1",
