@@ -219,7 +219,9 @@ def predict(run: _Run, files: tyro.conf.Positional[tuple[Path, ...]], out: Path 
     for given in files:
         found = image_files(given) if given.is_dir() else [given]
         if not found:
-            raise InputError(f"files must name at least one image each, got the folder {given}, which holds none itself")
+            raise InputError(
+                f"files must name at least one image each, got the folder {given}, which holds none itself"
+            )
         images += found
     if not images:
         raise InputError("files must name at least one image, got none")
