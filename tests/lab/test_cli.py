@@ -28,6 +28,8 @@ def test_train_evaluate_plot(tmp_path, capsys):
     assert "ΔR" in printed
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert (summary["objective"], summary["seed"], summary["epochs"]) == ("ce", 3, 2)
+    assert main(["evaluate", out, "--components", "25"]) == 2
+    assert "components must be at most 24 (feature_dim), got 25" in capsys.readouterr().err
     assert main(["evaluate", out, "--components", "1", "2"]) == 0
     evaluation = json.loads((tmp_path / "run" / "evaluation.json").read_text())
     assert evaluation["test_accuracy"] == summary["test_accuracy"]

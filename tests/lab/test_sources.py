@@ -365,3 +365,9 @@ def test_without_a_test_part_validation_serves(tmp_path):
     assert sources.load(DataSettings(source=str(root), validation=0.4)).test_labels.tolist() == [0, 1]
     path = write_npz(tmp_path / "some.npz", x_test=None, y_test=None)
     assert len(sources.load(DataSettings(source=str(path), validation=0.2)).test_labels) == 4
+
+
+def test_data_of_one_class_are_refused(tmp_path):
+    np.savez(tmp_path / "one.npz", features=np.eye(8, dtype=np.float32), labels=np.zeros(8, int))
+    with pytest.raises(InputError, match="must have at least 2 classes, it has 1"):
+        sources.load(DataSettings(source=str(tmp_path / "one.npz"), validation=0.2))
