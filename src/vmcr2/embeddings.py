@@ -273,13 +273,9 @@ def report(
     rank = float(effective_rank(spectrum[None])[0])
     reduction = float(rates.reduction)
     warnings = _warnings(d, counts, reduction / maximum if maximum > 0 else None, rank, ranks, centre, pairs)
-    try:
-        transferable = float(transrate(given, places))
-    except NumericalError:
-        transferable = None
-        warnings.append(
-            "TransRate, which takes features at their own scale, cannot be had for ones so long: divide them"
-        )
+    transferable = _transrate(given, places)
+    if transferable is None:
+        warnings.append("features are too long for TransRate, which takes them at their own scale: divide them")
     return Report(
         num_samples=m,
         feature_dim=d,
@@ -300,6 +296,13 @@ def report(
         spectrum=spectrum.cpu().numpy(),
         warnings=tuple(warnings),
     )
+
+
+def _transrate(features: Float[Tensor, "m d"], labels: Int[Tensor, " m"]) -> float | None:
+    try:
+        return float(transrate(features, labels))
+    except NumericalError:
+        return None
 
 
 def _warnings(

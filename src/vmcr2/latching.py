@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -220,29 +220,14 @@ def batch_statistics(model: Callable[[Tensor], Tensor]) -> Iterator[Callable[[Te
 
     def run(inputs: Tensor) -> Tensor:
         nonlocal settled
-        if handle is None:
-            return settled_run(inputs)
-        with torch.compiler.set_stance("force_eager"), warnings.catch_warnings():  # compiled, the hook would be traced
-            warnings.filterwarnings("ignore", message="Using `torch.compile")  # twice is as good as once
+        with nullcontext() if handle is None else _untraced():
             if not settled:
-                model(inputs)
-            return settled_run(inputs)
-
-    def settled_run(inputs: Tensor) -> Tensor:
-        nonlocal settled
-        if not settled:
-            settled = True
-            for module in list(modes):
-                settle(module)
-        try:
-            return model(inputs)
-        except ValueError as error:
-            if len(inputs) != 1 or "more than 1 value per channel" not in str(error):
-                raise
-            raise InputError(
-                "batches must have at least 2 samples each, as latching shows the network batch statistics like "
-                "training, got one of 1 sample; give the loader drop_last=True"
-            ) from error
+                if handle is not None:
+                    model(inputs)
+                settled = True
+                for module in list(modes):
+                    settle(module)
+            return _called(model, inputs)
 
     known, all_known = _modules_of(model)
     handle = None if all_known else register_module_forward_pre_hook(enter)
@@ -257,6 +242,26 @@ def batch_statistics(model: Callable[[Tensor], Tensor]) -> Iterator[Callable[[Te
             held.update(values)
         for module, mode in reversed(modes.items()):  # a compiled module, met last, passes its mode on
             module.training = mode
+
+
+@contextmanager
+def _untraced() -> Iterator[None]:
+    """Runs compiled modules uncompiled: a hook on all modules would be traced with them."""
+    with torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Using `torch.compile")  # the hook runs twice there, to no harm
+        yield
+
+
+def _called(model: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
+    try:
+        return model(inputs)
+    except ValueError as error:
+        if len(inputs) != 1 or "more than 1 value per channel" not in str(error):
+            raise
+        raise InputError(
+            "batches must have at least 2 samples each, as latching shows the network batch statistics like "
+            "training, got one of 1 sample; give the loader drop_last=True"
+        ) from error
 
 
 def _modules_of(function: Any) -> tuple[list[nn.Module], bool]:

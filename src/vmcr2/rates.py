@@ -55,7 +55,7 @@ def coding_rate(features: Float[Tensor, "*b m d"], *, eps_sq: float = 0.5) -> Fl
             f"features must have shape (..., m, d) without an empty dimension, got {tuple(features.shape)}"
         )
     read(feature_conditions(features.flatten(0, -2) if batched else features))
-    dtype = rate_dtype(features.shape[-1], eps_sq, features, largest=_longest(features))
+    dtype = rate_dtype(features.shape[-1], eps_sq, features, largest=_largest_norm(features))
     rate = expansion_rate(features.to(dtype), eps_sq)
     require_finite(rate)
     return rate
@@ -85,7 +85,7 @@ def rate_reduction(
     """
     eps_sq = check_number("eps_sq", eps_sq)
     checked, _ = as_membership(features, membership, num_classes)
-    rates = checked_rates(features, checked, eps_sq, _longest(features))
+    rates = checked_rates(features, checked, eps_sq, _largest_norm(features))
     require_finite(*rates)
     return rates
 
@@ -119,12 +119,12 @@ def transrate(
     checked, _ = as_membership(features, labels, None, name="labels")
     widened = features.double()
     centred = widened - widened.mean(0)
-    rates = checked_rates(centred, checked, features.shape[1] * eps_sq, _longest(centred))
+    rates = checked_rates(centred, checked, features.shape[1] * eps_sq, _largest_norm(centred))
     require_finite(*rates)
     return rates.reduction
 
 
-def _longest(features: Tensor) -> float:
+def _largest_norm(features: Tensor) -> float:
     """Returns the norm of the longest row; 1 of what `torch.vmap` has batched, which cannot be read."""
     if is_batched(features):
         return 1.0
