@@ -15,7 +15,9 @@ from vmcr2.errors import InputError, NumericalError
 # 1e-5 even where all features of a class coincide; outside of them float64 is; beyond the widest, it is not either.
 _FLOAT32_RANGE = (1.0, 1e4)
 _FLOAT64_RANGE = (1e-8, 1e10)
-_LARGEST_SCALE = 1e12  # of β ‖z‖² with features that are not of norm 1: R is exact to about 1e-4 up to here
+# Of β ‖z‖² with features that are not of norm 1. Here R is still exact to 1e-7; at a few thousand times this ΔR of
+# features of low rank, a difference, is percents off.
+_LARGEST_SCALE = 1e12
 
 _LOGDET_FAILED = (
     "logdet(I + A) failed: A has overflowed, or its precision is too low for its scale; lower the learning rate, "

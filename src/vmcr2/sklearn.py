@@ -267,7 +267,7 @@ class CodingRateTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
         with _all_or_nothing(self):
             X, y = validate_data(self, X, y, dtype=_FLOATS)
             check_classification_targets(y)
-            _with_squares(X)
+            X = _with_squares(X)
             self.classes_, labels = np.unique(y, return_inverse=True)
             self._begin(X.shape[1])
             self._fit(X, labels)
@@ -294,7 +294,7 @@ class CodingRateTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
             labels = _enter_classes(self, y, np.unique(y) if first and classes is None else classes, first)
             if first:
                 self._begin(X.shape[1])
-            self._partial_fit(X, labels)
+            self._partial_fit(_with_squares(X), labels)
         return self
 
     def transform(self, X: Any) -> np.ndarray:
