@@ -4,11 +4,18 @@ import subprocess
 import sys
 
 PROGRAM = """
+import sys
+from dataclasses import replace
+from pathlib import Path
 from jaxtyping import install_import_hook
 
 with install_import_hook("vmcr2", "beartype.beartype"):
     import torch
     import vmcr2
+    from vmcr2 import embeddings, sklearn
+    from vmcr2.lab import evaluate, sources, train, trained
+    from vmcr2.lab.recipes import OBJECTIVES, RECIPES, VMCR2Settings
+    from vmcr2.lab.sources import DataSettings
 
 z = torch.nn.functional.normalize(torch.randn(30, 8), dim=1)
 labels = torch.arange(30) % 3
@@ -31,7 +38,24 @@ for views in (z, z.view(3, 10, 8), [z, z[:7]]):
     vmcr2.TotalCodingRateLoss()(views)
 vmcr2.coding_rate(z), vmcr2.coding_rate(z.view(3, 10, 8))
 vmcr2.variational_logdet(torch.randn(2, 5, 3))
-vmcr2.NearestSubspaceClassifier().fit(z.numpy(), labels.numpy()).predict(z.numpy())
+
+str(vmcr2.report(z, labels)), str(vmcr2.label_quality(z, labels)), vmcr2.transrate(z, labels)
+rows, given = z.numpy(), labels.numpy()
+classifier = vmcr2.CodingRateClassifier(epochs=2, hidden=8).fit(rows, given)
+classifier.predict_proba(rows), classifier.label_quality(rows, given), classifier.partial_fit(rows, given)
+nearest = vmcr2.NearestSubspaceClassifier().fit(rows, given)
+nearest.predict(rows)
+nearest.partial_fit(rows, given, classes=[0, 1, 2]).score_samples(rows)
+
+small = replace(RECIPES["digits"], epochs=1, data=DataSettings(train_size=200), vmcr2=VMCR2Settings(atoms_per_class=2))
+for objective in OBJECTIVES:
+    run = train.start(replace(small, objective=objective), Path(sys.argv[1]) / objective)
+    loaded = trained.load(run)
+    dataset = sources.load(small.data)
+    features = evaluate.extract(loaded.model, dataset, small.augmentation, 100)
+    loaded.scores(dataset.test_inputs[:5])
+    evaluate.accuracy_by_components(features, dataset, [1, 2])
+
 try:
     vmcr2.rates.expansion_rate(z[0], 0.5)
 except Exception as error:
@@ -40,7 +64,7 @@ except Exception as error:
 """
 
 
-def test_annotated_shapes_hold():
-    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=False)
+def test_annotated_shapes_hold(tmp_path):
+    done = subprocess.run([sys.executable, "-c", PROGRAM, tmp_path], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "checked"
