@@ -489,6 +489,7 @@ def in_groups(rank):
     assert full["dictionary.atoms"].shape == (D, 2 * K)
     said = said_by([lambda: losses["exact"](z[share] * (1 + rank // 3), labels[share])])  # wrong on rank 3
     said += said_by([lambda: vmcr2.MCR2Loss(K, process_group=groups[1 - rank % 2])])
+    said += said_by([lambda: vmcr2.MCR2Loss(K, process_group="gloo")])
     return torch.stack(values), said
 
 
@@ -503,6 +504,7 @@ def test_a_process_group_of_its_own_takes_all_communication(ranks):
         elif rank % 2 == 0:
             assert not said[0]
         assert "process_group must be one that this process belongs to" in said[1]
+        assert "process_group must be a torch.distributed.ProcessGroup or None, got 'gloo'" in said[2]
 
 
 def accumulated(rank, structure):

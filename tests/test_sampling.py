@@ -171,6 +171,7 @@ def test_a_data_loader_takes_it():
         ("classes_per_batch must be at most 4", {"classes_per_batch": 5}),
         ("batches", {"batches": 0}),
         ("seed", {"seed": -1}),
+        ("process_group must be a torch.distributed.ProcessGroup or None, got 3", {"process_group": 3}),
         ("seed must be at most 8796093022208, got 4611686018427387904", {"seed": 2**62}),
     ],
 )

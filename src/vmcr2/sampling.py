@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Sampler
 
 from vmcr2.checks import check_count
-from vmcr2.distributed import process_rank, world_size
+from vmcr2.distributed import check_group, process_rank, world_size
 from vmcr2.errors import InputError
 
 _LARGEST = 2**43  # of a seed and of an epoch: what torch's generator is seeded with takes both, in 64 bits
@@ -63,6 +63,7 @@ class ClassBalancedBatchSampler(Sampler[list[int]]):
             batches = max(1, len(classes) // size)
         check_count("batches", batches)
         check_count("seed", seed, at_least=0, at_most=_LARGEST)
+        check_group(process_group)
         world = world_size(process_group)
         if size % world:
             raise InputError(

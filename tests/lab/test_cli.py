@@ -95,13 +95,15 @@ def test_wrong_commands(tmp_path, monkeypatch, capsys, arguments, message):
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize("flag", ["--vmcr2.mu=-1", "--epochs=many", "--no-such-flag=1", "--objective=mse"])
+@pytest.mark.parametrize("flag", ["--vmcr2.mu=-1", "--epochs=many", "--no-such-flag=1", "--objective=mse", "--seed=x"])
 def test_wrong_flags(tmp_path, monkeypatch, capsys, flag):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stopped:
         main(["train", "digits", flag])
     assert stopped.value.code == 2
-    assert flag.split("=")[0].lstrip("-").split(".")[-1] in "".join(capsys.readouterr())
+    said = "".join(capsys.readouterr())
+    assert flag.split("=")[0].lstrip("-").split(".")[-1] in said
+    assert "None" not in said  # which is no choice
     assert not (tmp_path / "runs").exists()
 
 
@@ -274,3 +276,11 @@ def test_report_prints_and_writes_what_embeddings_are_like(tmp_path, capsys):
     assert "must hold embeddings (m, d), got images" in capsys.readouterr().err
     assert main(["report", str(tmp_path / "gone.npz")]) == 2
     assert "there is no file" in capsys.readouterr().err
+    for given, message in (
+        ({"features": np.full((4, 8), np.nan), "labels": np.arange(4)}, "features must be finite"),
+        ({"features": z[:4], "labels": np.ones(4)}, "labels must hold one integer label a sample of features (4, 8)"),
+        ({"features": z[:4]}, "must hold features and labels, or x_train and y_train; it lacks labels\n"),
+    ):
+        np.savez(tmp_path / "wrong.npz", **given)
+        assert main(["report", str(tmp_path / "wrong.npz")]) == 2
+        assert message in capsys.readouterr().err

@@ -50,11 +50,11 @@ _Run = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
 
 @dataclass(frozen=True)
 class _Deciding:
-    """Flags that decide what the others mean, and so are read first."""
+    """Flags that decide what the others mean, and so are read first; whether their values will do is found later."""
 
     resume: Path | None = None
-    objective: ObjectiveName | None = None
-    seed: int | None = None
+    objective: str | None = None
+    seed: str | None = None
 
 
 @dataclass(frozen=True)
@@ -137,8 +137,8 @@ def _compare(arguments: list[str]) -> None:
 
     name, flags, deciding = _split(arguments)
     recipe, options = _parse("compare", _recipe(name, "compare", flags), _CompareOptions, flags)
-    objectives = options.objectives if deciding.objective is None else (deciding.objective,)
-    seeds = options.seeds if deciding.seed is None else (deciding.seed,)
+    objectives = options.objectives if deciding.objective is None else (recipe.objective,)
+    seeds = options.seeds if deciding.seed is None else (recipe.seed,)
     out = options.out or Path("runs") / recipe.name
     runs = compare(recipe, objectives, seeds, out, options.data_root, _console())
     named_seeds = ", ".join(map(str, seeds))

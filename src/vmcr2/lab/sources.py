@@ -401,17 +401,22 @@ def read_npz(path: Path, *, needs_test: bool = True) -> Dataset:
             raise ValueError("it holds no arrays")
     except Exception as error:  # NumPy passes on whatever the zip, the header or the decompression stumbled over
         raise InputError(f"{path} is no readable .npz file (truncated or damaged?): {error}") from error
-    for name, same in (("x_train", "features"), ("y_train", "labels")):
-        if same in held and name not in held:
-            held[name] = held.pop(same)
-    missing = [name for name in ("x_train", "y_train", "x_test", "y_test") if name not in held]
+    called = ("x_train", "y_train")
+    if not held.keys() & set(called) and held.keys() & {"features", "labels"}:
+        called = ("features", "labels")
+    missing = [name for name in (*called, "x_test", "y_test") if name not in held]
     if missing == ["x_test", "y_test"] and not needs_test:
-        held |= {"x_test": held["x_train"][:0], "y_test": held["y_train"][:0]}
+        held |= {"x_test": held[called[0]][:0], "y_test": held[called[1]][:0]}
     elif missing:
-        hint = "; data.validation holds a share of the training set out instead" if missing[0] == "x_test" else ""
-        raise InputError(f"{path} must hold x_train, y_train, x_test, y_test; it lacks {', '.join(missing)}{hint}")
+        hint = (
+            "; data.validation holds a share of the training set out instead" if missing == ["x_test", "y_test"] else ""
+        )
+        wanted = "x_train, y_train, x_test, y_test" if needs_test else "features and labels, or x_train and y_train"
+        lacking = missing if needs_test else [name for name in missing if name in called] or missing
+        raise InputError(f"{path} must hold {wanted}; it lacks {', '.join(lacking)}{hint}")
     names = [str(name) for name in np.atleast_1d(held["class_names"])] if "class_names" in held else None
-    return _from_arrays(str(path), held["x_train"], held["y_train"], held["x_test"], held["y_test"], names)
+    x_train, y_train = (held[name] for name in called)
+    return _from_arrays(str(path), x_train, y_train, held["x_test"], held["y_test"], names, called)
 
 
 def _listed(root: Path, *, needs_test: bool) -> tuple[list[str], dict[str, list[tuple[Path, int]]]]:
@@ -532,19 +537,22 @@ def _from_arrays(
     x_test: np.ndarray,
     y_test: np.ndarray,
     class_names: list[str] | None,
+    called: tuple[str, str] = ("x_train", "y_train"),
 ) -> Dataset:
-    """Checks arrays and returns them as a data set."""
-    for part, x, y in (("train", x_train, y_train), ("test", x_test, y_test)):
-        empty = part == "train" and not y.size
+    """Checks arrays and returns them as a data set; `called` is what the user calls the first two."""
+    x_name, y_name = called
+    for names, x, y in ((called, x_train, y_train), (("x_test", "y_test"), x_test, y_test)):
+        empty = y is y_train and not y.size
         if y.ndim != 1 or not np.issubdtype(y.dtype, np.integer) or x.shape[:1] != y.shape or empty:
             raise InputError(
-                f"{name}: y_{part} must hold one integer label a sample of x_{part} {x.shape}, got {y.dtype} {y.shape}"
+                f"{name}: {names[1]} must hold one integer label a sample of {names[0]} {x.shape}, "
+                f"got {y.dtype} {y.shape}"
             )
     if class_names is None:
         values, y_train = np.unique(y_train, return_inverse=True)
         unknown = np.setdiff1d(y_test, values)
         if unknown.size:
-            raise InputError(f"{name}: y_test has classes that y_train lacks: {unknown[:5].tolist()}")
+            raise InputError(f"{name}: y_test has classes that {y_name} lacks: {unknown[:5].tolist()}")
         y_test, class_names = np.searchsorted(values, y_test), [str(value) for value in values]
     k = len(class_names)
     lowest, highest = (extreme(np.concatenate([y_train, y_test])) for extreme in (np.min, np.max))
@@ -552,9 +560,9 @@ def _from_arrays(
         raise InputError(
             f"{name}: labels must lie in [0, {k}), as class_names are, got labels from {lowest} to {highest}"
         )
-    inputs = [_as_inputs(f"{name}: x_{part}", x) for part, x in (("train", x_train), ("test", x_test))]
+    inputs = [_as_inputs(f"{name}: {part}", x) for part, x in ((x_name, x_train), ("x_test", x_test))]
     if inputs[0].shape[1:] != inputs[1].shape[1:]:
-        raise InputError(f"{name}: x_train and x_test must agree, got {x_train.shape} and {x_test.shape}")
+        raise InputError(f"{name}: {x_name} and x_test must agree, got {x_train.shape} and {x_test.shape}")
     labels = [torch.from_numpy(y.astype(np.int64)) for y in (y_train, y_test)]
     return Dataset(inputs[0], labels[0], inputs[1], labels[1], tuple(class_names))
 
