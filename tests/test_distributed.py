@@ -507,6 +507,26 @@ def test_a_process_group_of_its_own_takes_all_communication(ranks):
         assert "process_group must be a torch.distributed.ProcessGroup or None, got 'gloo'" in said[2]
 
 
+def penalised(rank, world, structure):
+    """The gradient of Σ ‖∂L/∂z‖² over all ranks, by second derivatives, from each rank's share."""
+    z, labels = unit_rows(M, D), random_labels(M, K)
+    share = SHARES[rank] if world > 1 else slice(0, M)
+    loss = losses_of(structure)
+    if isinstance(loss, vmcr2.VMCR2Loss):
+        loss.latch(unit_rows(M, D, seed=1)[share], labels[share])
+        loss.eval()
+    features = z[share].clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(loss(features, labels[share]), features, create_graph=True)
+    return torch.autograd.grad(gradient.square().sum(), features)[0]
+
+
+@pytest.mark.parametrize("structure", ["exact", "shared", "block", "sharded"])
+def test_second_derivatives_are_those_of_one_process(ranks, structure):
+    expected = penalised(0, 1, structure)
+    # What gradients are taken of is the sum over ranks of the same loss: twice it, and the square of that here.
+    torch.testing.assert_close(torch.cat(ranks(2, penalised, 2, structure)), 4 * expected)
+
+
 def accumulated(rank, structure):
     """Two micro-batches under `no_sync`, then one that synchronises, as DistributedDataParallel's docs have it."""
     model, loss = network(), losses_of(structure)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import reference
 import torch
-from conftest import REPOSITORY, random_labels, unit_rows
+from conftest import REPOSITORY, normal, random_labels, unit_rows
 from sklearn.datasets import load_digits
 from sklearn.metrics import roc_auc_score
 
@@ -182,10 +182,18 @@ def test_entangled_classes_are_named():
 
 
 def test_many_classes_are_described_by_their_first_directions(monkeypatch):
-    z, labels = unit_rows(300, 6).numpy(), np.arange(300) % 50
-    whole = vmcr2.report(z, labels)
+    spectrum = 0.5 ** np.arange(20)
+    labels = np.arange(600) % 30
+    steep = np.stack([normal(20, 20, seed=j).numpy() * spectrum for j in range(30)])
+    z = np.einsum("md,mde->me", normal(600, 20, seed=99).numpy(), steep.transpose(0, 2, 1)[labels])
+    flat = unit_rows(600, 20).numpy()
+    whole = [vmcr2.report(each, labels).overlap for each in (z, flat)]
     monkeypatch.setattr("vmcr2.embeddings._MOMENT_ELEMENTS", 10)
-    np.testing.assert_allclose(vmcr2.report(z, labels).overlap, whole.overlap, atol=1e-5)
+    part = [vmcr2.report(each, labels).overlap for each in (z, flat)]
+    np.testing.assert_allclose(part[0], whole[0], atol=1e-3)
+    assert (part[1] <= whole[1] + 1e-5).all()
+    assert part[1].sum() < 0.7 * whole[1].sum()  # where no direction stands out much is left out
+    np.testing.assert_array_equal(part[1].diagonal(), 1)
 
 
 def test_as_dict_is_json():

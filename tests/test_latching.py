@@ -21,6 +21,7 @@ from conftest import (
 from torch import nn
 
 import vmcr2
+from vmcr2.lab.networks import Normalize
 from vmcr2.latching import MomentStream, latched_blocks
 
 normalize = nn.functional.normalize
@@ -71,6 +72,30 @@ def test_streamed_latching_equals_latching_in_memory(soft, m):
     torch.testing.assert_close(loss.dictionary.codes, expected.dictionary.codes)
     overlap = (loss.dictionary.atoms * expected.dictionary.atoms).sum(0).abs()
     torch.testing.assert_close(overlap, torch.ones_like(overlap))
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize("m", [100, 400])  # with more than k d samples the stream folds them into second moments
+def test_a_stream_may_lack_a_class_in_one_batch_but_for_entries_of_no_account(m, sharded):
+    k, d = 20, 10
+    labels = torch.arange(m) % k
+    labels = labels[torch.argsort((labels == 7).int(), stable=True)]  # class 7 comes last
+    z, membership = unit_rows(m, d, dtype=torch.float32), rows_of(labels, k).float()
+    membership[: m // 2 : 5, 7] = 1e-20  # as a confident softmax leaves them
+    loss = vmcr2.VMCR2Loss(k, d, atoms_per_class=2, structure="block", sharded=sharded)
+    loss.latch_from(nn.Identity(), zip(z.split(m // 2), membership.split(m // 2), strict=True))
+    expected = loss_at(z, membership, k, 2, structure="block")
+    torch.testing.assert_close(loss.dictionary.codes.cpu(), expected.dictionary.codes, rtol=1e-5, atol=1e-6)
+
+
+def test_a_stream_may_hold_entries_that_vanish_in_the_dictionarys_dtype():
+    z, labels = unit_rows(80, 8), torch.arange(80) % 16
+    rows = rows_of(labels, 16)
+    rows[3:6, 2] = 1e-60
+    loss = vmcr2.VMCR2Loss(16, 8, atoms_per_class=2, structure="block")
+    loss.latch_from(nn.Identity(), [(z, rows)])
+    expected = loss_at(z.float(), labels, 16, 2, structure="block")
+    torch.testing.assert_close(loss.dictionary.codes, expected.dictionary.codes)
 
 
 def test_labels_and_soft_rows_may_come_in_one_stream():
@@ -190,6 +215,15 @@ def test_a_frozen_batchnorm_inside_of_a_training_model_stays_frozen(wrapped):
     torch.testing.assert_close(loss.dictionary.codes, expected.dictionary.codes)
     assert not model.norm.training
     assert model.drop.training
+
+
+def test_a_lazy_norm_layer_takes_its_shapes_and_works_on():
+    model = nn.Sequential(nn.LazyLinear(8), nn.LazyBatchNorm1d())
+    inputs, labels = normal(40, 5).float(), torch.arange(40) % 2
+    model.append(Normalize())
+    vmcr2.VMCR2Loss(2, 8).latch_from(model, [(inputs, labels)])
+    assert (model[1].running_mean == 0).all()
+    assert model(inputs).isfinite().all()
 
 
 @pytest.mark.parametrize("order", ["frozen first", "frozen last"])

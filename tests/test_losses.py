@@ -315,18 +315,19 @@ def test_autocast_changes_neither_value_nor_gradient_nor_step(structure, kind, t
     results = []
     for autocast in (False, True):
         loss = copy.deepcopy(start).train(training)
-        features, weights = z.clone().requires_grad_(), membership.clone()
-        if kind == "soft":
-            weights.requires_grad_()
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            value = loss(features, weights)
-            exact = vmcr2.MCR2Loss(3)(features, weights)
-            assert value.dtype == exact.dtype == torch.float32
-            (value + exact).backward()
-        results.append([value.detach(), exact.detach(), features.grad, *loss.state_dict().values()])
-        results[-1] += [weights.grad] if kind == "soft" else []
+        results.append([])
+        for each in (loss, vmcr2.MCR2Loss(3)):
+            features, weights = z.clone().requires_grad_(), membership.clone()
+            if kind == "soft":
+                weights.requires_grad_()
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                value = each(features, weights)
+                assert value.dtype == torch.float32
+                value.backward()
+            results[-1] += [value.detach(), features.grad] + ([weights.grad] if kind == "soft" else [])
+        results[-1] += loss.state_dict().values()
     for plain, mixed in zip(*results, strict=True):
-        torch.testing.assert_close(mixed, plain, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(mixed, plain, rtol=1e-5, atol=1e-5 * float(plain.double().abs().max()))
 
 
 def test_features_of_an_autocast_model_are_taken_as_they_are():

@@ -216,6 +216,15 @@ def test_the_pull_is_that_of_its_formula(m, d, k, s, kind, structure, pull):
     assert float(0.7 * got) == pytest.approx(expected, rel=1e-9)
 
 
+@pytest.mark.parametrize("pull", [1e-2, 1e-6])
+def test_a_small_pull_is_as_exact_in_float32_as_in_float64(pull):
+    z, labels = unit_rows(40, 8), torch.arange(40) % 4
+    loss = loss_at(unit_rows(40, 8, seed=1), labels, 4, 2, pull=pull)
+    exact = float(loss(z, labels))
+    loss = loss_at(unit_rows(40, 8, seed=1, dtype=torch.float32), labels, 4, 2, pull=pull)
+    assert float(loss(z.float(), labels)) == pytest.approx(exact, rel=1e-5)
+
+
 @pytest.mark.parametrize("kind", ["labels", "soft"])
 @each_structure
 def test_derivatives_with_a_pull_below_one(kind, structure):

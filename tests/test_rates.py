@@ -78,6 +78,29 @@ def test_torch_func_grad_in_the_membership_reaches_entries_of_0():
     torch.testing.assert_close(torch.func.grad(reduction)(rows), expected)
 
 
+@pytest.mark.parametrize(("m", "d", "k"), [(6, 10, 12), (24, 4, 12), (20, 4, 3), (6, 10, 3)])
+def test_jvp_in_the_membership_reaches_entries_of_0(m, d, k):
+    z, along = unit_rows(m, d), normal(m, k, seed=2)
+    rows = rows_of(torch.arange(m) % k, k)
+    if k == 3:
+        rows = 0.7 * rows + 0.3 * rows_of(torch.zeros(m, dtype=torch.long), k)
+    free = rows.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(vmcr2.rate_reduction(z, free).compression, free)
+    _, got = torch.func.jvp(lambda weights: vmcr2.rate_reduction(z, weights).compression, (rows,), (along,))
+    torch.testing.assert_close(got, (expected * along).sum())
+
+
+@pytest.mark.parametrize("norm", [1e-3, 1e4])
+def test_vmap_over_float32_features_of_other_norms_is_as_exact_as_a_loop(norm):
+    z = torch.stack([unit_rows(40, 3, seed=seed) @ normal(3, 128, seed=seed) for seed in range(2)])
+    z = (norm * torch.nn.functional.normalize(z, dim=2)).float()
+    labels = torch.arange(40) % 4
+    expected = torch.stack([vmcr2.rate_reduction(one, labels).reduction for one in z])
+    got = torch.vmap(lambda one: vmcr2.rate_reduction(one, labels, num_classes=4).reduction)(z)
+    assert (expected > 0).all()
+    torch.testing.assert_close(got, expected)
+
+
 def reduction_of(features, membership):
     return vmcr2.rate_reduction(features, membership, num_classes=3).reduction
 

@@ -97,6 +97,13 @@ def gradients(model, inputs):
     return found
 
 
+@pytest.mark.parametrize("norm", [1e-2, 1e-4])
+def test_the_rate_of_short_float32_rows_is_not_lost(norm):
+    z = (norm * unit_rows(30, 8)).float()
+    expected = rate(z.double().numpy(), 8 / (30 * 0.2))
+    assert float(vmcr2.TotalCodingRateLoss()(z)) == pytest.approx(-expected, rel=1e-6)
+
+
 def network():
     torch.manual_seed(0)
     return torch.nn.Linear(6, 8).double()

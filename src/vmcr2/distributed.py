@@ -172,11 +172,27 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
-        largest, own = max(ctx.shares), ctx.shares[dist.get_rank(ctx.group)]
-        parts = [_padded(part, largest) for part in grad_outputs[0].split(ctx.shares)]
-        gradient = torch.empty_like(parts[0])
-        dist.reduce_scatter(gradient, parts, group=ctx.group)
-        return gradient[:own], None, None
+        gradient = _Scatter.apply(grad_outputs[0], ctx.shares, ctx.group)
+        assert isinstance(gradient, Tensor)
+        return gradient, None, None
+
+
+class _Scatter(torch.autograd.Function):
+    """Each rank's own rows of the sum over ranks: reduce-scatter forward, all-gather backward (second derivatives)."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, shares: list[int], group: Any) -> Tensor:
+        ctx.shares, ctx.group = shares, group
+        largest, own = max(shares), shares[dist.get_rank(group)]
+        parts = [_padded(part, largest) for part in rows.split(shares)]
+        total = torch.empty_like(parts[0])
+        dist.reduce_scatter(total, parts, group=group)
+        return total[:own]
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
+        (gathered,) = gather_rows(grad_outputs[0], shares=ctx.shares, group=ctx.group)
+        return gathered, None, None
 
 
 def _padded(rows: Tensor, size: int) -> Tensor:
@@ -221,7 +237,7 @@ class _Total(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
-        return sum_over_ranks(grad_outputs[0].contiguous(), ctx.group), None
+        return total_over_ranks(grad_outputs[0].contiguous(), ctx.group), None
 
 
 def total_over_ranks(part: Tensor, group: Any = None) -> Tensor:

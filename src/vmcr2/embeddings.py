@@ -63,7 +63,9 @@ class Report:
         effective_rank: of all features, from 1 to d: e to the entropy of the eigenvalues of their second moment.
         class_ranks: (k,), of each class.
         centre: norm of the mean of all features, from 0 to 1.
-        overlap: (k, k), the cosine between classes' second moments, Σ_ab (z_a·z_b)² scaled to 1 on the diagonal.
+        overlap: (k, k), the cosine between classes' second moments, Σ_ab (z_a·z_b)² scaled to 1 on the diagonal. Where
+            the moments are too many to hold (about 500 classes at d = 512), what the first 8 directions of each class
+            have of it: a lower bound.
         entangled: the pairs that overlap most, first the worst.
         transrate: TransRate of the features as given, see `vmcr2.transrate`; None where they are too long for it.
         spectrum: (d,), shares of the eigenvalues of the second moment of all features, largest first.
@@ -412,12 +414,12 @@ def effective_rank(eigenvalues: Float[Tensor, "k d"]) -> Float[Tensor, " k"]:
 
 
 def _overlaps_and_ranks(unit: Tensor, labels: Tensor, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the cosines between classes' second moments and each class's effective rank."""
+    """Returns the cosines between classes' second moments, or lower bounds of them, and each class's effective rank."""
     d = unit.shape[1]
     membership, _ = as_membership(unit, labels, k)
     most = min(d, int(membership.sizes.max()))
     whole = k * d * max(d, most) <= _MOMENT_ELEMENTS
-    ranks = torch.empty(k, dtype=unit.dtype)
+    ranks, norms = torch.empty(k, dtype=unit.dtype), torch.empty(k, dtype=unit.dtype)
     vectors = []
     for j, rows in enumerate(unit[labels.argsort(stable=True)].split(membership.sizes.tolist())):
         _, values, directions = torch.linalg.svd(rows / len(rows) ** 0.5, full_matrices=False)
@@ -425,6 +427,7 @@ def _overlaps_and_ranks(unit: Tensor, labels: Tensor, k: int) -> tuple[np.ndarra
         ranks[j] = effective_rank(energies[None])[0].cpu()
         kept = len(energies) if whole else min(_DIRECTIONS, len(energies))
         vectors.append((directions[:kept] * energies[:kept, None].sqrt()).contiguous())
+        norms[j] = torch.linalg.vector_norm(energies).cpu()
     if whole:
         moments = torch.stack([(part.mT @ part).flatten() for part in vectors])
         inner = moments @ moments.mT
@@ -436,9 +439,8 @@ def _overlaps_and_ranks(unit: Tensor, labels: Tensor, k: int) -> tuple[np.ndarra
             for part in padded.split(64)
         ]
         inner = torch.cat(rows).double()
-    norms = inner.diagonal().sqrt()
-    cosines = (inner / (norms[:, None] * norms)).clamp(0, 1)
-    return cosines.cpu().numpy(), ranks.numpy()
+    cosines = (inner.cpu() / (norms[:, None] * norms)).clamp(0, 1).fill_diagonal_(1)
+    return cosines.numpy(), ranks.numpy()
 
 
 def _worst_pairs(overlap: np.ndarray, names: tuple[str, ...]) -> tuple[Overlap, ...]:

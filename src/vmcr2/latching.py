@@ -16,11 +16,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from vmcr2.distributed import gather_rows, sum_over_ranks
 from vmcr2.errors import InputError, NumericalError
-from vmcr2.membership import Membership
+from vmcr2.membership import Membership, shared_in
 
 _EIGH_ELEMENTS = 2**24  # entries of the d×d matrices decomposed at once
 _FOLDED = 8192  # rows folded into the moments at once: they cost memory, a product of few rows costs time
@@ -93,7 +94,7 @@ class MomentStream:
         self.features: list[Tensor] = []
         self.held: list[Tensor] = []  # labels or soft rows of each
         self.kept = 0
-        self.sizes = torch.zeros(num_classes, dtype=torch.long)  # of what is kept, as `Membership` has them
+        self.sizes = torch.zeros(num_classes, dtype=torch.long)  # of what is kept, as `Membership` has them of labels
         self.sums: Tensor | None = None
         self.counts = torch.zeros(num_classes, dtype=dtype, device=device)
 
@@ -149,7 +150,10 @@ class MomentStream:
     def _gathered(self) -> tuple[Tensor, Membership]:
         soft = any(each.ndim == 2 for each in self.held)
         features, held = self._rows(soft)
-        return features, Membership(None if soft else held, held if soft else None, self.counts, self.sizes)
+        if not soft:
+            return features, Membership(held, None, self.counts, self.sizes)
+        # A class may have been absent from one batch, but for entries of no account, and present in the next.
+        return features, Membership(None, held, self.counts, shared_in(held, self.counts).sum(0).cpu())
 
     def _forget(self) -> None:
         self.features, self.held, self.kept, self.sizes = [], [], 0, torch.zeros_like(self.sizes)
@@ -188,7 +192,8 @@ def batch_statistics(model: Callable[[Tensor], Tensor]) -> Iterator[Callable[[Te
     Normalisation layers that would use batch statistics in training use them here, and leave their running ones alone;
     one that is frozen (in eval mode while something else of the model is in training mode) stays frozen. Everything
     else, dropout say, is in eval mode. Of a Module, or a method of one, the modules are known; those that any other
-    function calls are met on its first batch, which therefore runs once more, in eval mode, before it counts.
+    function calls are met on its first batch, which therefore runs once more, in eval mode, before it counts. So it
+    does where lazy modules have still to take their shapes from it.
 
     Args:
         model: a Module, or any function that calls some, however they are wrapped.
@@ -222,7 +227,7 @@ def batch_statistics(model: Callable[[Tensor], Tensor]) -> Iterator[Callable[[Te
         nonlocal settled
         with nullcontext() if handle is None else _untraced():
             if not settled:
-                if handle is not None:
+                if handle is not None or any(_is_unfinished(module) for module in modes):
                     model(inputs)
                 settled = True
                 for module in list(modes):
@@ -242,6 +247,11 @@ def batch_statistics(model: Callable[[Tensor], Tensor]) -> Iterator[Callable[[Te
             held.update(values)
         for module, mode in reversed(modes.items()):  # a compiled module, met last, passes its mode on
             module.training = mode
+
+
+def _is_unfinished(module: nn.Module) -> bool:
+    """Whether a module takes its shapes from its first inputs, which it has not had."""
+    return isinstance(module, LazyModuleMixin) and module.has_uninitialized_params()
 
 
 @contextmanager

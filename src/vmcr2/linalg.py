@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.autograd import Function
+from torch.autograd import Function, forward_ad
 
 from vmcr2.errors import InputError, NumericalError
 
@@ -40,7 +40,7 @@ def rate_dtype(feature_dim: int, eps_sq: float, *tensors: Tensor, largest: float
         feature_dim: d.
         eps_sq: ε².
         tensors: whose dtype is the least.
-        largest: the norm of the longest feature.
+        largest: the norm of the longest feature; NaN where it is not known, which takes float64.
 
     Raises:
         InputError: ε² is so small or large that float64 would not do either (a ValueError).
@@ -72,8 +72,17 @@ def is_batched(tensor: Tensor) -> bool:
     return False
 
 
+def is_tracked(tensor: Tensor) -> bool:
+    """Whether derivatives in the tensor are asked for: by autograd, `torch.func`, or forward mode."""
+    return (
+        tensor.requires_grad
+        or torch._C._functorch.is_gradtrackingtensor(tensor)
+        or forward_ad.unpack_dual(tensor).tangent is not None
+    )
+
+
 class _Product(Function):
-    """A B, whose gradients keep their precision also where `backward` is called under autocast."""
+    """A B, whose derivatives keep their precision also where they are taken under autocast."""
 
     generate_vmap_rule = True
 
@@ -99,7 +108,7 @@ class _Product(Function):
     def jvp(ctx: Any, *grad_inputs: Tensor | None) -> Tensor:
         left, right = ctx.saved_tensors
         moved, turned = grad_inputs
-        parts = ([] if moved is None else [moved @ right]) + ([] if turned is None else [left @ turned])
+        parts = ([] if moved is None else [product(moved, right)]) + ([] if turned is None else [product(left, turned)])
         return parts[0] if len(parts) == 1 else parts[0] + parts[1]
 
 
@@ -136,7 +145,7 @@ class _Gram(Function):
     @staticmethod
     def jvp(ctx: Any, *grad_inputs: Tensor) -> Tensor:
         (rows,) = ctx.saved_tensors
-        half = grad_inputs[0] @ rows.mT
+        half = product(grad_inputs[0], rows.mT)
         return half + half.mT
 
 
@@ -181,7 +190,8 @@ class _HalfLogdet(Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:
         matrix, factor = ctx.saved_tensors
         # A graph of the gradient is wanted for second derivatives; the factor carries none.
-        inverse = torch.linalg.inv(_shifted(matrix)) if torch.is_grad_enabled() else torch.cholesky_inverse(factor)
+        with torch.autocast(matrix.device.type, enabled=False):
+            inverse = torch.linalg.inv(_shifted(matrix)) if torch.is_grad_enabled() else torch.cholesky_inverse(factor)
         return 0.5 * grad_outputs[0][..., None, None] * inverse
 
     @staticmethod

@@ -36,7 +36,7 @@ from vmcr2.latching import MomentStream, batch_statistics, latched_blocks
 from vmcr2.linalg import rate_dtype, require_finite, wide_dtype
 from vmcr2.membership import Membership, as_membership, part_of
 from vmcr2.mismatch import Codes, mismatch, precise_mismatch
-from vmcr2.rates import checked_rates, expansion_rate
+from vmcr2.rates import checked_rates, expansion_rate, largest_norm
 from vmcr2.subspaces import default_components, nearest_in_dictionary
 from vmcr2.variational import VariationalRates, objective
 
@@ -185,7 +185,7 @@ class TotalCodingRateLoss(_OverRanks):
             ) + gather_rows(sizes, shares=[len(views)] * len(brought), group=self.process_group)
             parts = rows.split(sizes.tolist())
             views = [torch.cat(parts[number :: len(views)]) for number in range(len(views))]
-        dtype = rate_dtype(views[0].shape[1], self.eps_sq, *views)
+        dtype = rate_dtype(views[0].shape[1], self.eps_sq, *views, largest=largest_norm(*views))
         rates = torch.stack([expansion_rate(view.to(dtype), self.eps_sq) for view in views])
         require_finite(rates)
         return -rates.mean().to(wide_dtype(*views))

@@ -12,12 +12,12 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from vmcr2.checks import Condition, check_count, check_tensor, feature_conditions, read
 from vmcr2.errors import InputError
-from vmcr2.linalg import is_batched, product, wide_dtype
+from vmcr2.linalg import is_batched, is_tracked, product, wide_dtype
 
 _ABSENT = 1e-15  # a class with a smaller share of the samples counts as absent: its part in any rate is below rounding
 _LARGEST_LABEL = 10_000_000  # beyond this a forgotten num_classes is likelier than so many classes
@@ -93,6 +93,11 @@ class Membership:
         return held
 
     @property
+    def is_learned(self) -> bool:
+        """Whether derivatives in Π are asked for, so that also entries of 0 count."""
+        return self.soft is not None and is_tracked(self.soft)
+
+    @property
     def class_weights(self) -> Float[Tensor, " k"]:
         """γ_j = n_j / m."""
         return self.counts / self.num_samples
@@ -157,7 +162,7 @@ class Membership:
     def _pack(self, width: int) -> Iterator[ClassGroup]:
         device = self.counts.device
         sizes, total = self.sizes, int(self.sizes.sum())
-        if self.soft is not None and (self.soft.requires_grad or total >= _DENSE * self.soft.numel()):
+        if self.soft is not None and (total >= _DENSE * self.soft.numel() or self.is_learned):
             yield ClassGroup(
                 self.present[None], None, self.soft[None][..., self.present], self.counts[None, self.present]
             )
@@ -166,7 +171,7 @@ class Membership:
             order, weights = torch.argsort(self.labels, stable=True), None
         else:
             assert self.soft is not None
-            classes, order = ((self.counts > 0) & (self.soft > 0)).T.nonzero(as_tuple=True)
+            classes, order = shared_in(self.soft, self.counts).T.nonzero(as_tuple=True)
             weights = self.soft[order, classes]
         starts = (sizes.cumsum(0) - sizes).to(device)
         # frexp's exponent is the number of binary digits: the bucket of sizes within a factor of two.
@@ -347,5 +352,10 @@ def _from_rows(
 def _counted(rows: Float[Tensor, "m k"]) -> tuple[Float[Tensor, " k"], Int[Tensor, " k"]]:
     """Returns n_j, 0 for a class that counts as absent, and how many samples have a share in each class."""
     counts = rows.sum(0)
-    kept = counts > _ABSENT * len(rows)
-    return torch.where(kept, counts, 0), ((rows.detach() > 0) & kept).sum(0)
+    counts = torch.where(counts > _ABSENT * len(rows), counts, 0)
+    return counts, shared_in(rows, counts).sum(0)
+
+
+def shared_in(rows: Float[Tensor, "m k"], counts: Float[Tensor, " k"]) -> Bool[Tensor, "m k"]:
+    """Returns which samples have a share in which classes, those left out that count as absent."""
+    return (rows.detach() > 0) & (counts > 0)

@@ -76,7 +76,7 @@ class SharedCodes:
 
     def respond(self, overlap: Float[Tensor, "q q"], values: Float[Tensor, "k q"]) -> Float[Tensor, "k q"]:
         """Returns (ΓᵀΓ)^⊙2 applied to each class's values."""
-        return values @ overlap.square()
+        return product(values, overlap.square())
 
     def overlap_norms(self, overlap: Float[Tensor, "q q"], num_classes: int) -> Float[Tensor, " k"]:
         """Returns ‖(ΓᵀΓ)^⊙2‖_F, for every class; `num_classes` plays no part."""
@@ -160,7 +160,7 @@ class BlockCodes:
 
     def respond(self, overlap: Float[Tensor, "k s s"], values: Float[Tensor, "k s"]) -> Float[Tensor, "k s"]:
         """Returns (ΓᵀΓ)^⊙2 applied to each class's values."""
-        return (overlap.square() @ values[..., None])[..., 0]
+        return product(overlap.square(), values[..., None])[..., 0]
 
     def overlap_norms(self, overlap: Float[Tensor, "k s s"], num_classes: int) -> Float[Tensor, " k"]:
         """Returns √k times the norm of each class's own block of (ΓᵀΓ)^⊙2, k counting absent classes too.
@@ -306,7 +306,7 @@ def _shortfall(projections: list[Tensor], membership: Membership, dictionary: Co
         return total
     for own, largest, weights in dictionary.attractions(projections, membership):
         share = own / torch.where(largest > 0, largest, 1) + 1 / dictionary.atoms.shape[1]
-        short = (1 - share**pull) / pull - (1 - share)
+        short = -torch.expm1(pull * share.log()) / pull - (1 - share)  # 1 − uᵠ would cancel where q is small
         total = total + (weights.double() * largest.double() * short.double()).sum()
     return total
 

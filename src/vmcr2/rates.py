@@ -7,6 +7,7 @@ min(d, n_j)³, and classes of similar size are factorised in one batch.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -55,7 +56,7 @@ def coding_rate(features: Float[Tensor, "*b m d"], *, eps_sq: float = 0.5) -> Fl
             f"features must have shape (..., m, d) without an empty dimension, got {tuple(features.shape)}"
         )
     read(feature_conditions(features.flatten(0, -2) if batched else features))
-    dtype = rate_dtype(features.shape[-1], eps_sq, features, largest=_largest_norm(features))
+    dtype = rate_dtype(features.shape[-1], eps_sq, features, largest=largest_norm(features))
     rate = expansion_rate(features.to(dtype), eps_sq)
     require_finite(rate)
     return rate
@@ -85,7 +86,7 @@ def rate_reduction(
     """
     eps_sq = check_number("eps_sq", eps_sq)
     checked, _ = as_membership(features, membership, num_classes)
-    rates = checked_rates(features, checked, eps_sq, _largest_norm(features))
+    rates = checked_rates(features, checked, eps_sq, largest_norm(features))
     require_finite(*rates)
     return rates
 
@@ -119,16 +120,17 @@ def transrate(
     checked, _ = as_membership(features, labels, None, name="labels")
     widened = features.double()
     centred = widened - widened.mean(0)
-    rates = checked_rates(centred, checked, features.shape[1] * eps_sq, _largest_norm(centred))
+    rates = checked_rates(centred, checked, features.shape[1] * eps_sq, largest_norm(centred))
     require_finite(*rates)
     return rates.reduction
 
 
-def _largest_norm(features: Tensor) -> float:
-    """Returns the norm of the longest row; 1 of what `torch.vmap` has batched, which cannot be read."""
-    if is_batched(features):
-        return 1.0
-    return float(torch.linalg.vector_norm(features.detach(), dim=-1, dtype=torch.float64).max())
+def largest_norm(*features: Tensor) -> float:
+    """Returns the norm of the longest row; NaN of what `torch.vmap` has batched, which cannot be read."""
+    if any(is_batched(each) for each in features):
+        return math.nan
+    norms = [torch.linalg.vector_norm(each.detach(), dim=-1, dtype=torch.float64).max() for each in features]
+    return float(torch.stack(norms).max())
 
 
 def checked_rates(
@@ -136,7 +138,7 @@ def checked_rates(
 ) -> RateReduction:
     """Returns R and R_c of eq. (1) for features that have been checked, the longest of norm `largest`.
 
-    They are NaN where a factorisation failed.
+    They are NaN where a factorisation failed. A `largest` of NaN, not known, makes them float64.
     """
     dtype = rate_dtype(features.shape[1], eps_sq, features, largest=largest)
     widened = features.to(dtype)
@@ -159,7 +161,7 @@ def compression_rate(features: Float[Tensor, "m d"], membership: Membership, eps
         for shares, counts in zip(group.shares.split(at_once, 2), group.counts.split(at_once, 1), strict=True):
             weights = shares.mT[..., None]  # (b, c, n, 1)
             # √w has no gradient at w = 0, so a membership that is being learned stays on the d side, linear in w.
-            if rows.shape[1] < d and not shares.requires_grad:
+            if rows.shape[1] < d and not membership.is_learned:
                 moments = gram(rows[:, None] * weights.sqrt())
             else:
                 each = rows[:, None].expand(-1, shares.shape[2], -1, -1)
