@@ -16,8 +16,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.nn.parameter import is_lazy
 
 from vmcr2.distributed import gather_rows, sum_over_ranks
 from vmcr2.errors import InputError, NumericalError
@@ -251,7 +251,7 @@ def batch_statistics(model: Callable[[Tensor], Tensor]) -> Iterator[Callable[[Te
 
 def _is_unfinished(module: nn.Module) -> bool:
     """Whether a module takes its shapes from its first inputs, which it has not had."""
-    return isinstance(module, LazyModuleMixin) and module.has_uninitialized_params()
+    return any(map(is_lazy, (*module.parameters(recurse=False), *module.buffers(recurse=False))))
 
 
 @contextmanager
