@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,12 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from small import without_times
 
 import vmcr2
 from vmcr2 import __version__
 from vmcr2.embeddings import LabelQuality
-from vmcr2.lab import bench
+from vmcr2.lab import bench, figures, sweep
 from vmcr2.lab.cli import main
+from vmcr2.lab.run import RunFolder
 
 QUICK = ["--epochs", "2", "--data.train-size", "200", "--feature-dim", "24", "--device", "cpu"]
 QUICK += ["--vmcr2.atoms-per-class", "2"]
@@ -64,6 +67,15 @@ def test_compare_goes_on_where_it_was(tmp_path, capsys):
     later = {name: (tmp_path / name / "summary.json").stat().st_mtime_ns for name in folders}
     assert {name for name in folders if later[name] != stamps[name]} == {"ce-seed1"}
     capsys.readouterr()
+    # One run of the folder, longer than the others, and once although it is named twice.
+    assert main([*command, "--epochs", "3", "--objectives", "ce", "--seeds", "0", "0"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "digits, 3 epochs, seeds 0, " in said
+    assert "±" not in said
+    assert [run.path.name for run in sweep.compared(tmp_path)] == ["ce-seed0"]
+    both = [RunFolder.open(tmp_path / f"ce-seed{seed}") for seed in (0, 1)]
+    assert sweep.heading([run.summary() for run in both]) == "digits, 3 and 2 epochs, seeds 0, 1"
+    assert figures.draw_comparison(both, tmp_path / "figures")
     assert main(["plot", str(tmp_path)]) == 0
     assert main([*command, "--momentum", "0.5"]) == 2
     assert "belongs to another recipe (there, here): momentum: 0.9, 0.5" in capsys.readouterr().err
@@ -202,9 +214,110 @@ def test_a_folder_is_trained_on_by_itself(leaves, capsys):
     out = str(leaves / "again")
     assert main(["train", str(leaves / "leaves"), "--epochs", "1", "--feature-dim", "16", "--out", out]) == 0
     said = " ".join(capsys.readouterr().out.split())
-    assert "chosen for leaves: 2 classes, 16 training samples; network mlp, feature_dim 16, images scaled to 10" in said
+    assert "chosen for leaves: 2 classes, 16 training samples, the smallest image train/ash/0.png; network mlp" in said
+    assert "feature_dim 16, images scaled to 10" in said
     assert main(["train", "--resume", out]) == 0
     assert "nothing to do" in capsys.readouterr().out
+
+
+def test_a_folder_named_as_a_data_set_is_the_users_own(leaves, tmp_path, monkeypatch):
+    shutil.copytree(leaves / "leaves", tmp_path / "digits")
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "./digits", "--epochs", "1", "--device", "cpu", "--out", "run"]) == 0
+    assert vmcr2.load("run").classes == ("ash", "oak")
+
+
+def test_a_size_for_the_images_decides_the_crop_and_the_network(leaves, tmp_path):
+    given = ["--data.image-size", "20", "--epochs", "1", "--device", "cpu", "--out", str(tmp_path / "run")]
+    assert main(["train", str(leaves / "leaves"), *given]) == 0
+    recipe = json.loads((tmp_path / "run" / "recipe.json").read_text())
+    assert (recipe["data"]["image_size"], recipe["augmentation"]["crop"], recipe["network"]) == (20, 20, "conv4")
+
+
+def test_changed_data_is_said_and_other_classes_are_refused(leaves, tmp_path, capsys):
+    shutil.copytree(leaves / "leaves", tmp_path / "leaves")
+    out = str(tmp_path / "run")
+    assert main(["train", str(tmp_path / "leaves"), "--epochs", "1", "--device", "cpu", "--out", out]) == 0
+    Image.new("RGB", (12, 12), (0, 255, 0)).save(tmp_path / "leaves" / "test" / "ash" / "0.png")
+    assert main(["evaluate", out]) == 0
+    assert "leaves has changed since" in " ".join(capsys.readouterr().err.split())
+    shutil.copytree(tmp_path / "leaves" / "train" / "ash", tmp_path / "leaves" / "train" / "aaa")
+    for command in ("evaluate", "audit"):
+        assert main([command, out]) == 2
+        assert "leaves has other classes or sizes than" in capsys.readouterr().err
+
+
+def test_a_run_goes_on_where_its_data_has_moved_to(leaves, tmp_path, capsys):
+    shutil.copytree(leaves / "leaves", tmp_path / "here")
+    out = str(tmp_path / "run")
+    assert main(["train", str(tmp_path / "here"), "--epochs", "2", "--device", "cpu", "--out", out]) == 0
+    before = json.loads((tmp_path / "run" / "summary.json").read_text())
+    (tmp_path / "here").rename(tmp_path / "there")
+    assert main(["evaluate", out]) == 2
+    assert "which is neither: there is no such folder" in capsys.readouterr().err
+    moved = ["train", "--resume", out, "--data.source", str(tmp_path / "there")]
+    assert main(moved) == 0
+    after = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert without_times([after]) == without_times([before])
+    assert main([*moved, "--epochs", "3"]) == 0
+    assert main(["evaluate", out]) == 0
+    shutil.copytree(leaves / "leaves", tmp_path / "other")
+    shutil.rmtree(tmp_path / "there")
+    Image.new("RGB", (12, 12), (0, 255, 0)).save(tmp_path / "other" / "train" / "ash" / "0.png")
+    assert main([*moved[:-1], str(tmp_path / "other")]) == 2
+    assert "was trained on data that differs" in capsys.readouterr().err
+
+
+def test_names_in_brackets_are_no_markup(leaves, tmp_path, capsys):
+    shutil.copytree(leaves / "leaves", tmp_path / "data")
+    for part in ("train", "test"):
+        (tmp_path / "data" / part / "ash").rename(tmp_path / "data" / part / "[red]ash")
+    out = str(tmp_path / "[old]")
+    assert main(["train", str(tmp_path / "data"), "--epochs", "1", "--device", "cpu", "--out", out]) == 0
+    assert f"run folder: {out}" in capsys.readouterr().out
+    assert main(["predict", out, str(tmp_path / "data" / "test" / "[red]ash")]) == 0
+    assert main(["evaluate", out]) == 0
+    assert "[old]" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(os.name == "nt" or sys.platform == "darwin", reason="needs a system with file names of any bytes")
+def test_names_that_are_no_text_are_written_as_they_are(leaves, tmp_path):
+    shutil.copytree(leaves / "leaves", tmp_path / "data")
+    odd = os.fsdecode(b"\xff\xfe")
+    for part in ("train", "test"):
+        (tmp_path / "data" / part / "ash").rename(tmp_path / "data" / part / odd)
+    out, table = str(tmp_path / "run"), tmp_path / "p.csv"
+    assert main(["train", str(tmp_path / "data"), "--epochs", "1", "--device", "cpu", "--out", out]) == 0
+    assert main(["predict", out, str(tmp_path / "data" / "test" / odd), "--out", str(table)]) == 0
+    assert os.fsencode(odd) in table.read_bytes()
+
+
+def test_predict_with_fewer_components_is_what_evaluate_measured(leaves, tmp_path, capsys):
+    run, test = leaves / "run", leaves / "leaves" / "test"
+    assert main(["evaluate", str(run), "--components", "1"]) == 0
+    expected = json.loads((run / "evaluation.json").read_text())["accuracy_by_components"]["1"]
+    assert main(["export", str(run), str(tmp_path / "model"), "--components", "1"]) == 0
+    for model in ([str(run), "--components", "1"], [str(tmp_path / "model")]):
+        capsys.readouterr()
+        assert main(["predict", model[0], str(test / "ash"), str(test / "oak"), *model[1:]]) == 0
+        lines = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
+        assert sum(Path(file).parent.name == name for file, name, _ in lines) / len(lines) == expected
+    assert main(["predict", str(tmp_path / "model"), str(test / "ash"), "--components", "2"]) == 2
+    assert "components must be at most 1" in capsys.readouterr().err
+
+
+def test_what_is_no_run_folder_is_named(leaves, tmp_path, capsys):
+    assert main(["export", str(leaves / "run"), str(tmp_path / "model")]) == 0
+    (tmp_path / "both" / "ce-seed0").mkdir(parents=True)
+    (tmp_path / "both" / "ce-seed0" / "recipe.json").touch()
+    (tmp_path / "both" / "comparison.json").touch()
+    for folder, message in (
+        (leaves / "leaves", "is no run folder: it has no recipe.json"),
+        (tmp_path / "model", "is no run folder: it is an exported model, which vmcr2.load and vmcr2 predict take"),
+        (tmp_path / "both", "is no run folder: it is a comparison, of the runs ce-seed0 in it"),
+    ):
+        assert main(["evaluate", str(folder)]) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_predict_names_files_and_folders(leaves, tmp_path, capsys):
@@ -244,7 +357,7 @@ def test_export_predicts_as_the_run_does(leaves, tmp_path, capsys):
 def test_audit_lists_suspects(leaves, monkeypatch, capsys):
     def label_quality(features, labels):
         suggested = labels.numpy().copy()
-        suggested[-2:] = 0
+        suggested[[-3, -1]] = 0
         return LabelQuality(np.linspace(1, 0, len(labels)), suggested, labels.numpy())
 
     monkeypatch.setattr(vmcr2, "label_quality", label_quality)
@@ -253,7 +366,7 @@ def test_audit_lists_suspects(leaves, monkeypatch, capsys):
     assert "1 of 2 suspects" in said
     assert "train/oak/7.png" in said
     rows = (leaves / "run" / "suspects.csv").read_text().splitlines()
-    assert rows[1:] == ["train/oak/7.png,oak,ash,0.0000", "train/oak/6.png,oak,ash,0.0667"]
+    assert rows[1:] == ["train/oak/7.png,oak,ash,0.0000", "train/oak/6.png,oak,ash,0.1333"]
     assert (leaves / "run" / "figures" / "suspects.png").is_file()
     monkeypatch.setattr(vmcr2, "label_quality", lambda z, y: LabelQuality(np.ones(len(y)), y.numpy(), y.numpy()))
     assert main(["audit", str(leaves / "run")]) == 0

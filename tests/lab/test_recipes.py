@@ -122,7 +122,7 @@ def test_a_recipe_is_chosen_for_a_file(tmp_path):
     np.savez(tmp_path / "e.npz", features=np.ones((900, 5)), labels=labels)
     recipe = recipes.find(str(tmp_path / "e.npz"))
     assert (recipe.network, recipe.feature_dim, recipe.data.validation) == ("mlp", 600, 0.2)
-    assert "300 classes, 900 training samples, a fifth held out" in recipe.about
+    assert "300 classes, 900 training samples" in recipe.about
     assert recipe.augmentation == Augmentation()
     with pytest.raises(InputError, match="there is no file"):
         recipes.find("gone.npz")

@@ -197,8 +197,10 @@ def test_folder_of_images_by_class(tmp_path):
     read = sources.load(DataSettings(source=str(write_folder(tmp_path))))
     assert read.train_inputs.shape == (6, 3, 8, 8)
     assert read.class_names == ("ash", "oak")
-    assert read.train_labels.tolist() == [0, 0, 0, 1, 1, 1]
-    assert read.train_inputs[4, :, 0, 0].tolist() == [100, 10, 0]
+    assert read.train_labels.tolist() == [0, 1, 0, 1, 0, 1]  # so that any first part has all classes
+    assert read.train_inputs[3, :, 0, 0].tolist() == [100, 10, 0]
+    part = sources.load(DataSettings(source=str(tmp_path), train_size=4, test_size=2))
+    assert (part.train_labels.tolist(), part.test_labels.tolist()) == ([0, 1, 0, 1], [0, 1])
     assert sources.load(DataSettings(source=str(tmp_path), image_size=4)).test_inputs.shape == (4, 3, 4, 4)
 
 
@@ -353,8 +355,54 @@ def test_validation_holds_the_same_share_of_every_class_out():
     again = sources.load(DataSettings(validation=0.25, label_noise=0.5))
     assert torch.equal(again.train_inputs, read.train_inputs)
     assert torch.equal(again.test_labels, read.test_labels)  # wrong labels are for training alone
-    with pytest.raises(InputError, match="must hold out a sample of some class"):
-        sources.load(DataSettings(validation=1e-6))
+    few = sources.load(DataSettings(validation=1e-6))
+    assert sorted(few.test_labels.tolist()) == list(range(10))  # one of each at least
+
+
+def test_a_class_of_one_sample_is_not_held_out_and_that_is_said(tmp_path):
+    file = tmp_path / "e.npz"
+    np.savez(file, features=np.eye(6), labels=np.array([0, 0, 1, 1, 1, 2]))
+    with pytest.warns(UserWarning, match="1 of 3 classes have a single sample, of which data.validation holds none"):
+        read = sources.load(DataSettings(source=str(file), validation=0.2))
+    assert read.test_labels.tolist() == [0, 1]
+    np.savez(file, features=np.eye(3), labels=np.arange(3))
+    with pytest.raises(InputError, match="needs a class of two samples or more, every class has one"):
+        sources.load(DataSettings(source=str(file), validation=0.2))
+
+
+def test_pictures_of_16_bits_and_with_transparency_are_read_as_they_look(tmp_path):
+    ramp = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
+    Image.fromarray(ramp).save(tmp_path / "wide.png")
+    assert Image.open(tmp_path / "wide.png").mode.startswith("I;16")
+    read = np.asarray(sources.decode(tmp_path / "wide.png"))
+    np.testing.assert_array_equal(read, np.repeat((ramp >> 8)[..., None], 3, axis=2))
+    drawn = np.zeros((8, 8, 4), np.uint8)
+    drawn[2:4, :, 3] = 255  # black strokes on nothing
+    Image.fromarray(drawn).save(tmp_path / "alpha.png")
+    read = np.asarray(sources.decode(tmp_path / "alpha.png", mode="L"))
+    assert (read[2:4] == 0).all()
+    assert (read[:2] == 255).all()
+    Image.fromarray(np.ones((4, 4), np.float32)).save(tmp_path / "float.tif")
+    with pytest.raises(InputError, match=r"float\.tif must have 8 or 16 bits a channel, it has 32"):
+        sources.decode(tmp_path / "float.tif")
+
+
+def test_a_large_jpeg_is_decoded_at_a_coarser_scale_to_nearly_the_same(tmp_path):
+    smooth = np.linspace(0, 255, 800)[:, None] * np.linspace(0, 1, 800)
+    whole = Image.fromarray(smooth.astype(np.uint8)).convert("RGB")
+    whole.save(tmp_path / "a.jpg", quality=95)
+    expected = np.asarray(whole.resize((32, 32), Image.Resampling.BILINEAR), dtype=float)
+    assert np.abs(np.asarray(sources.decode(tmp_path / "a.jpg", (32, 32)), dtype=float) - expected).max() < 4
+
+
+def test_a_folder_that_moved_is_told_from_another_one(tmp_path):
+    before, now = (DataSettings(source=str(tmp_path / name)) for name in ("old", "new"))
+    assert not sources.has_moved(before, now)
+    (tmp_path / "new").mkdir()
+    assert sources.has_moved(before, now)
+    assert not sources.has_moved(before, DataSettings(source="digits"))
+    (tmp_path / "old").mkdir()
+    assert not sources.has_moved(before, now)
 
 
 def test_without_a_test_part_validation_serves(tmp_path):

@@ -51,6 +51,19 @@ def test_a_run_predicts_without_its_data_as_it_was_measured(run):
     assert [loaded.classes[j] for j in scores.argmax(1)] == predicted
 
 
+def test_subspaces_that_hold_nearly_all_of_any_sample_still_tell_classes_apart(tmp_path):
+    """Residuals below float32's precision of 1: a run of wide subspaces, each all but one direction of the space."""
+    recipe = replace(SMALL, epochs=2, evaluate_every=2, feature_dim=4, data=DataSettings(classes=2, train_size=60))
+    run = train.start(recipe, tmp_path / "run")
+    loaded = vmcr2.load(run)
+    missed = torch.nn.functional.normalize(torch.tensor([[1.0, 0.002, 0, 0], [1.0, -0.002, 0, 0]]), dim=1)
+    bases = [torch.linalg.svd(line[None].double())[2][1:].T for line in missed]
+    loaded.subspaces = torch.stack(bases).float()
+    loaded.embed = lambda features: features
+    far = 3e-4 * torch.tensor([[1.0, 1, 0, 0], [1.0, -1, 0, 0]]) + torch.tensor([0.0, 0, 1, 0])
+    assert loaded.scores(far).argmax(1).tolist() == [1, 0]
+
+
 def test_files_and_images_are_read_as_the_arrays_are(run, tmp_path):
     digits, loaded = sources.load(DataSettings()), vmcr2.load(run)
     pixels = digits.test_inputs[:3, 0].numpy()

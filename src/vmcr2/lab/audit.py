@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import vmcr2
-from vmcr2.lab import figures, sources
+from vmcr2.lab import figures
 from vmcr2.lab.evaluate import extract
 from vmcr2.lab.run import RunFolder, write_csv
-from vmcr2.lab.trained import load
+from vmcr2.lab.trained import data_of, load
 
 
 @dataclass(frozen=True)
@@ -42,12 +42,10 @@ def audit(run: RunFolder, data_root: str | Path | None = None) -> tuple[list[Sus
         The suspects, most suspect first, and the files written.
 
     Raises:
-        InputError: the run has no checkpoint, or its data is not there or has changed (a ValueError).
+        InputError: the run has no checkpoint, or its data is not there or has other classes (a ValueError).
     """
     trained, recipe = load(run), run.recipe()
-    dataset = sources.load(recipe.data, data_root)
-    if dataset.class_names != trained.classes or dataset.train_inputs.shape[1:] != trained.image_shape:
-        raise vmcr2.InputError(f"{recipe.data.source} has other classes or sizes than {run.path} was trained on")
+    dataset = data_of(run, trained, data_root)
     features = extract(trained.model, dataset, recipe.augmentation, recipe.batch_size, recipe.precision).train
     judged = vmcr2.label_quality(features, dataset.train_labels)
     names = dataset.class_names

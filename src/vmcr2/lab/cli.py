@@ -55,6 +55,7 @@ class _Deciding:
     resume: Path | None = None
     objective: str | None = None
     seed: str | None = None
+    image_size: Annotated[str | None, tyro.conf.arg(name="data.image-size")] = None
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,8 @@ def _to_train(arguments: list[str]) -> tuple[RunFolder | None, Recipe, _TrainOpt
         if options.out is not None:
             raise InputError(f"out has no meaning beside --resume, got {options.out}")
         return run, recipe, options
-    recipe, options = _parse("train", _recipe(name, "train", flags), _TrainOptions, flags)
+    chosen = _recipe(name, "train", flags, deciding)
+    recipe, options = _parse(f"train {name or chosen.name}", chosen, _TrainOptions, flags)
     out = options.out or Path("runs") / f"{recipe.name}-{recipe.objective}-seed{recipe.seed}"
     # torchrun --max-restarts starts the same command again, which then finds what it has begun.
     again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and (out / "recipe.json").is_file()
@@ -133,16 +135,17 @@ def _to_train(arguments: list[str]) -> tuple[RunFolder | None, Recipe, _TrainOpt
 
 
 def _compare(arguments: list[str]) -> None:
-    from vmcr2.lab.sweep import compare
+    from vmcr2.lab.sweep import compare, heading
 
     name, flags, deciding = _split(arguments)
-    recipe, options = _parse("compare", _recipe(name, "compare", flags), _CompareOptions, flags)
+    chosen = _recipe(name, "compare", flags, deciding)
+    recipe, options = _parse(f"compare {name or chosen.name}", chosen, _CompareOptions, flags)
     objectives = options.objectives if deciding.objective is None else (recipe.objective,)
     seeds = options.seeds if deciding.seed is None else (recipe.seed,)
     out = options.out or Path("runs") / recipe.name
     runs = compare(recipe, objectives, seeds, out, options.data_root, _console())
-    named_seeds = ", ".join(map(str, seeds))
-    _show(f"{recipe.name}, {recipe.epochs} epochs, seeds {named_seeds}", [run.summary() for run in runs])
+    summaries = [run.summary() for run in runs]
+    _show(heading(summaries), summaries)
     _say(f"table, figures and runs: {out}")
 
 
@@ -155,18 +158,17 @@ def evaluate(run: _Run, data_root: Path | None = None, components: tuple[int, ..
         components: dimensions of the subspaces to try; by default 1, 2, 4, … and ⌊d/k⌋.
     """
     from vmcr2.checks import check_count
-    from vmcr2.lab import sources
     from vmcr2.lab.evaluate import accuracy_by_components, extract, measure, subspaces
     from vmcr2.lab.report import table
     from vmcr2.lab.run import RunFolder, write_json
-    from vmcr2.lab.trained import load, load_objective
+    from vmcr2.lab.trained import data_of, load, load_objective
     from vmcr2.subspaces import default_components
 
     folder = RunFolder.open(run)
     trained, recipe = load(folder), folder.recipe()
     for r in components:
         check_count("components", r, at_most=recipe.feature_dim, limit="feature_dim")
-    dataset = sources.load(recipe.data, data_root)
+    dataset = data_of(folder, trained, data_root)
     features = extract(trained.model, dataset, recipe.augmentation, recipe.batch_size, recipe.precision)
     predict = load_objective(folder).predict
     measured = asdict(measure(features, dataset, subspaces(features, dataset), recipe.eps_sq, predict))
@@ -189,19 +191,21 @@ def plot(run: _Run) -> None:
     from vmcr2.lab.run import RunFolder
 
     if (run / "comparison.json").is_file():
-        runs = [RunFolder.open(path.parent) for path in sorted(run.glob("*/recipe.json"))]
-        if not runs:
-            raise InputError(f"{run} has a comparison.json but no run folders beside it")
-        order = list(OBJECTIVES)
-        runs.sort(key=lambda one: (order.index(one.recipe().objective), one.recipe().seed))
-        drawn = figures.draw_comparison(runs, run / "figures")
+        from vmcr2.lab.sweep import compared
+
+        drawn = figures.draw_comparison(compared(run), run / "figures")
     else:
         drawn = figures.draw_run(RunFolder.open(run))
     for path in drawn:
         _say(str(path))
 
 
-def predict(run: _Run, files: tyro.conf.Positional[tuple[Path, ...]], out: Path | None = None) -> None:
+def predict(
+    run: _Run,
+    files: tyro.conf.Positional[tuple[Path, ...]],
+    out: Path | None = None,
+    components: int | None = None,
+) -> None:
     """Names the classes of images: a line a file, with its class and the margin to the next one.
 
     The margin, from 0 to 1, is how much more of the sample's energy lies in the subspace of its class than in the next.
@@ -210,6 +214,7 @@ def predict(run: _Run, files: tyro.conf.Positional[tuple[Path, ...]], out: Path 
         run: a run folder, or a folder that export wrote.
         files: images, or folders of them.
         out: a .csv file to write the same to.
+        components: use the strongest so many directions of each class; by default all that the run has, ⌊d/k⌋.
     """
     from vmcr2.lab.run import write_csv
     from vmcr2.lab.sources import image_files
@@ -227,15 +232,15 @@ def predict(run: _Run, files: tyro.conf.Positional[tuple[Path, ...]], out: Path 
         raise InputError("files must name at least one image, got none")
     if out is not None and not out.resolve().parent.is_dir():
         raise InputError(f"out must lie in a folder that exists, got {out}")
-    trained = load(run)
+    trained = load(run, components)
     best = trained.scores(images).topk(min(2, len(trained.classes)))
     margins = (best.values[:, 0] - best.values[:, -1]).tolist()
     names = [trained.classes[j] for j in best.indices[:, 0].tolist()]
-    rows = [(str(file), name, f"{gap:.3f}") for file, name, gap in zip(images, names, margins, strict=True)]
-    for row in rows:
-        print("\t".join(row))
+    rows = [(str(file), name, f"{gap:.3g}") for file, name, gap in zip(images, names, margins, strict=True)]
     if out is not None:
         write_csv(out, [("file", "class", "margin"), *rows])
+    for row in rows:
+        print("\t".join(row))
 
 
 def audit(run: _Run, data_root: Path | None = None, top: int = 20) -> None:
@@ -263,16 +268,21 @@ def audit(run: _Run, data_root: Path | None = None, top: int = 20) -> None:
         _say(str(path))
 
 
-def export(run: _Run, folder: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DIR")]) -> None:
+def export(
+    run: _Run,
+    folder: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DIR")],
+    components: int | None = None,
+) -> None:
     """Writes a trained run as config.json, model.safetensors and a model card, to load or to share.
 
     Args:
         run: the run folder.
         folder: where to, new or empty.
+        components: keep the strongest so many directions of each class; by default all that the run has, ⌊d/k⌋.
     """
     from vmcr2.lab import trained
 
-    trained.export(trained.load(run), folder)
+    trained.export(trained.load(run, components), folder)
     _say(f"{folder}: vmcr2.load({str(folder)!r}) loads it")
 
 
@@ -392,9 +402,10 @@ def _split(arguments: list[str]) -> tuple[str | None, list[str], _Deciding]:
     return name, flags, deciding
 
 
-def _recipe(name: str | None, command: str, flags: list[str]) -> Recipe:
+def _recipe(name: str | None, command: str, flags: list[str], deciding: _Deciding) -> Recipe:
     if name is not None:
-        return find(name)
+        size = deciding.image_size or ""
+        return find(name, int(size) if size.isdecimal() else None)
     if {"-h", "--help"} & set(flags):
         return RECIPES["digits"]
     raise InputError(f"vmcr2 {command} takes a recipe first: one of {', '.join(named())}, a .json file, or your data")
@@ -408,11 +419,12 @@ def _parse(command: str, default: Recipe, kind: type[_Given], flags: list[str]) 
         ("options", Annotated[kind, tyro.conf.arg(name="")], dataclasses.field(default=kind())),
     ]
     both = dataclasses.make_dataclass("both", fields)
-    parsed = tyro.cli(both, args=flags, prog=f"vmcr2 {command} {default.name}")
+    parsed = tyro.cli(both, args=flags, prog=f"vmcr2 {command}")
     chosen: Recipe = parsed.recipe
     if chosen.about.startswith(CHOSEN_FOR):
+        held = f", {chosen.data.validation:.0%} of each class held out" if chosen.data.validation else ""
         size = "" if chosen.data.image_size is None else f", images scaled to {chosen.data.image_size} a side"
-        _say(f"{chosen.about}; network {chosen.network}, feature_dim {chosen.feature_dim}{size}")
+        _say(f"{chosen.about}{held}; network {chosen.network}, feature_dim {chosen.feature_dim}{size}")
     return parsed.recipe, parsed.options
 
 
@@ -424,7 +436,7 @@ def _show(title: str, summaries: Sequence[dict]) -> None:
 
 
 def _console() -> Console:
-    return Console(width=None if sys.stdout.isatty() else 120)
+    return Console(width=None if sys.stdout.isatty() else 120, markup=False)
 
 
 def _say(text: str) -> None:

@@ -106,7 +106,8 @@ def draw_similarity(axes: Axes, features: np.ndarray, labels: np.ndarray, names:
 
 def _readable(name: str, width: int = 32) -> str:
     """Returns a class name for a figure: words apart, on as many lines as it needs."""
-    words = str(name).replace("/character", " ").replace("_", " ").replace("$", r"\$")
+    whole = str(name).encode("utf-8", "replace").decode()  # the name of a folder may be no valid text
+    words = whole.replace("/character", " ").replace("_", " ").replace("$", r"\$")
     return textwrap.fill(words, width)
 
 
@@ -438,8 +439,8 @@ def draw_noise(records: Sequence[dict[str, Any]], path: Path, title: str) -> Pat
 
 def _draw_seeds(axes: Axes, seeds: list[list[dict[str, Any]]], key: str, objective: ObjectiveName) -> None:
     curves = [[(line["epoch"], line[key]) for line in metrics if key in line] for metrics in seeds]
-    epochs = [epoch for epoch, _ in curves[0]]
-    values = np.array([[value for _, value in curve] for curve in curves])
+    epochs = [epoch for epoch, _ in curves[0] if all(epoch in dict(curve) for curve in curves)]
+    values = np.array([[dict(curve)[epoch] for epoch in epochs] for curve in curves])
     mean, colour = values.mean(0), _COLOURS[objective]
     spread = values.std(0, ddof=1) if len(values) > 1 else 0 * mean
     axes.fill_between(epochs, mean - spread, mean + spread, color=colour, alpha=0.2, linewidth=0)

@@ -270,8 +270,12 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
-def find(name: str) -> Recipe:
+def find(name: str, image_size: int | None = None) -> Recipe:
     """Returns a recipe by name, from a .json file such as a run folder's recipe.json, or one chosen for data.
+
+    Args:
+        name: of a recipe, or a path.
+        image_size: as `for_data` takes it; known recipes have their own.
 
     Raises:
         InputError: there is no such recipe, or the file is no recipe (a ValueError).
@@ -282,7 +286,7 @@ def find(name: str) -> Recipe:
     if name.endswith(".json"):
         return from_json(Path(name))
     if name.endswith(".npz") or Path(name).is_dir():
-        return for_data(Path(name))
+        return for_data(Path(name), image_size)
     hint = nearest(name, known)
     raise InputError(
         f"recipe must be one of {', '.join(known)}, a .json file, or data: a .npz file or a folder of images by class; "
@@ -290,34 +294,38 @@ def find(name: str) -> Recipe:
     )
 
 
-def for_data(path: Path) -> Recipe:
+def for_data(path: Path, image_size: int | None = None) -> Recipe:
     """Returns a recipe to begin with for a .npz file or a folder of images by class (docs/data.md).
 
     Args:
         path: of the file or folder.
+        image_size: what a folder's images are scaled to, a side; by default as docs/data.md says.
 
     Raises:
         InputError: it is not of the right form (a ValueError).
     """
     found = sources.outline(path)
-    k, image_size, shape = found.num_classes, None, found.shapes[0]
-    if path.is_dir() and (len(found.shapes) > 1 or max(shape[1:]) > _LARGEST_SIDE):
-        image_size = min(_LARGEST_SIDE, *(min(one[1:]) for one in found.shapes))
+    k, shape = found.num_classes, found.shapes[0]
+    about = f"{CHOSEN_FOR} {path.name}: {k} classes, {found.samples} training samples"
+    if path.is_dir() and (len(found.shapes) > 1 or max(shape[1:]) > _LARGEST_SIDE) and image_size is None:
+        image_size = min(min(one[1:]) for one in found.shapes)
+        if image_size < _LARGEST_SIDE and len(found.shapes) > 1:
+            about += f", the smallest image {found.smallest}"
+        image_size = min(_LARGEST_SIDE, image_size)
+    if path.is_dir() and image_size is not None:
         shape = (shape[0], image_size, image_size)
     # A crop of the images' own size; of those that are not square it would lose the borders.
     crops = len(shape) == 3 and shape[1] == shape[2]
     side = min(shape[1:], default=0)
     network = "mlp" if side < 16 else "conv4" if side <= 48 else "resnet18"
     name = re.sub(r"[^\w.-]", "-", path.resolve().stem, flags=re.ASCII).strip("-") or "data"
-    about = f"{CHOSEN_FOR} {path.name}: {k} classes, {found.samples} training samples"
-    about += "" if found.has_test else ", a fifth held out for want of a test part"
     return Recipe(
         name=name,
         about=about,
         network=network,
         feature_dim=max(128, 2 * k if k <= 500 else k),
         batch_size=min(500, max(2, found.samples // 3)),
-        data=DataSettings(source=str(path), image_size=image_size, validation=0.0 if found.has_test else 0.2),
+        data=DataSettings(source=str(path.resolve()), image_size=image_size, validation=0.0 if found.has_test else 0.2),
         augmentation=Augmentation(crop=side, padding=max(1, side // 14)) if crops else Augmentation(),
     )
 
@@ -336,7 +344,7 @@ def from_json(file: Path) -> Recipe:
         InputError: the file is missing, is no JSON, or has an unknown key or a wrong value (a ValueError).
     """
     try:
-        fields = json.loads(file.read_text(encoding="utf-8"))
+        fields = json.loads(file.read_text(encoding="utf-8", errors="surrogateescape"))
     except FileNotFoundError as error:
         raise InputError(f"there is no recipe file {file}") from error
     except (OSError, ValueError) as error:

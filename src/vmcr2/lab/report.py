@@ -33,7 +33,7 @@ class EpochProgress:
     """Shows epochs as they pass: a bar with the latest figures and the time left, or a line every ten seconds."""
 
     def __init__(self, title: str, epochs: int, done: int, console: Console | None) -> None:
-        self.console = Console() if console is None else console
+        self.console = Console(markup=False) if console is None else console
         self.title = title
         self.epochs = epochs
         self.start_epoch = done
@@ -42,7 +42,7 @@ class EpochProgress:
         self.bar: _Bar | None = None
         if self.console.is_terminal:
             self.bar = _Bar(
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(bar_width=None),
                 MofNCompleteColumn(),
                 TimeRemainingColumn(),

@@ -68,7 +68,7 @@ def write_csv(path: Path, rows: Iterable[Sequence[Any]]) -> None:
     """Writes rows as a .csv file, atomically."""
     text = io.StringIO(newline="")
     csv.writer(text).writerows(rows)
-    write_atomically(path, text.getvalue().encode())
+    write_atomically(path, text.getvalue().encode(errors="surrogateescape"))
 
 
 def is_free(path: Path) -> bool:
@@ -139,15 +139,18 @@ class RunFolder:
         if not path.is_dir():
             raise InputError(f"there is no run folder {path}")
         if not run.recipe_file.is_file():
-            raise InputError(
-                f"{path} is no run folder: it has no recipe.json (the run died before it began, or this is another "
-                "kind of folder); start it anew"
-            )
+            what = "it has no recipe.json"
+            if (path / "comparison.json").is_file():
+                names = sorted(file.parent.name for file in path.glob("*/recipe.json"))
+                what = f"it is a comparison, of the runs {', '.join(names)} in it"
+            elif (path / "model.safetensors").is_file():
+                what = "it is an exported model, which vmcr2.load and vmcr2 predict take"
+            raise InputError(f"{path} is no run folder: {what}")
         return run
 
     def write_recipe(self, recipe: Recipe) -> None:
         """Writes recipe.json."""
-        write_atomically(self.recipe_file, recipes.to_json(recipe).encode())
+        write_atomically(self.recipe_file, recipes.to_json(recipe).encode(errors="surrogateescape"))
 
     def recipe(self) -> Recipe:
         """Returns the recipe of the run."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import warnings
 import zipfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -31,6 +32,7 @@ from vmcr2.errors import InputError
 from vmcr2.lab._torchvision import import_torchvision
 
 DATA_ROOT_VARIABLE = "VMCR2_DATA_ROOT"
+_MANY_FILES = 2000  # from which on decoding shows a progress bar
 _IMAGE_ENDINGS = {".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".pgm", ".webp", ".tif", ".tiff"}
 
 
@@ -68,7 +70,10 @@ class DataSettings:
             if getattr(self, name) >= 1:
                 raise InputError(f"data.{name} must be a share below 1, got {getattr(self, name)}")
         if self.validation and self.test_size is not None:
-            raise InputError("data.test_size has no meaning beside data.validation, which replaces the test set")
+            raise InputError(
+                f"data.test_size has no meaning beside data.validation, which replaces the test set (and is 0.2 where "
+                f"the data has none), got {self.test_size} beside {self.validation}"
+            )
 
 
 @dataclass(frozen=True)
@@ -136,9 +141,10 @@ def load(settings: DataSettings, data_root: str | Path | None = None) -> Dataset
     elif path.is_dir():
         dataset = _folder(path, settings.image_size, needs_test=not settings.validation)
     else:
+        what = "a file of another kind" if path.exists() else "neither: there is no such folder"
         raise InputError(
             f"data.source must be one of {', '.join(_NAMED)}, a .npz file or a folder of images by class, "
-            f"got {settings.source!r}, which is neither"
+            f"got {settings.source!r}, which is {what}"
         )
     dataset = _subset(replace(dataset, train_rows=torch.arange(len(dataset.train_labels))), settings)
     if dataset.num_classes < 2:
@@ -155,6 +161,18 @@ def resolved(settings: DataSettings) -> DataSettings:
     if settings.source in _NAMED or not path.exists():
         return settings
     return replace(settings, source=str(path.resolve()))
+
+
+def without_place(settings: DataSettings) -> DataSettings:
+    """Returns the settings without the path of a file or folder, which may move; a name stays."""
+    return settings if settings.source in _NAMED else replace(settings, source="")
+
+
+def has_moved(before: DataSettings, now: DataSettings) -> bool:
+    """Whether a file or folder is gone, and another is named for it; whether that holds the same is not looked at."""
+    if before.source in _NAMED or Path(before.source).exists():
+        return False
+    return now.source not in _NAMED and Path(now.source).exists()
 
 
 def fingerprint(dataset: Dataset) -> str:
@@ -199,16 +217,25 @@ def _subset(dataset: Dataset, settings: DataSettings) -> Dataset:
 
 
 def _held_out(dataset: Dataset, share: float) -> Dataset:
-    """Returns the data set with a share of every class's training samples in place of the test set."""
+    """Returns the data set with a share of every class's training samples in place of the test set.
+
+    It is a sample at least, of a class that has two.
+    """
     m = len(dataset.train_labels)
     shuffled = torch.randperm(m, generator=torch.Generator().manual_seed(0))
     held = torch.zeros(m, dtype=torch.bool)
     for j in range(dataset.num_classes):
         members = shuffled[dataset.train_labels[shuffled] == j]
-        held[members[: min(round(share * len(members)), len(members) - 1)]] = True
-    if not held.any():
-        raise InputError(f"data.validation must hold out a sample of some class, {share} of each class is none")
+        held[members[: min(max(1, round(share * len(members))), len(members) - 1)]] = True
     inputs, labels = dataset.train_inputs, dataset.train_labels
+    single = int((labels.bincount(minlength=dataset.num_classes) == 1).sum())
+    if not held.any():
+        raise InputError(f"data.validation ({share:g}) needs a class of two samples or more, every class has one")
+    if single:
+        warnings.warn(
+            f"{single} of {dataset.num_classes} classes have a single sample, of which data.validation holds none out",
+            stacklevel=2,
+        )
     return replace(_kept(dataset, ~held), test_inputs=inputs[held], test_labels=labels[held])
 
 
@@ -342,7 +369,8 @@ def _tiny_imagenet(root: Path) -> Dataset:
             f"tiny-imagenet: {len(missing)} of {len(train) + len(test)} images are missing under {folder}, "
             f"the first is {missing[0]}; unpack the archive again"
         )
-    images = _decode_all([file for file, _ in train + test], _TINY_SIDE, "tiny-imagenet, once")
+    size = (_TINY_SIDE, _TINY_SIDE)
+    images = np.stack(_decoded([file for file, _ in train + test], size, "tiny-imagenet, once"))
     arrays = {
         "x_train": images[: len(train)],
         "y_train": np.asarray([label for _, label in train]),
@@ -366,18 +394,15 @@ def _tiny_lines(file: Path) -> list[str]:
     return lines
 
 
-def _decode_all(files: list[Path], side: int, title: str) -> np.ndarray:
-    """Returns images (n, side, side, 3), decoded on all cores behind a progress bar."""
+def _decoded(files: list[Path], size: tuple[int, int] | None, title: str) -> list[np.ndarray]:
+    """Returns images (h, w, 3), decoded on all cores, and where they are many behind a progress bar."""
     from rich.console import Console
     from rich.progress import track
 
-    images = np.empty((len(files), side, side, 3), dtype=np.uint8)
     # Pillow gives the interpreter lock back while it decodes.
     with ThreadPoolExecutor() as pool:
-        decoded = pool.map(lambda file: decode(file, (side, side)), files)
-        for i, image in enumerate(track(decoded, title, len(files), console=Console(stderr=True))):
-            images[i] = image
-    return images
+        decoded = pool.map(lambda file: np.asarray(decode(file, size)), files)
+        return list(track(decoded, title, len(files), console=Console(stderr=True), disable=len(files) < _MANY_FILES))
 
 
 def read_npz(path: Path, *, needs_test: bool = True) -> Dataset:
@@ -391,16 +416,29 @@ def read_npz(path: Path, *, needs_test: bool = True) -> Dataset:
         InputError: it is missing, damaged or not of the right form (a ValueError).
     """
     if not path.is_file():
-        raise InputError(f"data.source: there is no file {path}")
+        raise InputError(f"there is no file {path}")
     if not zipfile.is_zipfile(path):
         raise InputError(f"{path} is no readable .npz file (truncated, or of another kind?)")
+    held: dict[str, np.ndarray] = {}
+    objects: list[str] = []
     try:
         with np.load(path, allow_pickle=False) as file:
-            held = {name: file[name] for name in file.files}
-        if not held:
-            raise ValueError("it holds no arrays")
+            if not file.files:
+                raise ValueError("it holds no arrays")
+            for name in file.files:
+                try:
+                    held[name] = file[name]
+                except ValueError as error:
+                    if "Object arrays" not in str(error):
+                        raise
+                    objects.append(name)
     except Exception as error:  # NumPy passes on whatever the zip, the header or the decompression stumbled over
         raise InputError(f"{path} is no readable .npz file (truncated or damaged?): {error}") from error
+    if objects:
+        raise InputError(
+            f"{path} must hold numbers, or text for class_names, got Python objects in {', '.join(objects)}; convert "
+            "with astype, and labels with numpy.unique(labels, return_inverse=True)"
+        )
     called = ("x_train", "y_train")
     if not held.keys() & set(called) and held.keys() & {"features", "labels"}:
         called = ("features", "labels")
@@ -438,8 +476,16 @@ def _listed(root: Path, *, needs_test: bool) -> tuple[list[str], dict[str, list[
         raise InputError(
             f"{root}: test/ has classes that train/ lacks: {unknown}" if names else f"{root}/train is empty"
         )
+    # Class after class in turn, so that the first so many samples hold all classes alike.
     parts = {
-        part: [(file, j) for j, name in enumerate(names) if name in classes for file in image_files(classes[name])]
+        part: [
+            (file, j)
+            for _, j, file in sorted(
+                (i, j, file)
+                for j, name in enumerate(names)
+                for i, file in enumerate(image_files(classes[name]) if name in classes else [])
+            )
+        ]
         for part, classes in folders.items()
     }
     filled = {label for _, label in parts["train"]}
@@ -457,7 +503,7 @@ def _folder(root: Path, image_size: int | None, *, needs_test: bool) -> Dataset:
         if not files and not needs_test:
             arrays[part] = arrays["train"][0][:0], arrays["train"][1][:0]
             continue
-        images = [np.asarray(decode(file, size)) for file, _ in files]
+        images = _decoded([file for file, _ in files], size, f"{root.name}/{part}")
         sizes = {image.shape for image in images}
         if len(sizes) != 1:
             found_sizes = f"sizes {sorted(sizes)[:3]}; set data.image_size" if sizes else "no image"
@@ -473,6 +519,7 @@ class Outline:
 
     Attributes:
         shapes: of its inputs, (c, h, w) or (d,); several where a folder's images differ in size.
+        smallest: the file of the image of the smallest side; empty for a .npz file.
         num_classes: k.
         samples: in its training part.
         has_test: whether it has a test part.
@@ -482,6 +529,7 @@ class Outline:
     num_classes: int
     samples: int
     has_test: bool
+    smallest: str = ""
 
 
 def outline(path: Path) -> Outline:
@@ -497,14 +545,15 @@ def outline(path: Path) -> Outline:
     from PIL import Image
 
     names, parts = _listed(path, needs_test=False)
-    shapes = set()
+    shapes: dict[tuple[int, int, int], Path] = {}
     for file, _ in [*parts["train"], *parts["test"]]:
         try:
             with Image.open(file) as image:
-                shapes.add((3, image.height, image.width))
+                shapes.setdefault((3, image.height, image.width), file)
         except Exception as error:  # Pillow's decoders raise what they like
             raise InputError(f"{file} is no readable image (truncated or damaged?): {error}") from error
-    return Outline(tuple(sorted(shapes)), len(names), len(parts["train"]), bool(parts["test"]))
+    smallest = shapes[min(shapes, key=lambda shape: min(shape[1:]))].relative_to(path).as_posix()
+    return Outline(tuple(sorted(shapes)), len(names), len(parts["train"]), bool(parts["test"]), smallest)
 
 
 def image_files(folder: Path) -> list[Path]:
@@ -515,8 +564,10 @@ def image_files(folder: Path) -> list[Path]:
 def decode(source: Any, size: tuple[int, int] | None = None, mode: str = "RGB") -> Any:
     """Returns a file or a PIL image as a PIL image of a size (width, height) and mode; None keeps its size.
 
+    What is transparent becomes white; of 16 bits the upper eight are taken.
+
     Raises:
-        InputError: it is no readable image (a ValueError).
+        InputError: it is no readable image, or of 32 bits a channel, whose range is not known (a ValueError).
     """
     from PIL import Image
 
@@ -524,10 +575,25 @@ def decode(source: Any, size: tuple[int, int] | None = None, mode: str = "RGB") 
         raise InputError(f"{source} is no readable image: there is no such file")
     try:
         with source if isinstance(source, Image.Image) else Image.open(source) as image:
-            read = image.convert(mode)
+            if size is not None:
+                image.draft(mode, (2 * size[0], 2 * size[1]))  # a large JPEG is decoded at a coarser scale
+            wide, read = image.mode in ("I", "F"), _as_mode(image, mode)
     except Exception as error:  # Pillow's decoders raise what they like
         raise InputError(f"{source} is no readable image (truncated or damaged?): {error}") from error
+    if wide:
+        raise InputError(f"{source} must have 8 or 16 bits a channel, it has 32, whose range is not known; convert it")
     return read if size is None or size == read.size else read.resize(size, Image.Resampling.BILINEAR)
+
+
+def _as_mode(image: Any, mode: str) -> Any:
+    from PIL import Image
+
+    if image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert(mode)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert(mode)
+    return image.convert(mode)
 
 
 def _from_arrays(
@@ -544,22 +610,24 @@ def _from_arrays(
     for names, x, y in ((called, x_train, y_train), (("x_test", "y_test"), x_test, y_test)):
         empty = y is y_train and not y.size
         if y.ndim != 1 or not np.issubdtype(y.dtype, np.integer) or x.shape[:1] != y.shape or empty:
+            hint = "; numpy.unique(labels, return_inverse=True)[1] numbers them" if y.dtype.kind in "US" else ""
             raise InputError(
                 f"{name}: {names[1]} must hold one integer label a sample of {names[0]} {x.shape}, "
-                f"got {y.dtype} {y.shape}"
+                f"got {y.dtype} {y.shape}{hint}"
             )
+    if class_names is not None:
+        k = len(class_names)
+        lowest, highest = (extreme(np.concatenate([y_train, y_test])) for extreme in (np.min, np.max))
+        if lowest < 0 or highest >= k:
+            raise InputError(
+                f"{name}: labels must lie in [0, {k}), as class_names are, got labels from {lowest} to {highest}"
+            )
+    unknown = np.setdiff1d(y_test, y_train)
+    if unknown.size:
+        raise InputError(f"{name}: y_test has classes that {y_name} lacks: {unknown[:5].tolist()}")
     if class_names is None:
         values, y_train = np.unique(y_train, return_inverse=True)
-        unknown = np.setdiff1d(y_test, values)
-        if unknown.size:
-            raise InputError(f"{name}: y_test has classes that {y_name} lacks: {unknown[:5].tolist()}")
         y_test, class_names = np.searchsorted(values, y_test), [str(value) for value in values]
-    k = len(class_names)
-    lowest, highest = (extreme(np.concatenate([y_train, y_test])) for extreme in (np.min, np.max))
-    if lowest < 0 or highest >= k:
-        raise InputError(
-            f"{name}: labels must lie in [0, {k}), as class_names are, got labels from {lowest} to {highest}"
-        )
     inputs = [_as_inputs(f"{name}: {part}", x) for part, x in ((x_name, x_train), ("x_test", x_test))]
     if inputs[0].shape[1:] != inputs[1].shape[1:]:
         raise InputError(f"{name}: {x_name} and x_test must agree, got {x_train.shape} and {x_test.shape}")
@@ -568,21 +636,22 @@ def _from_arrays(
 
 
 def _as_inputs(name: str, array: np.ndarray) -> Tensor:
+    shape = array.shape
     if array.ndim == 2 and array.shape[1] and np.issubdtype(array.dtype, np.floating):
         with np.errstate(over="ignore"):
             narrow = np.ascontiguousarray(array, dtype=np.float32)
         if not np.isfinite(narrow).all():
             raise InputError(f"{name} must be finite in float32, it holds NaN or infinite entries")
         return torch.from_numpy(narrow)
-    if array.ndim in (3, 4) and all(array.shape[1:]) and array.dtype == np.uint8:
-        if array.ndim == 3:
-            array = array[:, None]
-        elif array.shape[-1] in (1, 3) and array.shape[1] not in (1, 3):
-            array = array.transpose(0, 3, 1, 2)
+    if array.ndim == 3:
+        array = array[:, None]
+    elif array.ndim == 4 and array.shape[-1] in (1, 3) and array.shape[1] not in (1, 3):
+        array = array.transpose(0, 3, 1, 2)
+    if array.ndim == 4 and array.shape[1] in (1, 3) and all(array.shape[1:]) and array.dtype == np.uint8:
         return torch.from_numpy(np.ascontiguousarray(array))
     raise InputError(
-        f"{name} must hold uint8 images (n, h, w), (n, h, w, c) or (n, c, h, w), or float embeddings (n, d), "
-        f"got {array.dtype} {array.shape}"
+        f"{name} must hold uint8 images (n, h, w), (n, h, w, c) or (n, c, h, w) of c = 1 or 3 channels, or float "
+        f"embeddings (n, d), got {array.dtype} {shape}"
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -48,18 +49,19 @@ def compare(
     recipe = replace(recipe, data=sources.resolved(recipe.data))
     planned = [
         (out / f"{objective}-seed{seed}", replace(recipe, objective=objective, seed=seed))
-        for seed in seeds
-        for objective in objectives
+        for seed in dict.fromkeys(seeds)
+        for objective in dict.fromkeys(objectives)
     ]
     refuse_conflicts(planned)
     runs = []
     for path, one in planned:
-        runs.append(completed(path, one, data_root, console))
-        figures.draw_run(runs[-1])
+        run = completed(path, one, data_root, console)
+        if not run.figures.is_dir() or run.figures.stat().st_mtime_ns < run.summary_file.stat().st_mtime_ns:
+            figures.draw_run(run)
+        runs.append(run)
     summaries = [run.summary() for run in runs]
     write_json(out / "comparison.json", summaries)
-    heading = f"{recipe.name}, {recipe.epochs} epochs, seeds {', '.join(map(str, seeds))}, {measured_on(summaries[0])}"
-    text = f"{heading}\n\n{markdown_table(COLUMNS, rows(summaries))}"
+    text = f"{heading(summaries)}, {measured_on(summaries[0])}\n\n{markdown_table(COLUMNS, rows(summaries))}"
     write_atomically(out / "comparison.md", text.encode())
     figures.draw_comparison(runs, out / "figures")
     return runs
@@ -80,6 +82,26 @@ def completed(path: Path, recipe: Recipe, data_root: str | Path | None, console:
     if (path / "recipe.json").is_file():
         return train.resume(RunFolder.open(path), recipe, data_root, console)
     return train.start(recipe, path, data_root, console)
+
+
+def compared(out: Path) -> list[RunFolder]:
+    """Returns the runs of the comparison in a folder.
+
+    Raises:
+        InputError: there is none, or runs of it are gone (a ValueError).
+    """
+    file = out / "comparison.json"
+    try:
+        names = [f"{summary['objective']}-seed{summary['seed']}" for summary in json.loads(file.read_text("utf-8"))]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise InputError(f"{file} is no readable comparison: {error}") from error
+    return [RunFolder.open(out / name) for name in names]
+
+
+def heading(summaries: Sequence[dict[str, Any]]) -> str:
+    """Returns what was compared: the recipe, for how many epochs, with which seeds."""
+    epochs, seeds = (dict.fromkeys(summary[key] for summary in summaries) for key in ("epochs", "seed"))
+    return f"{summaries[0]['recipe']}, {' and '.join(map(str, epochs))} epochs, seeds {', '.join(map(str, seeds))}"
 
 
 def measured_on(summary: dict[str, Any]) -> str:

@@ -237,7 +237,7 @@ def resume(
         chosen = stored if recipe is None else replace(recipe, data=sources.resolved(recipe.data))
         refuse_other_recipe(run, stored, chosen)
         chosen = _with_others(chosen, stored)
-        if not run.is_complete() or chosen.epochs > stored.epochs:
+        if not run.is_complete() or chosen.epochs > stored.epochs or sources.has_moved(stored.data, chosen.data):
             return stored, chosen
         if console is not None:
             text = f"{run.path} is complete at {stored.epochs} epochs: nothing to do"
@@ -266,11 +266,14 @@ def resume(
 
 def refuse_other_recipe(run: RunFolder, stored: Recipe, recipe: Recipe) -> None:
     """Raises InputError where a run cannot go on with a recipe: another one, or with epochs that it cannot be given."""
-    differing = recipes.differences(stored, replace(_with_others(recipe, stored), epochs=stored.epochs))
+    alike = replace(_with_others(recipe, stored), epochs=stored.epochs)
+    if sources.has_moved(stored.data, recipe.data):  # whether it is the same is asked of the checkpoint
+        alike = replace(alike, data=replace(alike.data, source=stored.data.source))
+    differing = recipes.differences(stored, alike)
     if differing:
         raise InputError(
             f"{run.path} belongs to another recipe (there, here): {'; '.join(differing)}. "
-            "Choose another --out, or drop these flags"
+            "Drop these flags, or start a run in a folder of its own"
         )
     if recipe.epochs < stored.epochs and not run.is_complete():
         raise InputError(f"epochs must be at least the {stored.epochs} that {run.path} is to have, got {recipe.epochs}")
@@ -467,8 +470,10 @@ def _check_state(run: RunFolder, state: Any, prepared: _Prepared) -> None:
 
 
 def _identity(recipe: Recipe) -> str:
-    """Returns the recipe as text, but for the number of epochs, which may grow."""
-    return recipes.to_json(recipe if recipe.lr_needs_epochs else replace(recipe, epochs=max(1, recipe.warmup_epochs)))
+    """Returns the recipe as text, but for the number of epochs, which may grow, and for where data lies."""
+    if not recipe.lr_needs_epochs:
+        recipe = replace(recipe, epochs=max(1, recipe.warmup_epochs))
+    return recipes.to_json(replace(recipe, data=sources.without_place(recipe.data)))
 
 
 @dataclass(frozen=True)

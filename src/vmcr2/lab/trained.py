@@ -22,9 +22,9 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
-from vmcr2.checks import Condition, iterator_of, read
+from vmcr2.checks import Condition, check_count, iterator_of, read
 from vmcr2.errors import InputError
-from vmcr2.lab import networks, objectives
+from vmcr2.lab import networks, objectives, sources
 from vmcr2.lab.augmentation import Augmentation, plain
 from vmcr2.lab.objectives import Objective
 from vmcr2.lab.recipes import OBJECTIVES, Recipe
@@ -146,7 +146,7 @@ class TrainedModel(
 
     @torch.no_grad()
     def scores(self, images: Any) -> Float[Tensor, "m k"]:
-        """Returns the share in [0, 1] of each sample's energy that lies in each class's subspace.
+        """Returns the share in [0, 1] of each sample's energy that lies in each class's subspace, in float64.
 
         Args:
             images: as `embed` takes.
@@ -154,7 +154,11 @@ class TrainedModel(
         Raises:
             InputError: as `embed`.
         """
-        return subspace_energies(self.embed(images), self.subspaces)
+        features, bases = self.embed(images), self.subspaces
+        if features.device.type == "mps":  # which has no float64
+            features, bases = features.cpu(), bases.cpu()
+        # Subspaces may hold nearly all of any sample: float32 would leave ties.
+        return subspace_energies(features.double(), bases.double())
 
     def predict(self, images: Any) -> list[str]:
         """Returns the name of the class whose subspace is nearest to each sample, eq. (8), whatever the objective was.
@@ -251,17 +255,31 @@ def config(recipe: Recipe, dataset: Dataset) -> dict[str, Any]:
     }
 
 
-def load(path: RunFolder | str | Path) -> TrainedModel:
+def load(path: RunFolder | str | Path, components: int | None = None) -> TrainedModel:
     """Returns a trained model on the CPU, in eval mode; the data it was trained on is not needed.
 
     Args:
         path: a run folder, whose last checkpoint is taken, or a folder that `vmcr2 export` wrote.
+        components: keep the strongest so many directions of each class's subspace; all, ⌊d/k⌋, by default.
 
     Raises:
-        InputError: there is neither, the run was never measured yet, or a file is damaged (a ValueError).
+        InputError: there is neither, the run was never measured yet, it has fewer components, or a file is damaged (a
+            ValueError).
     """
-    if isinstance(path, str | os.PathLike) and (Path(path) / "model.safetensors").is_file():
-        return _load_exported(Path(path))
+    exported = isinstance(path, str | os.PathLike) and (Path(path) / "model.safetensors").is_file()
+    trained = _load_exported(Path(path)) if exported else _load_run(path)
+    if components is not None:
+        held = trained.subspaces.shape[2]
+        check_count("components", components, at_most=held, limit="those of the model")
+        trained.subspaces = trained.subspaces[..., :components].contiguous()
+        trained.config["components"] = components
+        if components < held:  # what was measured is of all
+            trained.about = {name: value for name, value in trained.about.items() if name != "test_accuracy"}
+            trained.config["about"] = trained.about
+    return trained
+
+
+def _load_run(path: RunFolder | str | Path) -> TrainedModel:
     run, recipe, state = _open(path)
     kept = state["trained"]
     if kept["bases"] is None:
@@ -281,6 +299,27 @@ def load(path: RunFolder | str | Path) -> TrainedModel:
     trained.model.load_state_dict(state["model"])
     trained.subspaces.copy_(kept["bases"])
     return trained.eval()
+
+
+def data_of(run: RunFolder, trained: TrainedModel, data_root: str | Path | None = None) -> Dataset:
+    """Returns the data that a run was trained and measured on; warns where it has changed since.
+
+    Args:
+        run: with a checkpoint.
+        trained: loaded from it.
+        data_root: where named data sets lie.
+
+    Raises:
+        InputError: the data is not there, or has other classes or sizes (a ValueError).
+    """
+    settings = run.recipe().data
+    dataset = sources.load(settings, data_root)
+    if dataset.class_names != trained.classes or dataset.train_inputs.shape[1:] != trained.image_shape:
+        raise InputError(f"{settings.source} has other classes or sizes than {run.path} was trained on")
+    _, _, state = _open(run)
+    if state["data"] != sources.fingerprint(dataset):
+        warnings.warn(f"{settings.source} has changed since {run.path} was trained on it", stacklevel=2)
+    return dataset
 
 
 def load_objective(path: RunFolder | str | Path) -> Objective:
