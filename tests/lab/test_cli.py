@@ -292,6 +292,26 @@ def test_names_that_are_no_text_are_written_as_they_are(leaves, tmp_path):
     assert os.fsencode(odd) in table.read_bytes()
 
 
+def test_characters_that_figures_cannot_show_are_said_once(leaves, tmp_path, capsys):
+    shutil.copytree(leaves / "leaves", tmp_path / "data")
+    for part in ("train", "test"):
+        (tmp_path / "data" / part / "ash").rename(tmp_path / "data" / part / "\u65e5\u672c")
+    out = str(tmp_path / "run")
+    assert main(["train", str(tmp_path / "data"), "--epochs", "1", "--device", "cpu", "--out", out]) == 0
+    assert capsys.readouterr().err.count("font") == 1
+
+
+def test_a_pipe_that_is_closed_early_is_no_error(leaves, tmp_path):
+    command = [sys.executable, "-m", "vmcr2", "predict", str(leaves / "run"), str(leaves / "leaves" / "test" / "ash")]
+    shut = subprocess.Popen(
+        [*command, "--out", str(tmp_path / "p.csv")], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    shut.stdout.close()
+    assert shut.stderr.read() == b""
+    assert shut.wait() == 0
+    assert len((tmp_path / "p.csv").read_text().splitlines()) == 4
+
+
 def test_predict_with_fewer_components_is_what_evaluate_measured(leaves, tmp_path, capsys):
     run, test = leaves / "run", leaves / "leaves" / "test"
     assert main(["evaluate", str(run), "--components", "1"]) == 0

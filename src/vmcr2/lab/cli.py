@@ -443,9 +443,16 @@ def _say(text: str) -> None:
     _console().print(text, highlight=False, soft_wrap=True)
 
 
-def _warn(message: Warning | str, *_: Any, **__: Any) -> None:
-    if processes.is_first():
-        print(f"vmcr2: {message}", file=sys.stderr)
+def _warner() -> Callable[..., None]:
+    """Returns a stand-in for `warnings.showwarning`: a line for each warning, the first time."""
+    said: set[str] = set()
+
+    def warn(message: Warning | str, *_: Any, **__: Any) -> None:
+        if processes.is_first() and str(message) not in said:
+            said.add(str(message))
+            print(f"vmcr2: {message}", file=sys.stderr)
+
+    return warn
 
 
 def _how_to_continue(error: BaseException, given: list[str]) -> str:
@@ -480,7 +487,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with warnings.catch_warnings():
         try:
             with launch:
-                warnings.showwarning = _warn
+                warnings.showwarning = _warner()
                 if given[0] == "--version":
                     from vmcr2 import __version__
 
@@ -496,6 +503,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 else:
                     processes.keep_freed_memory()
                     _COMMANDS[given[0]](given[1:])
+                sys.stdout.flush()
+        except BrokenPipeError:  # `| head` has read enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         except (InputError, OSError) as error:
             launch.last_words(f"vmcr2: {error}")
             return 2

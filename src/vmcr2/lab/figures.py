@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -461,6 +462,15 @@ def _save(figure: Figure, path: Path, note: str) -> Path:
     wide = int(figure.get_figwidth() * 17)
     figure.supxlabel(textwrap.fill(note, wide), x=0.01, ha="left", fontsize=7.5, color="#555555")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as file:
+    with warnings.catch_warnings(record=True) as caught, replacing(path) as file:
+        warnings.simplefilter("always")
         figure.savefig(file)
+    glyphs = [one for one in caught if "missing from font" in str(one.message)]
+    for one in caught:
+        if one not in glyphs:
+            warnings.warn(one.message, stacklevel=2)
+    if glyphs:  # Matplotlib warns of each
+        warnings.warn(
+            "the font of the figures lacks characters of some class names: boxes stand for them", stacklevel=1
+        )
     return path
