@@ -101,6 +101,34 @@ def test_vmap_over_float32_features_of_other_norms_is_as_exact_as_a_loop(norm):
     torch.testing.assert_close(got, expected)
 
 
+def test_derivatives_around_vmap_reach_entries_of_0():
+    z, rows = unit_rows(6, 10), torch.stack([rows_of(random_labels(6, 3, seed=seed), 3) for seed in range(2)])
+
+    def compression(weights):
+        return vmcr2.rate_reduction(z, weights).compression
+
+    expected = torch.stack([torch.func.grad(compression)(one) for one in rows])
+    assert expected.isfinite().all()
+    free = rows.clone().requires_grad_()
+    torch.vmap(compression)(free).sum().backward()
+    torch.testing.assert_close(free.grad, expected)
+    torch.testing.assert_close(torch.func.grad(lambda each: torch.vmap(compression)(each).sum())(rows), expected)
+
+
+def test_second_derivatives_keep_their_precision_under_autocast():
+    z, labels, along = unit_rows(20, 4), random_labels(20, 3), normal(20, 4, seed=1)
+
+    def along_the_gradient(features):
+        rate = vmcr2.rate_reduction(features, labels).reduction
+        (gradient,) = torch.autograd.grad(rate, features, create_graph=True)
+        return torch.autograd.grad((gradient * along.to(features.dtype)).sum(), features)[0]
+
+    expected = along_the_gradient(z.clone().requires_grad_())
+    with torch.autocast("cpu", torch.bfloat16):
+        got = along_the_gradient(z.float().requires_grad_())
+    torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-6)
+
+
 def reduction_of(features, membership):
     return vmcr2.rate_reduction(features, membership, num_classes=3).reduction
 

@@ -43,8 +43,10 @@ def check_group(group: Any) -> None:
     """Raises InputError unless this is a group of torch.distributed (or None) that this process belongs to."""
     if group is None:
         return
-    outside = dist.is_available() and group == dist.GroupMember.NON_GROUP_MEMBER
-    if not outside and not (dist.is_available() and isinstance(group, dist.ProcessGroup)):
+    member = dist.is_available() and isinstance(group, dist.ProcessGroup)
+    # A rank that `new_group` leaves out is given a number.
+    outside = dist.is_available() and isinstance(group, int) and group == dist.GroupMember.NON_GROUP_MEMBER
+    if not member and not outside:
         raise InputError(f"process_group must be a torch.distributed.ProcessGroup or None, got {group!r}")
     if outside or world_size(group) < 1:
         raise InputError("process_group must be one that this process belongs to, got one of others")

@@ -73,9 +73,10 @@ def is_batched(tensor: Tensor) -> bool:
 
 
 def is_tracked(tensor: Tensor) -> bool:
-    """Whether derivatives in the tensor are asked for: by autograd, `torch.func`, or forward mode."""
+    """Whether derivatives in the tensor may be asked for: by autograd, `torch.func`, forward mode, or around vmap."""
     return (
-        tensor.requires_grad
+        is_batched(tensor)
+        or tensor.requires_grad
         or torch._C._functorch.is_gradtrackingtensor(tensor)
         or forward_ad.unpack_dual(tensor).tangent is not None
     )
@@ -170,6 +171,31 @@ def factor_shifted(matrix: Float[Tensor, "*b n n"]) -> Float[Tensor, "*b n n"]:
     return torch.where(sound[..., None, None], factor, torch.nan)
 
 
+class _Inverse(Function):
+    """A⁻¹ of symmetric A, whose derivatives keep their precision also where they are taken under autocast."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(matrix: Tensor) -> Tensor:
+        return torch.linalg.inv(matrix)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(output)
+        ctx.save_for_forward(output)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:
+        (inverse,) = ctx.saved_tensors
+        return -product(product(inverse.mT, grad_outputs[0]), inverse.mT)
+
+    @staticmethod
+    def jvp(ctx: Any, *grad_inputs: Tensor) -> Tensor:
+        (inverse,) = ctx.saved_tensors
+        return -product(product(inverse, grad_inputs[0]), inverse)
+
+
 class _HalfLogdet(Function):
     """½ logdet(I + A) with the closed-form gradient ½ (I + A)⁻¹, cheaper than the Cholesky factor's own."""
 
@@ -190,8 +216,8 @@ class _HalfLogdet(Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:
         matrix, factor = ctx.saved_tensors
         # A graph of the gradient is wanted for second derivatives; the factor carries none.
-        with torch.autocast(matrix.device.type, enabled=False):
-            inverse = torch.linalg.inv(_shifted(matrix)) if torch.is_grad_enabled() else torch.cholesky_inverse(factor)
+        inverse = _Inverse.apply(_shifted(matrix)) if torch.is_grad_enabled() else torch.cholesky_inverse(factor)
+        assert isinstance(inverse, Tensor)
         return 0.5 * grad_outputs[0][..., None, None] * inverse
 
     @staticmethod

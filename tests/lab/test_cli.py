@@ -302,14 +302,16 @@ def test_characters_that_figures_cannot_show_are_said_once(leaves, tmp_path, cap
 
 
 def test_a_pipe_that_is_closed_early_is_no_error(leaves, tmp_path):
-    command = [sys.executable, "-m", "vmcr2", "predict", str(leaves / "run"), str(leaves / "leaves" / "test" / "ash")]
-    shut = subprocess.Popen(
-        [*command, "--out", str(tmp_path / "p.csv")], stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
+    program = "import sys; from vmcr2.lab.cli import main; sys.exit(sum(main(each.split()) for each in sys.argv[1:]))"
+    predict = f"predict {leaves / 'run'} {leaves / 'leaves' / 'test' / 'ash'} --out {tmp_path / 'p.csv'}"
+    train = f"train {leaves / 'leaves'} --epochs 2 --device cpu --out {tmp_path / 'run'}"
+    command = [sys.executable, "-u", "-c", program, predict, train]
+    shut = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     shut.stdout.close()
     assert shut.stderr.read() == b""
     assert shut.wait() == 0
     assert len((tmp_path / "p.csv").read_text().splitlines()) == 4
+    assert RunFolder.open(tmp_path / "run").is_complete()
 
 
 def test_predict_with_fewer_components_is_what_evaluate_measured(leaves, tmp_path, capsys):
@@ -412,7 +414,7 @@ def test_report_prints_and_writes_what_embeddings_are_like(tmp_path, capsys):
     for given, message in (
         ({"features": np.full((4, 8), np.nan), "labels": np.arange(4)}, "features must be finite"),
         ({"features": z[:4], "labels": np.ones(4)}, "labels must hold one integer label a sample of features (4, 8)"),
-        ({"features": z[:4]}, "must hold features and labels, or x_train and y_train; it lacks labels\n"),
+        ({"features": z[:4]}, "must hold features and labels, or x_train and y_train; it lacks y_train\n"),
     ):
         np.savez(tmp_path / "wrong.npz", **given)
         assert main(["report", str(tmp_path / "wrong.npz")]) == 2

@@ -382,6 +382,8 @@ def test_pictures_of_16_bits_and_with_transparency_are_read_as_they_look(tmp_pat
     read = np.asarray(sources.decode(tmp_path / "alpha.png", mode="L"))
     assert (read[2:4] == 0).all()
     assert (read[:2] == 255).all()
+    (tmp_path / "wide.pgm").write_bytes(b"P5 8 8 65535\n" + ramp.astype(">u2").tobytes())
+    np.testing.assert_array_equal(np.asarray(sources.decode(tmp_path / "wide.pgm", mode="L")), ramp >> 8)
     Image.fromarray(np.ones((4, 4), np.float32)).save(tmp_path / "float.tif")
     with pytest.raises(InputError, match=r"float\.tif must have 8 or 16 bits a channel, it has 32"):
         sources.decode(tmp_path / "float.tif")
@@ -393,6 +395,25 @@ def test_a_large_jpeg_is_decoded_at_a_coarser_scale_to_nearly_the_same(tmp_path)
     whole.save(tmp_path / "a.jpg", quality=95)
     expected = np.asarray(whole.resize((32, 32), Image.Resampling.BILINEAR), dtype=float)
     assert np.abs(np.asarray(sources.decode(tmp_path / "a.jpg", (32, 32)), dtype=float) - expected).max() < 4
+    opened = Image.open(tmp_path / "a.jpg")  # the caller's own stays whole
+    sources.decode(opened, (32, 32), "L")
+    assert (opened.size, opened.mode) == ((800, 800), "RGB")
+
+
+def test_labels_may_be_text(tmp_path):
+    file, x = tmp_path / "e.npz", np.eye(6)
+    np.savez(file, x_train=x, y_train=np.array(list("bbaacc")), x_test=x[:4], y_test=np.array(list("aacc")))
+    read = sources.load(DataSettings(source=str(file)))
+    assert read.class_names == ("a", "b", "c")
+    assert (read.train_labels.tolist(), read.test_labels.tolist()) == ([1, 1, 0, 0, 2, 2], [0, 0, 2, 2])
+    np.savez(file, x_train=x, y_train=np.array(list("bbaacc")), x_test=x[:4], y_test=np.arange(4))
+    with pytest.raises(InputError, match="y_train must hold|y_test must hold|y_test has classes that y_train lacks"):
+        sources.load(DataSettings(source=str(file)))
+    np.savez(file, features=x, y_train=np.array(list("bbaacc"), dtype=object), notes=np.array([{}], dtype=object))
+    with pytest.raises(InputError, match=r"got Python objects in y_train; astype\(str\)"):
+        sources.read_npz(file, needs_test=False)
+    np.savez(file, features=x, y_train=np.arange(6) // 2, notes=np.array([{}], dtype=object))
+    assert len(sources.read_npz(file, needs_test=False).train_labels) == 6
 
 
 def test_a_folder_that_moved_is_told_from_another_one(tmp_path):
@@ -403,6 +424,10 @@ def test_a_folder_that_moved_is_told_from_another_one(tmp_path):
     assert not sources.has_moved(before, DataSettings(source="digits"))
     (tmp_path / "old").mkdir()
     assert not sources.has_moved(before, now)
+    (tmp_path / "f.npz").touch()
+    gone, root = DataSettings(source=str(tmp_path / "gone.npz")), tmp_path
+    assert sources.has_moved(gone, DataSettings(source="f.npz"), root)
+    assert not sources.has_moved(DataSettings(source="f.npz"), DataSettings(source="f.npz"), root)
 
 
 def test_without_a_test_part_validation_serves(tmp_path):

@@ -435,8 +435,19 @@ def _show(title: str, summaries: Sequence[dict]) -> None:
     _console().print(table(f"{title}, {measured_on(summaries[0])}", COLUMNS, rows(summaries)))
 
 
+def _drop_output() -> None:
+    """Lets what is printed go nowhere, where `| head` has read enough."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Goes on without output, so that a run is trained to its end."""
+        _drop_output()
+
+
 def _console() -> Console:
-    return Console(width=None if sys.stdout.isatty() else 120, markup=False)
+    return _Console(width=None if sys.stdout.isatty() else 120, markup=False, emoji=False)
 
 
 def _say(text: str) -> None:
@@ -504,8 +515,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     processes.keep_freed_memory()
                     _COMMANDS[given[0]](given[1:])
                 sys.stdout.flush()
-        except BrokenPipeError:  # `| head` has read enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        except BrokenPipeError:
+            _drop_output()
         except (InputError, OSError) as error:
             launch.last_words(f"vmcr2: {error}")
             return 2

@@ -33,7 +33,7 @@ class EpochProgress:
     """Shows epochs as they pass: a bar with the latest figures and the time left, or a line every ten seconds."""
 
     def __init__(self, title: str, epochs: int, done: int, console: Console | None) -> None:
-        self.console = Console(markup=False) if console is None else console
+        self.console = Console(markup=False, emoji=False) if console is None else console
         self.title = title
         self.epochs = epochs
         self.start_epoch = done

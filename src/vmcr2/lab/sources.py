@@ -16,7 +16,7 @@ import hashlib
 import os
 import warnings
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,6 +32,7 @@ from vmcr2.errors import InputError
 from vmcr2.lab._torchvision import import_torchvision
 
 DATA_ROOT_VARIABLE = "VMCR2_DATA_ROOT"
+_ARRAYS = {"x_train", "y_train", "x_test", "y_test", "features", "labels", "class_names"}  # read of a .npz file
 _MANY_FILES = 2000  # from which on decoding shows a progress bar
 _IMAGE_ENDINGS = {".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".pgm", ".webp", ".tif", ".tiff"}
 
@@ -130,13 +131,12 @@ def load(settings: DataSettings, data_root: str | Path | None = None) -> Dataset
         InputError: the source is unknown, or its files are missing, damaged or of the wrong form (a ValueError).
     """
     root = default_data_root() if data_root is None else Path(data_root)
-    path = Path(settings.source)
+    path = _place(settings.source, data_root)
     if settings.image_size is not None and (settings.source in _NAMED or path.suffix == ".npz"):
         raise InputError(f"data.image_size scales a folder's images; those of {settings.source} keep theirs")
     if settings.source in _NAMED:
         dataset = _NAMED[settings.source](root)
     elif path.suffix == ".npz":
-        path = path if path.is_file() or path.is_absolute() else root / path
         dataset = read_npz(path, needs_test=not settings.validation)
     elif path.is_dir():
         dataset = _folder(path, settings.image_size, needs_test=not settings.validation)
@@ -168,11 +168,19 @@ def without_place(settings: DataSettings) -> DataSettings:
     return settings if settings.source in _NAMED else replace(settings, source="")
 
 
-def has_moved(before: DataSettings, now: DataSettings) -> bool:
+def has_moved(before: DataSettings, now: DataSettings, data_root: str | Path | None = None) -> bool:
     """Whether a file or folder is gone, and another is named for it; whether that holds the same is not looked at."""
-    if before.source in _NAMED or Path(before.source).exists():
+    if before.source in _NAMED or now.source in _NAMED:
         return False
-    return now.source not in _NAMED and Path(now.source).exists()
+    return not _place(before.source, data_root).exists() and _place(now.source, data_root).exists()
+
+
+def _place(source: str, data_root: str | Path | None) -> Path:
+    """Returns the path of a file or folder; a .npz file may lie under the root of named data sets."""
+    path = Path(source)
+    if path.suffix != ".npz" or path.is_file() or path.is_absolute():
+        return path
+    return (default_data_root() if data_root is None else Path(data_root)) / path
 
 
 def fingerprint(dataset: Dataset) -> str:
@@ -370,7 +378,8 @@ def _tiny_imagenet(root: Path) -> Dataset:
             f"the first is {missing[0]}; unpack the archive again"
         )
     size = (_TINY_SIDE, _TINY_SIDE)
-    images = np.stack(_decoded([file for file, _ in train + test], size, "tiny-imagenet, once"))
+    decoded = _decoded([file for file, _ in train + test], size, "tiny-imagenet, once")
+    images = np.fromiter(decoded, np.dtype((np.uint8, (*size, 3))), len(train) + len(test))
     arrays = {
         "x_train": images[: len(train)],
         "y_train": np.asarray([label for _, label in train]),
@@ -394,15 +403,17 @@ def _tiny_lines(file: Path) -> list[str]:
     return lines
 
 
-def _decoded(files: list[Path], size: tuple[int, int] | None, title: str) -> list[np.ndarray]:
-    """Returns images (h, w, 3), decoded on all cores, and where they are many behind a progress bar."""
+def _decoded(files: list[Path], size: tuple[int, int] | None, title: str) -> Iterator[np.ndarray]:
+    """Yields images (h, w, 3), decoded on all cores, and where they are many behind a progress bar."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.progress import track
 
+    console = Console(stderr=True, emoji=False)
     # Pillow gives the interpreter lock back while it decodes.
     with ThreadPoolExecutor() as pool:
         decoded = pool.map(lambda file: np.asarray(decode(file, size)), files)
-        return list(track(decoded, title, len(files), console=Console(stderr=True), disable=len(files) < _MANY_FILES))
+        yield from track(decoded, escape(title), len(files), console=console, disable=len(files) < _MANY_FILES)
 
 
 def read_npz(path: Path, *, needs_test: bool = True) -> Dataset:
@@ -425,7 +436,7 @@ def read_npz(path: Path, *, needs_test: bool = True) -> Dataset:
         with np.load(path, allow_pickle=False) as file:
             if not file.files:
                 raise ValueError("it holds no arrays")
-            for name in file.files:
+            for name in _ARRAYS & set(file.files):
                 try:
                     held[name] = file[name]
                 except ValueError as error:
@@ -436,25 +447,27 @@ def read_npz(path: Path, *, needs_test: bool = True) -> Dataset:
         raise InputError(f"{path} is no readable .npz file (truncated or damaged?): {error}") from error
     if objects:
         raise InputError(
-            f"{path} must hold numbers, or text for class_names, got Python objects in {', '.join(objects)}; convert "
-            "with astype, and labels with numpy.unique(labels, return_inverse=True)"
+            f"{path} must hold arrays of numbers or text, got Python objects in {', '.join(sorted(objects))}; "
+            "astype(str) makes text of them"
         )
-    called = ("x_train", "y_train")
-    if not held.keys() & set(called) and held.keys() & {"features", "labels"}:
-        called = ("features", "labels")
+    x_name, y_name = (
+        same if same in held and name not in held else name
+        for name, same in (("x_train", "features"), ("y_train", "labels"))
+    )
+    called = (x_name, y_name)
     missing = [name for name in (*called, "x_test", "y_test") if name not in held]
     if missing == ["x_test", "y_test"] and not needs_test:
-        held |= {"x_test": held[called[0]][:0], "y_test": held[called[1]][:0]}
+        held |= {"x_test": held[x_name][:0], "y_test": held[y_name][:0]}
     elif missing:
         hint = (
             "; data.validation holds a share of the training set out instead" if missing == ["x_test", "y_test"] else ""
         )
-        wanted = "x_train, y_train, x_test, y_test" if needs_test else "features and labels, or x_train and y_train"
-        lacking = missing if needs_test else [name for name in missing if name in called] or missing
+        whole = needs_test or len({"x_test", "y_test"} & set(missing)) < 2
+        wanted = "x_train, y_train, x_test, y_test" if whole else "features and labels, or x_train and y_train"
+        lacking = missing if whole else [name for name in missing if name in called]
         raise InputError(f"{path} must hold {wanted}; it lacks {', '.join(lacking)}{hint}")
     names = [str(name) for name in np.atleast_1d(held["class_names"])] if "class_names" in held else None
-    x_train, y_train = (held[name] for name in called)
-    return _from_arrays(str(path), x_train, y_train, held["x_test"], held["y_test"], names, called)
+    return _from_arrays(str(path), held[x_name], held[y_name], held["x_test"], held["y_test"], names, called)
 
 
 def _listed(root: Path, *, needs_test: bool) -> tuple[list[str], dict[str, list[tuple[Path, int]]]]:
@@ -503,7 +516,7 @@ def _folder(root: Path, image_size: int | None, *, needs_test: bool) -> Dataset:
         if not files and not needs_test:
             arrays[part] = arrays["train"][0][:0], arrays["train"][1][:0]
             continue
-        images = _decoded([file for file, _ in files], size, f"{root.name}/{part}")
+        images = list(_decoded([file for file, _ in files], size, f"{root.name}/{part}"))
         sizes = {image.shape for image in images}
         if len(sizes) != 1:
             found_sizes = f"sizes {sorted(sizes)[:3]}; set data.image_size" if sizes else "no image"
@@ -575,9 +588,10 @@ def decode(source: Any, size: tuple[int, int] | None = None, mode: str = "RGB") 
         raise InputError(f"{source} is no readable image: there is no such file")
     try:
         with source if isinstance(source, Image.Image) else Image.open(source) as image:
-            if size is not None:
+            if size is not None and not isinstance(source, Image.Image):
                 image.draft(mode, (2 * size[0], 2 * size[1]))  # a large JPEG is decoded at a coarser scale
-            wide, read = image.mode in ("I", "F"), _as_mode(image, mode)
+            wide = image.mode == "F" or (image.mode == "I" and image.format != "PPM")
+            read = _as_mode(image, mode)
     except Exception as error:  # Pillow's decoders raise what they like
         raise InputError(f"{source} is no readable image (truncated or damaged?): {error}") from error
     if wide:
@@ -588,7 +602,7 @@ def decode(source: Any, size: tuple[int, int] | None = None, mode: str = "RGB") 
 def _as_mode(image: Any, mode: str) -> Any:
     from PIL import Image
 
-    if image.mode.startswith("I;16"):
+    if image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PPM"):  # of .pgm scaled to 16 bits
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert(mode)
     if image.has_transparency_data:
         image = image.convert("RGBA")
@@ -609,11 +623,12 @@ def _from_arrays(
     x_name, y_name = called
     for names, x, y in ((called, x_train, y_train), (("x_test", "y_test"), x_test, y_test)):
         empty = y is y_train and not y.size
-        if y.ndim != 1 or not np.issubdtype(y.dtype, np.integer) or x.shape[:1] != y.shape or empty:
-            hint = "; numpy.unique(labels, return_inverse=True)[1] numbers them" if y.dtype.kind in "US" else ""
+        named = "" if class_names is None else " (a place in class_names)"
+        fits = np.issubdtype(y.dtype, np.integer) or (class_names is None and y.dtype.kind == y_train.dtype.kind == "U")
+        if y.ndim != 1 or not fits or x.shape[:1] != y.shape or empty:
             raise InputError(
-                f"{name}: {names[1]} must hold one integer label a sample of {names[0]} {x.shape}, "
-                f"got {y.dtype} {y.shape}{hint}"
+                f"{name}: {names[1]} must hold one integer label{named} a sample of {names[0]} {x.shape}, "
+                f"got {y.dtype} {y.shape}"
             )
     if class_names is not None:
         k = len(class_names)

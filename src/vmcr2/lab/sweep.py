@@ -52,13 +52,11 @@ def compare(
         for seed in dict.fromkeys(seeds)
         for objective in dict.fromkeys(objectives)
     ]
-    refuse_conflicts(planned)
+    refuse_conflicts(planned, data_root)
     runs = []
     for path, one in planned:
-        run = completed(path, one, data_root, console)
-        if not run.figures.is_dir() or run.figures.stat().st_mtime_ns < run.summary_file.stat().st_mtime_ns:
-            figures.draw_run(run)
-        runs.append(run)
+        runs.append(completed(path, one, data_root, console))
+        figures.draw_run(runs[-1])
     summaries = [run.summary() for run in runs]
     write_json(out / "comparison.json", summaries)
     text = f"{heading(summaries)}, {measured_on(summaries[0])}\n\n{markdown_table(COLUMNS, rows(summaries))}"
@@ -67,12 +65,12 @@ def compare(
     return runs
 
 
-def refuse_conflicts(planned: Sequence[tuple[Path, Recipe]]) -> None:
+def refuse_conflicts(planned: Sequence[tuple[Path, Recipe]], data_root: str | Path | None = None) -> None:
     """Raises InputError if the folder of a planned run holds something else, before any of them is run."""
     for path, recipe in planned:
         if (path / "recipe.json").is_file():
             run = RunFolder.open(path)
-            train.refuse_other_recipe(run, run.recipe(), recipe)
+            train.refuse_other_recipe(run, run.recipe(), recipe, data_root)
         elif not is_free(path):
             raise InputError(f"{path} exists and is no run folder; choose another --out")
 

@@ -235,9 +235,13 @@ def resume(
         """Returns the recipe of the folder, and the one to go on with where there is anything to do."""
         stored = run.recipe()
         chosen = stored if recipe is None else replace(recipe, data=sources.resolved(recipe.data))
-        refuse_other_recipe(run, stored, chosen)
+        refuse_other_recipe(run, stored, chosen, data_root)
         chosen = _with_others(chosen, stored)
-        if not run.is_complete() or chosen.epochs > stored.epochs or sources.has_moved(stored.data, chosen.data):
+        if (
+            not run.is_complete()
+            or chosen.epochs > stored.epochs
+            or sources.has_moved(stored.data, chosen.data, data_root)
+        ):
             return stored, chosen
         if console is not None:
             text = f"{run.path} is complete at {stored.epochs} epochs: nothing to do"
@@ -264,10 +268,10 @@ def resume(
     return run
 
 
-def refuse_other_recipe(run: RunFolder, stored: Recipe, recipe: Recipe) -> None:
+def refuse_other_recipe(run: RunFolder, stored: Recipe, recipe: Recipe, data_root: str | Path | None = None) -> None:
     """Raises InputError where a run cannot go on with a recipe: another one, or with epochs that it cannot be given."""
     alike = replace(_with_others(recipe, stored), epochs=stored.epochs)
-    if sources.has_moved(stored.data, recipe.data):  # whether it is the same is asked of the checkpoint
+    if sources.has_moved(stored.data, recipe.data, data_root):  # whether it is the same is asked of the checkpoint
         alike = replace(alike, data=replace(alike.data, source=stored.data.source))
     differing = recipes.differences(stored, alike)
     if differing:
@@ -465,7 +469,8 @@ def _check_state(run: RunFolder, state: Any, prepared: _Prepared) -> None:
         raise InputError(f"epochs must be at least the {state['epoch']} that {run.path} has, got {got}")
     if state["recipe"] != _identity(prepared.recipe):
         raise InputError(f"{run.checkpoint_file} belongs to another recipe than {run.recipe_file}")
-    if state["data"] != prepared.fingerprint:
+    classes = state["trained"].get("config", {}).get("classes")
+    if state["data"] != prepared.fingerprint or classes != list(prepared.dataset.class_names):
         raise InputError(f"{run.checkpoint_file} was trained on data that differs from what is there now")
 
 

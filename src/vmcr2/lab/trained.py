@@ -363,7 +363,7 @@ def export(trained: TrainedModel, folder: str | Path) -> None:
     part = folder / ".model.safetensors.part"
     try:
         save_model(trained, str(part))
-        write_atomically(folder / "README.md", trained.card().encode())
+        write_atomically(folder / "README.md", trained.card().encode(errors="surrogateescape"))
         write_json(folder / "config.json", trained.config)
         part.replace(folder / "model.safetensors")
     except BaseException:
