@@ -98,6 +98,16 @@ def test_a_stream_may_hold_entries_that_vanish_in_the_dictionarys_dtype():
     torch.testing.assert_close(loss.dictionary.codes, expected.dictionary.codes)
 
 
+def test_latching_does_not_follow_a_default_device():
+    z, labels = unit_rows(40, 6), random_labels(40, 3)
+    loss, expected = vmcr2.VMCR2Loss(3, 6).double(), loss_at(z, labels, 3, 2)
+    batches = [(z, labels), (z[:9], rows_of(labels[:9], 3))]
+    with torch.device("meta"):  # any but the tensors' own
+        loss.latch_from(nn.Identity(), batches[:1])
+        torch.testing.assert_close(loss.dictionary.codes, expected.dictionary.codes)
+        loss.latch_from(nn.Identity(), batches)
+
+
 def test_labels_and_soft_rows_may_come_in_one_stream():
     z, labels = unit_rows(30, 6), random_labels(30, 3)
     loss = vmcr2.VMCR2Loss(3, 6, atoms_per_class=2).double()

@@ -7,6 +7,7 @@ import warnings
 import pytest
 import reference
 import torch
+import torch.utils.checkpoint
 from conftest import (
     STRUCTURES,
     assert_unchanged,
@@ -482,6 +483,47 @@ def test_a_state_that_is_refused_leaves_the_steps(wrong):
 
 def test_the_loss_has_no_parameters():
     assert not list(vmcr2.VMCR2Loss(3, 8).parameters())
+
+
+def test_a_training_step_within_backward_is_refused():
+    z, labels = unit_rows(12, 4).requires_grad_(), torch.arange(12) % 3
+    loss = loss_at(z.detach(), labels, 3, 1)
+    value = torch.utils.checkpoint.checkpoint(loss, z, labels, use_reentrant=False)
+    before = snapshot(loss)
+    with pytest.raises(vmcr2.InputError, match=r"torch\.utils\.checkpoint.*the dictionary would move twice"):
+        value.backward()
+    assert_unchanged(loss, before)
+    hidden = torch.utils.checkpoint.checkpoint(lambda each: each + 0, z, use_reentrant=False)
+    loss(hidden, labels).backward()
+    assert z.grad.isfinite().all()
+
+
+def test_a_state_that_is_kept_stays_of_one_moment():
+    z, labels = unit_rows(12, 4), torch.arange(12) % 3
+    loss = vmcr2.VMCR2Loss(3, 4, atoms_per_class=1).double()
+    kept = loss.state_dict()
+    loss.latch(z, labels)
+    fresh = vmcr2.VMCR2Loss(3, 4, atoms_per_class=1).double().state_dict()
+    assert all(torch.equal(kept[name], fresh[name]) for name in fresh)
+
+
+def test_a_dictionary_made_on_meta_is_set_by_reset_parameters():
+    z, labels = unit_rows(12, 4, dtype=torch.float32), torch.arange(12) % 3
+    with torch.device("meta"):
+        loss = vmcr2.VMCR2Loss(3, 4)
+    loss.to_empty(device="cpu")
+    loss.dictionary.reset_parameters()
+    expected = vmcr2.VMCR2Loss(3, 4)
+    assert_unchanged(loss, snapshot(expected))
+    torch.testing.assert_close(loss(z, labels), expected(z, labels))
+
+
+def test_a_step_with_a_spoilt_dictionary_says_that_it_is_spoilt():
+    z, labels = unit_rows(12, 4), torch.arange(12) % 3
+    loss = loss_at(z, labels, 3, 1)
+    loss.dictionary.codes[0, 0] = torch.nan
+    with pytest.raises(vmcr2.NumericalError, match="the dictionary holds NaN"):
+        loss(z, labels)
 
 
 def test_the_loss_compiles():

@@ -80,6 +80,30 @@ def test_looking_at_a_batch_or_breaking_off_shortens_no_epoch():
     assert list(sampler) == whole
 
 
+def test_latching_from_a_loader_takes_a_whole_epoch_and_leaves_the_sampler_where_it_stood():
+    labels = torch.arange(40) % 4
+    sampler = ClassBalancedBatchSampler(labels, 2, batches=6)
+    pairs = torch.utils.data.TensorDataset(torch.eye(40), labels)
+    loader = torch.utils.data.DataLoader(pairs, batch_sampler=sampler)
+    state = {"epoch": 3, "done": 4}
+    sampler.load_state_dict(state)
+    sampler.set_epoch(3)  # as a loop does before each epoch, the one that it resumes included
+    seen = []
+    vmcr2.VMCR2Loss(4, 40).latch_from(lambda inputs: seen.append(inputs) or inputs, loader)
+    assert len(seen) - 1 == 6  # a function is run once more, on the first batch
+    assert sampler.state_dict() == state
+    assert len(list(loader)) == 2
+    sampler.set_epoch(3)
+    assert len(list(loader)) == 6
+
+
+def test_batches_do_not_follow_a_default_device():
+    labels = torch.arange(12) % 3
+    with torch.device("meta"):  # any but the tensors' own
+        batches = list(ClassBalancedBatchSampler(labels, 2))
+    assert batches == list(ClassBalancedBatchSampler(labels, 2))
+
+
 def test_a_state_saved_at_the_end_of_an_epoch_goes_on_with_the_next():
     def second_epoch(state):
         sampler = ClassBalancedBatchSampler(LABELS, 2, batches=5)

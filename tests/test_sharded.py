@@ -326,12 +326,52 @@ def made_before(rank, folder):
     dist.destroy_process_group()
     loss = loss_of(sharded=True)
     dist.init_process_group("gloo", init_method=f"file://{folder}/again", rank=rank, world_size=2)
-    with pytest.raises(vmcr2.InputError, match="construct it after torch.distributed.init_process_group"):
+    with pytest.raises(vmcr2.InputError, match="Construct it after torch.distributed.init_process_group"):
         loss(unit_rows(5, D), torch.arange(5))
 
 
 def test_a_loss_made_before_its_processes_met_says_so(ranks, tmp_path):
     ranks(2, made_before, str(tmp_path))
+
+
+class WithLoss(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.network = torch.nn.Linear(6, D)
+        self.loss = vmcr2.VMCR2Loss(6, D, atoms_per_class=S, structure="block", sharded=True)
+
+    def forward(self, inputs, labels):
+        return self.loss(normalize(self.network(inputs), dim=1), labels)
+
+
+def wrapped(rank):
+    model = DistributedDataParallel(WithLoss())
+    with pytest.raises(vmcr2.InputError) as caught:
+        model(unit_rows(12, 6).float(), torch.arange(12) % 6)
+    return str(caught.value)
+
+
+def test_a_sharded_loss_that_is_wrapped_with_its_network_says_so(ranks):
+    """DistributedDataParallel gives every rank the buffers of the first, here as many on each."""
+    first, second = ranks(2, wrapped)
+    assert first.startswith("what rank 1 brought to the call is wrong")
+    assert "this rank's classes begin with 3, and its dictionary has been overwritten" in second
+    assert "wrap the network alone, not a module that holds the loss" in second
+
+
+def takes_a_state_of_few_classes(rank):
+    few = vmcr2.VMCR2Loss(3, D, atoms_per_class=S, structure="block")
+    few.latch(unit_rows(12, D, dtype=torch.float32), torch.arange(12) % 3)
+    loss = vmcr2.VMCR2Loss(6, D, atoms_per_class=S, structure="block", sharded=True)
+    before = loss.full_state_dict()
+    with pytest.raises(RuntimeError, match=r"dictionary\.codes: a state of another number of classes, got \(2, 3\)"):
+        loss.load_state_dict(few.state_dict())
+    after = loss.full_state_dict()
+    return all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_state_of_as_many_classes_as_a_rank_holds_is_not_taken_for_all(ranks):
+    assert ranks(2, takes_a_state_of_few_classes) == [True, True]
 
 
 def not_latched(rank):

@@ -300,6 +300,8 @@ class Dictionary(nn.Module):
 
     Of a sharded dictionary a rank has the buffers of its own classes alone, k being their number below, and
     `state_dict` has them by class as DTensors `Shard(0)`: atoms (k, s, d), codes (k, s), latched (k,), k all classes.
+    What `state_dict` returns of an unsharded one is a copy, contiguous as safetensors wants it: writing to it changes
+    nothing here.
 
     Attributes:
         atoms: Γ, (d, q), unit columns; class j was latched into columns j s to (j+1) s − 1.
@@ -312,6 +314,7 @@ class Dictionary(nn.Module):
     atoms: Float[Tensor, "d q"]
     codes: Float[Tensor, "c k"]
     latched: Bool[Tensor, " k"]
+    first: Int[Tensor, 1]
 
     def __init__(
         self,
@@ -328,13 +331,27 @@ class Dictionary(nn.Module):
         self.atoms_per_class = atoms_per_class
         self.structure: Structure = structure
         q = num_classes * atoms_per_class
-        # Unit columns from the start, so that a class never seen cannot spoil Γ; they carry no energy.
-        start = torch.zeros(q, feature_dim)
-        start[torch.arange(q), torch.arange(q) % feature_dim] = 1
-        self.register_buffer("atoms", start.T)  # each atom lies in one piece of memory
-        codes = torch.zeros(num_classes, atoms_per_class if structure == "block" else q)
+        self.register_buffer("atoms", torch.empty(q, feature_dim).T)  # each atom lies in one piece of memory
+        codes = torch.empty(num_classes, atoms_per_class if structure == "block" else q)
         self.register_buffer("codes", codes.T)  # each class's codes likewise
-        self.register_buffer("latched", torch.zeros(num_classes, dtype=torch.bool))
+        self.register_buffer("latched", torch.empty(num_classes, dtype=torch.bool))
+        # What overwrites the buffers of all ranks with the first one's, as DistributedDataParallel does, shows here.
+        first = None if shards is None else torch.empty(1, dtype=torch.long)
+        self.register_buffer("first", first, persistent=False)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Sets the start: nothing latched, no energy. Of a dictionary made on `meta` it is called after `to_empty`."""
+        q, d = self.atoms.T.shape
+        # Unit columns from the start, so that a class never seen cannot spoil Γ.
+        self.atoms.zero_()
+        numbers = torch.arange(q, device=self.atoms.device)
+        self.atoms.T[numbers, numbers % d] = 1
+        self.codes.zero_()
+        self.latched.zero_()
+        if self.shards is not None:
+            self.first.fill_(self.shards.own.start)
         self.steps = 0
         self._known: Tensor | None = None
         self.changed = True  # not yet known to be the same on all ranks
@@ -356,10 +373,12 @@ class Dictionary(nn.Module):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        for name in ("atoms", "codes"):  # in the layout that safetensors takes
-            if self.shards is None:
-                destination[f"{prefix}{name}"] = destination[f"{prefix}{name}"].contiguous()
-        if self.shards is not None:
+        if self.shards is None:
+            for name in ("atoms", "codes", "latched"):  # all copies, or a state kept would be of two moments
+                destination[f"{prefix}{name}"] = destination[f"{prefix}{name}"].clone(
+                    memory_format=torch.contiguous_format
+                )
+        else:
             for name, own in self._by_class().items():
                 destination[f"{prefix}{name}"] = self.shards.distributed_tensor(own)
         destination[f"{prefix}steps"] = torch.tensor(self.steps)
@@ -385,7 +404,14 @@ class Dictionary(nn.Module):
         loaded = {name: state_dict[f"{prefix}{name}"] for name in self._buffers if f"{prefix}{name}" in state_dict}
         by_class = "atoms" in loaded and loaded["atoms"].ndim == 3
         for name, value in loaded.items():
-            state_dict[f"{prefix}{name}"] = self._own_part(name, value, by_class)
+            part = self._own_part(name, value, by_class)
+            if part is None:
+                del state_dict[f"{prefix}{name}"]
+                error_msgs.append(
+                    f"size mismatch for {prefix}{name}: a state of another number of classes, got {tuple(value.shape)}"
+                )
+            else:
+                state_dict[f"{prefix}{name}"] = part
         if f"{prefix}latched" not in state_dict and f"{prefix}codes" in state_dict:
             state_dict[f"{prefix}latched"] = (state_dict[f"{prefix}codes"] > 0).any(0)
         steps = int(state_dict.pop(f"{prefix}steps", self.steps))
@@ -397,10 +423,10 @@ class Dictionary(nn.Module):
             self.steps = steps
         self._known, self.changed = None, True
 
-    def _own_part(self, name: str, value: Tensor, by_class: bool) -> Tensor:
+    def _own_part(self, name: str, value: Tensor, by_class: bool) -> Tensor | None:
         """Returns what this dictionary's buffer takes of a state, be either of them sharded or not.
 
-        A state of another number of classes is left as it is, to be refused.
+        Of a state of another number of classes a sharded one takes nothing: it may have as many as a rank holds.
         """
         if self.shards is None:
             value = full_tensor(value)
@@ -413,9 +439,8 @@ class Dictionary(nn.Module):
             return _in_columns(local)
         value = full_tensor(value)
         s = self.atoms_per_class if name == "atoms" else 1
-        if not by_class and value.shape[-1] == k * s:
-            return value[..., own.start * s : own.stop * s]
-        return value
+        fits = not by_class and value.shape[-1] == k * s
+        return value[..., own.start * s : own.stop * s] if fits else None
 
     @torch.no_grad()
     def latch(

@@ -37,6 +37,7 @@ from vmcr2.linalg import rate_dtype, require_finite, wide_dtype
 from vmcr2.membership import Membership, as_membership, part_of
 from vmcr2.mismatch import Codes, mismatch, precise_mismatch
 from vmcr2.rates import checked_rates, expansion_rate, largest_norm
+from vmcr2.sampling import position_kept
 from vmcr2.subspaces import default_components, nearest_in_dictionary
 from vmcr2.variational import VariationalRates, objective
 
@@ -419,18 +420,27 @@ class VMCR2Loss(_OverRanks):
         if shards is not None and len(shards.own) != len(self.dictionary.latched):
             raise InputError(
                 f"sharded: the loss was made to hold {len(self.dictionary.latched)} classes on this rank, whose share "
-                f"now is {len(shards.own)}; construct it after torch.distributed.init_process_group"
+                f"now is {len(shards.own)}: the number of processes has changed. Construct it after "
+                "torch.distributed.init_process_group; to use it when they have ended, load full_state_dict(), taken "
+                "before, into an unsharded one"
             )
         self._check_device(features)
-        return as_membership(
+        checked, held = as_membership(
             features,
             membership,
             self.num_classes,
             feature_dim=self.feature_dim,
             unit=True,
-            beside=beside,
+            beside=beside if shards is None else self.dictionary.first,
             counted=not self.sharded,
         )
+        if shards is not None and held is not None and int(held) != shards.own.start:
+            raise InputError(
+                f"sharded: this rank's classes begin with {shards.own.start}, and its dictionary has been overwritten "
+                f"with those from {int(held)} on, as DistributedDataParallel does with the buffers of what it wraps: "
+                "wrap the network alone, not a module that holds the loss"
+            )
+        return checked, held if shards is None else None
 
     def _check_device(self, features: Tensor) -> None:
         if isinstance(features, Tensor) and features.device != self.dictionary.atoms.device:
@@ -499,6 +509,11 @@ class VMCR2Loss(_OverRanks):
                 or, without a step, the value is not finite.
         """
         moving = self.training and torch.is_grad_enabled()
+        if moving and torch._C._current_graph_task_id() != -1:
+            raise InputError(
+                "a training step must not be taken within backward, where torch.utils.checkpoint runs its function "
+                "again: the dictionary would move twice. Checkpoint the network, and call the loss outside of it"
+            )
         batch = self._batch(features, membership, "a training step" if moving else "an evaluation")
         m = batch.membership.num_samples
         weight = self.expand if self.reduction == "sum" else self.expand / (self.mu_at(m) * m)
@@ -547,7 +562,7 @@ class VMCR2Loss(_OverRanks):
         if self.mu is None:
             mu *= max(1.0, _FIRST_BALANCE * _BALANCE_DECAY**self.dictionary.steps)
         if mu > torch.finfo(features.dtype).max:  # torch refuses such numbers in its own words
-            raise _step_failed()
+            raise _step_failed(self.dictionary)
         confined = batch.confined and len(membership.present) == self.num_classes
         among, after, value, flags = self._stepped(features, membership, mu, confined)
         # The step's one look back: whether all of it is finite, whether the mismatch kept its digits, and the above.
@@ -556,7 +571,7 @@ class VMCR2Loss(_OverRanks):
             among, after, value, flags = self._stepped(features, membership, mu, False)
             finite, small, _ = flags.tolist()
         if not finite:
-            raise _step_failed()
+            raise _step_failed(self.dictionary)
         if small and features.dtype != torch.float64:
             value = precise_mismatch(features, among, after, self.pull)
         self.dictionary.replace(after, membership)
@@ -660,7 +675,9 @@ class VMCR2Loss(_OverRanks):
         The model runs as training sees the features: normalisation layers use the batch's own statistics (unless they
         are frozen) and leave the running ones alone, since before they have settled eval mode shows another network;
         dropout is off. So the batches should be shuffled, un-augmented, and of about the training batch size. All modes
-        are restored. Under torch.distributed each rank gives its own share, of any number of batches, none included.
+        are restored. Under torch.distributed each rank gives its own share, of any number of batches, none included (of
+        as many as the others where the model gathers its weights as it runs, as with FSDP). Of a DataLoader with a
+        `ClassBalancedBatchSampler` a whole epoch is taken, and the sampler stands where it stood.
 
         Args:
             model: a Module, or any function that calls some, that maps inputs to features (m, d) with rows of norm 1.
@@ -671,7 +688,7 @@ class VMCR2Loss(_OverRanks):
                 ValueError).
             NumericalError: a decomposition did not converge.
         """
-        with batch_statistics(model) as run:
+        with batch_statistics(model) as run, position_kept(getattr(batches, "batch_sampler", None)):
 
             def pairs() -> Iterator[tuple[Tensor, Tensor]]:
                 # Pulled where the ranks agree on each other's errors; one by one, since a stream may not end.
@@ -824,7 +841,9 @@ class VMCR2Loss(_OverRanks):
         )
 
 
-def _step_failed() -> NumericalError:
+def _step_failed(dictionary: Dictionary) -> NumericalError:
+    if not bool(dictionary.atoms.isfinite().all() & dictionary.codes.isfinite().all()):
+        return NumericalError(_SPOILT)
     return NumericalError(
         "the dictionary's step failed: I + β Γ Diag(Ã γ) Γᵀ could not be factorised, or a gradient overflowed; lower "
         "the learning rate or mu, or raise eps_sq. The dictionary is as it was"

@@ -345,7 +345,7 @@ def _from_rows(
     counts, sizes = _counted(rows)
     held, beside = _read_sizes(conditions, sizes, beside)
     # Under vmap nothing can be read: every class may then have every sample.
-    sizes = torch.full((rows.shape[1],), len(rows)) if held is None else held
+    sizes = torch.full((rows.shape[1],), len(rows), device="cpu") if held is None else held
     return Membership(None, rows, counts, sizes), beside
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -87,8 +88,12 @@ class ClassBalancedBatchSampler(Sampler[list[int]]):
         return self.batches
 
     def set_epoch(self, epoch: int) -> None:
-        """Sets the epoch, from 0, that the next iteration draws, from its beginning."""
-        self.load_state_dict({"epoch": epoch, "done": 0})
+        """Sets the epoch, from 0, that the next iteration draws, from its beginning.
+
+        Where a state of just this epoch has been loaded, and nothing drawn since, the next iteration goes on there.
+        """
+        if epoch != self.epoch or not self.start:
+            self.load_state_dict({"epoch": epoch, "done": 0})
 
     def state_dict(self) -> dict[str, int]:
         """Returns the epoch and how many of its batches have been drawn; once all have, the next epoch and 0.
@@ -115,7 +120,7 @@ class ClassBalancedBatchSampler(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         """Yields this rank's share of each batch of the epoch: of all, or of those left after `load_state_dict`."""
         start, self.start = self.start, 0
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        generator = torch.Generator("cpu").manual_seed(self.seed * 1_000_003 + self.epoch)
         classes = _Turns(len(self.members), generator)
         turns = [_Turns(len(own), generator) for own in self.members]
         for number in range(self.batches):
@@ -127,6 +132,20 @@ class ClassBalancedBatchSampler(Sampler[list[int]]):
                 continue
             self.done = number + 1
             yield torch.cat(batch)[self.share].tolist()
+
+
+@contextmanager
+def position_kept(sampler: Any) -> Iterator[None]:
+    """Lets a `ClassBalancedBatchSampler` draw a whole epoch, and puts it back where it stood; others are left alone."""
+    if not isinstance(sampler, ClassBalancedBatchSampler):
+        yield
+        return
+    held = sampler.epoch, sampler.start, sampler.done
+    sampler.start = 0
+    try:
+        yield
+    finally:
+        sampler.epoch, sampler.start, sampler.done = held
 
 
 def _int64(labels: Any) -> Int[Tensor, " m"]:
@@ -146,14 +165,14 @@ class _Turns:
 
     def __init__(self, count: int, generator: torch.Generator) -> None:
         self.count, self.generator = count, generator
-        self.left = torch.zeros(0, dtype=torch.long)
+        self.left = torch.zeros(0, dtype=torch.long, device="cpu")
 
     def take(self, number: int) -> Int[Tensor, " n"]:
         """Returns the next so many; where there are fewer than that, some again."""
         hand = self.left[:number]
         self.left = self.left[number:]
         while len(hand) < number:
-            fresh = torch.randperm(self.count, generator=self.generator)
+            fresh = torch.randperm(self.count, generator=self.generator, device="cpu")
             if self.count >= number:  # those of the hand come last, so that none is in it twice
                 again = torch.isin(fresh, hand)
                 fresh = torch.cat([fresh[~again], fresh[again]])
