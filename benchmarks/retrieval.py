@@ -61,6 +61,7 @@ METHODS: dict[str, tuple[str, Callable[[int], nn.Module], tuple[float, ...]]] = 
     "vmcr2-2-pull0.3": ("V-MCR², s = 2, pull 0.3", _ours(atoms_per_class=2, pull=0.3), (0.2, 0.5, 1.0)),
     "vmcr2-pull0.1": ("V-MCR², pull 0.1", _ours(pull=0.1), (0.2, 0.5, 1.0)),
     "vmcr2-pull0.3-expand0.2": ("V-MCR², pull 0.3, expand 0.2", _ours(pull=0.3, expand=0.2), (0.2, 0.5, 1.0)),
+    "vmcr2-pull0.3-rho0.25": ("V-MCR², pull 0.3, ρ = 0.25", _ours(pull=0.3, balance=0.25), (0.2, 0.5, 1.0)),
     "vmcr2-rho0.01": ("V-MCR², ρ = 0.01", _ours(balance=0.01), (0.2, 0.5, 1.0)),
     "vmcr2-rho0.25": ("V-MCR², ρ = 0.25", _ours(balance=0.25), (0.2, 0.5, 1.0)),
     "vmcr2-energy1": ("V-MCR², energy 1", _ours(energy=1.0), (0.2, 0.5, 1.0)),

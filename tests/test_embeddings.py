@@ -5,8 +5,10 @@ import runpy
 import sys
 
 import numpy as np
+import pandas as pd
 import pytest
 import reference
+import scipy.sparse
 import torch
 from conftest import REPOSITORY, normal, random_labels, unit_rows
 from sklearn.datasets import load_digits
@@ -328,3 +330,30 @@ def test_features_too_long_for_transrate_are_reported_on_without_it():
     assert "TransRate –" in str(made)
     assert any("TransRate" in warning for warning in made.warnings)
     json.dumps(made.as_dict())
+
+
+def test_features_that_all_coincide_make_no_label_suspect():
+    z, labels = np.repeat(np.random.default_rng(0).normal(size=(1, 64)), 300, 0), np.arange(300) % 3
+    judged = vmcr2.label_quality(z, labels)
+    assert not len(judged.suspects)
+    np.testing.assert_array_equal(judged.suggested, labels)
+
+
+@pytest.mark.parametrize(
+    ("features", "message"),
+    [
+        ([[1.0, 2.0], [3.0]], "features must hold real numbers, \\(m, d\\)"),
+        (scipy.sparse.eye(4).tocsr(), "features must be dense, got csr_matrix; .toarray"),
+        (np.eye(4)[[0, 1, 2, 2]] * [1, 1, 0, 1], "no row of zeros, got 2, the first at 2"),
+    ],
+)
+def test_features_that_will_not_do_are_named(features, message):
+    with pytest.raises(vmcr2.InputError, match=message):
+        vmcr2.report(features, np.arange(len(features) if isinstance(features, list) else 4) % 2)
+
+
+def test_tables_of_mixed_columns_are_read():
+    z, labels = unit_rows(30, 4).numpy(), np.arange(30) % 3
+    frame = pd.DataFrame(z).astype({0: "Float64"}).assign(flag=labels == 1)
+    expected = vmcr2.report(np.column_stack([z, labels == 1]), labels)
+    assert vmcr2.report(frame, labels).as_dict() == expected.as_dict()

@@ -3,6 +3,7 @@
 import copy
 import pickle
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import joblib
 import numpy as np
@@ -299,7 +300,7 @@ def test_wrong_labels_and_classes_are_named():
         vmcr2.NearestSubspaceClassifier().partial_fit(z, labels)
     with pytest.raises(vmcr2.InputError, match="classes_"):
         vmcr2.CodingRateClassifier(**SMALL).fit(z, labels).label_quality(z, labels + 1)
-    with pytest.raises(vmcr2.InputError, match="labels must be of one kind"):
+    with pytest.raises(vmcr2.InputError, match="y must be of one kind"):
         vmcr2.CodingRateClassifier(**SMALL).fit(z, labels).label_quality(z, ["a", None] * 10)
 
 
@@ -361,3 +362,100 @@ def test_a_network_of_the_users_is_given_float32_throughout():
     z, labels = unit_rows(20, 4).numpy(), np.arange(20) % 2
     estimator = vmcr2.CodingRateTransformer(**SMALL, network=Shifting).fit(z.astype(np.float64), labels)
     assert estimator.transform(z).dtype == np.float32
+
+
+def test_a_small_batch_after_fit_leaves_the_other_samples_known():
+    X, y = load_digits(return_X_y=True)
+    estimator = vmcr2.CodingRateClassifier(random_state=0, epochs=5).fit(X[:600], y[:600])
+    before = estimator.score(X[600:], y[600:])
+    for i in range(3):
+        estimator.partial_fit(X[i : i + 1], y[i : i + 1])
+    assert before > 0.9
+    assert estimator.score(X[600:], y[600:]) > before - 0.03
+
+
+@pytest.mark.parametrize("after", ["fit", "partial_fit"])
+def test_the_dimension_of_subspaces_may_change_between_batches(after):
+    z, y = unit_rows(60, 8).numpy(), np.arange(60) % 3
+    for estimator in (vmcr2.NearestSubspaceClassifier(3), vmcr2.CodingRateClassifier(n_components=3, **SMALL)):
+        if after == "fit" and isinstance(estimator, vmcr2.CodingRateClassifier):
+            estimator.fit(z, y)
+        else:
+            estimator.partial_fit(z, y, classes=range(4))  # one of them has no sample
+        for n_components in (2, 4):
+            estimator.set_params(n_components=n_components).partial_fit(z[:20], y[:20])
+            held = getattr(estimator, "subspaces_", estimator)
+            assert held.components_.shape[2] == n_components
+            assert np.isfinite(held.components_).all()
+
+
+def test_a_class_of_zeros_has_the_point_0_for_a_subspace():
+    X = np.where((np.arange(30) % 3 == 1)[:, None], 0, unit_rows(30, 6).numpy())
+    estimator = vmcr2.NearestSubspaceClassifier(2).fit(X, np.arange(30) % 3)
+    assert np.isfinite(estimator.decision_function(X)).all()
+    np.testing.assert_allclose(estimator.decision_function(X)[:, 1], -np.square(X).sum(1))
+    assert estimator.class_count_.tolist() == [10, 10, 10]
+
+
+def test_probabilities_of_samples_far_longer_than_any_fitted_are_numbers():
+    z, y = unit_rows(40, 6).numpy(), np.arange(40) % 4
+    estimator = vmcr2.NearestSubspaceClassifier(1).fit(1e-80 * z, y)
+    likely = estimator.predict_proba(1e75 * z)
+    np.testing.assert_allclose(likely.sum(1), 1)
+    assert (estimator.classes_[likely.argmax(1)] == estimator.predict(1e75 * z)).all()
+
+
+def test_equal_seeds_are_equal_in_threads():
+    z, y = unit_rows(60, 8).numpy(), np.arange(60) % 3
+    expected = vmcr2.CodingRateTransformer(**SMALL).fit(z, y).transform(z)
+    with ThreadPoolExecutor(3) as pool:
+        fitted = list(pool.map(lambda _: vmcr2.CodingRateTransformer(**SMALL).fit(z, y), range(3)))
+    for estimator in fitted:
+        np.testing.assert_array_equal(estimator.transform(z), expected)
+
+
+def test_it_trains_whatever_the_default_dtype_and_within_inference_mode():
+    z, y = unit_rows(30, 6).numpy(), np.arange(30) % 3
+    torch.set_default_dtype(torch.float64)
+    try:
+        vmcr2.CodingRateClassifier(**SMALL).fit(z, y)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    with torch.inference_mode():
+        estimator = vmcr2.CodingRateClassifier(**SMALL).fit(z, y)
+    with torch.no_grad():
+        estimator.partial_fit(z, y)
+
+
+@pytest.mark.parametrize(
+    ("network", "got"),
+    [
+        (lambda columns, d: torch.nn.Flatten(), "none to train"),
+        (lambda columns, d: torch.nn.Linear(columns, d).requires_grad_(False), "none to train"),
+        (lambda columns, d: torch.nn.Linear(columns, d).double(), "torch.float64"),
+    ],
+)
+def test_a_network_that_cannot_be_trained_is_named(network, got):
+    with pytest.raises(vmcr2.InputError, match=f"parameters to train, all in float32, got {got}"):
+        vmcr2.CodingRateTransformer(**SMALL, network=network).fit(unit_rows(20, 4).numpy(), np.arange(20) % 2)
+
+
+def test_a_function_of_one_argument_is_no_network():
+    with pytest.raises(vmcr2.InputError, match="network must be None or a function of two ints"):
+        vmcr2.CodingRateTransformer(network=lambda columns: None).fit(unit_rows(20, 4).numpy(), np.arange(20) % 2)
+
+
+def test_classes_may_be_a_set_and_must_be_a_list():
+    z, y = unit_rows(20, 4).numpy(), np.arange(20) % 2
+    assert vmcr2.NearestSubspaceClassifier().partial_fit(z, y, classes={0, 1}).classes_.tolist() == [0, 1]
+    with pytest.raises(vmcr2.InputError, match=r"classes must be a list or an array \(k,\) of labels, got shape \(\)"):
+        vmcr2.NearestSubspaceClassifier().partial_fit(z, y, classes=2)
+
+
+def test_labels_are_judged_by_the_estimators_own_subspaces():
+    z, y = unit_rows(60, 8).numpy(), np.arange(60) % 3
+    estimator = vmcr2.CodingRateClassifier(n_components=1, **SMALL).fit(z, y)
+    expected = vmcr2.label_quality(estimator.transform(z), y, 1)
+    np.testing.assert_array_equal(estimator.label_quality(z, y).scores, expected.scores)
+    with pytest.raises(vmcr2.InputError, match="y must have shape"):
+        estimator.label_quality(z, y[:5])

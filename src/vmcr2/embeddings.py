@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 _NAMED_PAIRS = 10
 _SHOWN_CLASSES = 20
 _MOMENT_ELEMENTS = 2**27  # entries of all classes' moments that are held at once
+_TIE = 1e-9  # shares of a sample's energy that differ by less are equal but for rounding: a label is kept
 _DIRECTIONS = 8  # of each class that overlaps are found from where the moments are too many to hold
 _ENERGIES = 2**23  # of samples in classes' subspaces, held at once
 _FOLDS = 5
@@ -523,12 +524,12 @@ def label_quality(
     kept = torch.ones_like(places, dtype=torch.bool)
     own, best, other = _judged(unit, places, k, n_components, folds, kept)
     for _ in range(_ROUNDS - 1):
-        fits = own >= best
+        fits = own >= best - _TIE
         if torch.equal(fits, kept):
             break
         kept = fits
         own, best, other = _judged(unit, places, k, n_components, folds, kept)
-    suggested = torch.where(best > own, other, places)
+    suggested = torch.where(best > own + _TIE, other, places)
     return LabelQuality(
         (0.5 * (1 + own - best)).clamp(0, 1).cpu().numpy(),
         values[suggested.cpu().numpy()],
@@ -581,10 +582,16 @@ def _judged(
 def _checked(features: Any, labels: Any) -> tuple[Tensor, Tensor, np.ndarray]:
     """Returns features as float64, labels as places among their values, and the sorted values."""
     if not isinstance(features, Tensor):
-        array = np.asarray(features)
-        if array.dtype.kind not in "fiu":
+        if hasattr(features, "toarray"):
+            raise InputError(f"features must be dense, got {type(features).__name__}; .toarray() makes it so")
+        try:
+            array = np.asarray(features)
+            numbers = array.dtype.kind in "fiubO"
+            features = torch.from_numpy(np.array(array, dtype=np.float64)) if numbers else None
+        except (TypeError, ValueError) as error:  # rows of unequal length, or objects that are no numbers
+            raise InputError(f"features must hold real numbers, (m, d): {error}") from error
+        if features is None:
             raise InputError(f"features must hold real numbers, got dtype {array.dtype}")
-        features = torch.from_numpy(np.array(array, dtype=np.float64))
     if features.layout != torch.strided or features.is_nested or features.is_meta:
         got = "a nested one" if features.is_nested else "meta" if features.is_meta else f"layout {features.layout}"
         raise InputError(f"features must be a dense tensor with values, got {got}")
@@ -599,8 +606,16 @@ def _checked(features: Any, labels: Any) -> tuple[Tensor, Tensor, np.ndarray]:
     return features, torch.from_numpy(places).to(features.device), values
 
 
-def sorted_classes(labels: Any, m: int) -> tuple[np.ndarray, np.ndarray]:
+def sorted_classes(
+    labels: Any, m: int, name: str = "labels", beside: str = "features"
+) -> tuple[np.ndarray, np.ndarray]:
     """Returns the sorted values (k,) of m labels of any kind, and labels (m,) as places among them, from 0 to k − 1.
+
+    Args:
+        labels: of the samples.
+        m: how many there must be.
+        name: what the caller calls them.
+        beside: what the caller calls the samples.
 
     Raises:
         InputError: labels are not m, are numbers that are no integers, are of several kinds, or some are missing (a
@@ -609,11 +624,11 @@ def sorted_classes(labels: Any, m: int) -> tuple[np.ndarray, np.ndarray]:
     try:
         array = labels.detach().cpu().numpy() if isinstance(labels, Tensor) else np.asarray(labels)
     except (TypeError, ValueError, RuntimeError) as error:  # bfloat16, sparse, without values; lists of unequal length
-        raise InputError(f"labels must be of shape ({m},), dense and of a dtype that NumPy has: {error}") from error
+        raise InputError(f"{name} must be of shape ({m},), dense and of a dtype that NumPy has: {error}") from error
     if array.shape != (m,):
-        raise InputError(f"labels must have shape ({m},) to match features, got {array.shape}")
+        raise InputError(f"{name} must have shape ({m},) to match {beside}, got {array.shape}")
     if array.dtype.kind == "f" and not (np.isfinite(array).all() and (array == np.round(array)).all()):
-        raise InputError("labels must name classes, got numbers that are no integers")
+        raise InputError(f"{name} must name classes, got numbers that are no integers")
     # NumPy makes strings of what is listed beside strings, and sorts NaN as if it were a label.
     listed = list(labels) if array.dtype.kind in "OU" else []
     missing = any(isinstance(label, float) and math.isnan(label) for label in listed)
@@ -622,14 +637,15 @@ def sorted_classes(labels: Any, m: int) -> tuple[np.ndarray, np.ndarray]:
         with suppress(TypeError):  # of what cannot be sorted
             return np.unique(array, return_inverse=True)
     kinds = sorted({type(label).__name__ for label in listed})
-    raise InputError(f"labels must be of one kind, and none may be missing, got {' and '.join(kinds)}")
+    raise InputError(f"{name} must be of one kind, and none may be missing, got {' and '.join(kinds)}")
 
 
 def _unit_rows(features: Tensor) -> tuple[Tensor, bool]:
     """Returns rows at norm 1, and whether they had another."""
     largest = features.abs().amax(1, keepdim=True)
     if not bool((largest > 0).all()):
-        raise InputError(f"features must have no row of zeros, got {int((largest == 0).sum())}")
+        rows = (largest[:, 0] == 0).nonzero()[:, 0].tolist()
+        raise InputError(f"features must have no row of zeros, got {len(rows)}, the first at {rows[0]}")
     scaled = features / largest
     norms = torch.linalg.vector_norm(scaled, dim=1, keepdim=True)
     off = bool(((norms * largest - 1).abs() > UNIT_NORM_TOLERANCE).any())

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import inspect
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -40,6 +42,7 @@ _BLOCK_CLASSES = 200  # from so many classes on, codes off a class's own atoms a
 _EMBEDDED = 4096  # samples embedded at once
 _EPOCHS, _STEPS = 20, 120  # enough for digits, by cross-validation; at 50 epochs wrong labels are learnt by heart
 _KEPT = 4096  # samples that partial_fit remembers, about
+_GENERATORS = threading.RLock()  # torch's global ones
 _KEPT_A_CLASS = 16  # and of every class, at least
 _SAY_SECONDS = 10.0
 _LARGEST = 1e150  # the squares of larger entries, and of ones below its inverse, are none in float64
@@ -63,6 +66,7 @@ class NearestSubspaceClassifier(ClassifierMixin, BaseEstimator):
         classes_: (k,), the labels seen in `fit`.
         components_: (k, d, n_components_), orthonormal bases; columns beyond a class's rank are zero.
         n_components_: the dimension used.
+        class_count_: (k,), the samples there have been of each class.
         temperature_: the squared distance at which a subspace is e times less likely than one that holds the sample.
         n_features_in_: d.
     """
@@ -90,6 +94,7 @@ class NearestSubspaceClassifier(ClassifierMixin, BaseEstimator):
             features = _tensor(_with_squares(X))
             self.components_ = class_subspaces(features, torch.from_numpy(labels), k, self.n_components_).numpy()
             self.temperature_ = _fold_temperature(features, labels, k, self.n_components_)
+            self.class_count_ = np.bincount(labels, minlength=k)
         return self
 
     def partial_fit(self, X: Any, y: Any, classes: Any = None) -> NearestSubspaceClassifier:
@@ -115,8 +120,9 @@ class NearestSubspaceClassifier(ClassifierMixin, BaseEstimator):
                 warnings.warn("partial_fit starts afresh: fit keeps no samples", stacklevel=2)
                 first = True
             k, d = len(_at_least_two(self.classes_)), X.shape[1]
+            self._set_components(d)
             if first:
-                self._set_components(d)
+                self.class_count_ = np.zeros(k, dtype=np.int64)
                 self._stream = MomentStream(k, d, torch.float64, torch.device("cpu"))
             assert self._stream is not None
             features, held = _tensor(_with_squares(X).astype(np.float64)), torch.from_numpy(labels)
@@ -130,6 +136,7 @@ class NearestSubspaceClassifier(ClassifierMixin, BaseEstimator):
             self._stream.add(features, checked)
             blocks, energies, _ = self._stream.blocks(self.n_components_)
             self.components_ = spanned(blocks, energies).numpy()
+            self.class_count_ = self.class_count_ + np.bincount(labels, minlength=k)
         return self
 
     def _set_components(self, d: int) -> None:
@@ -144,9 +151,7 @@ class NearestSubspaceClassifier(ClassifierMixin, BaseEstimator):
         X = _with_squares(validate_data(self, X, dtype=_FLOATS, reset=False))
         dtype = np.result_type(X.dtype, self.components_.dtype)
         energies = subspace_energies(_tensor(X.astype(dtype)), _tensor(self.components_.astype(dtype))).numpy()
-        absent = (self.components_ == 0).all((1, 2))
-        if not absent.all():
-            energies[:, absent] = -np.inf
+        energies[:, self.class_count_ == 0] = -np.inf
         return energies, np.square(X.astype(dtype)).sum(1, keepdims=True)
 
     def decision_function(self, X: Any) -> np.ndarray:
@@ -168,7 +173,8 @@ class NearestSubspaceClassifier(ClassifierMixin, BaseEstimator):
     def predict_proba(self, X: Any) -> np.ndarray:
         """Returns how likely each class is, (m, k): the softmax of minus the squared distances over `temperature_`."""
         energies, _ = self._energies(X)
-        return torch.softmax(torch.from_numpy(energies).double() / self.temperature_, 1).numpy()
+        behind = torch.from_numpy(energies - energies.max(1, keepdims=True)).double()
+        return torch.softmax(behind / self.temperature_, 1).numpy()
 
     def score_samples(self, X: Any) -> np.ndarray:
         """Returns minus the distance to the nearest subspace over ‖z‖, (m,): from −1 to 0, higher is more normal."""
@@ -276,7 +282,8 @@ class CodingRateTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
     def partial_fit(self: _Estimator, X: Any, y: Any, classes: Any = None) -> _Estimator:
         """Trains on with one pass over a batch of samples, at the constant learning rate.
 
-        After `fit` this tunes its network further. The scaling of columns follows all samples seen.
+        After `fit` this tunes its network further. The scaling of columns follows all samples seen. Of parameters that
+        have been changed since the first call only `learning_rate` counts, and of the classifier `n_components`.
 
         Args:
             X: (m, columns), as in `fit`.
@@ -332,10 +339,12 @@ class CodingRateTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
         if self.objective not in ("vmcr2", "mcr2"):
             raise InputError(f"objective must be 'vmcr2' or 'mcr2', got {self.objective!r}")
         try:
+            if self._device().type == "meta":
+                raise RuntimeError("meta holds no values")
             torch.empty(0, device=self._device())
         except (RuntimeError, TypeError, AssertionError) as error:
             raise InputError(f"device must be one that torch can use here, got {self.device!r}: {error}") from error
-        if self.network is not None and (isinstance(self.network, nn.Module) or not callable(self.network)):
+        if self.network is not None and (isinstance(self.network, nn.Module) or not _takes_two(self.network)):
             got = type(self.network).__name__ if isinstance(self.network, nn.Module) else repr(self.network)
             raise InputError(
                 "network must be None or a function of two ints that builds one, as lambda columns, feature_dim: "
@@ -358,13 +367,18 @@ class CodingRateTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
         self.history_: list[float] = []
         device = self._device()
         self._seed = int(check_random_state(self.random_state).randint(2**31))
-        with _seeded(self._seed, device):
+        with _seeded(self._seed, device), torch.device("cpu"):
             if self.network is None:
                 network = _mlp(columns, self.feature_dim_, self.hidden)
             else:
                 network = self.network(columns, self.feature_dim_)
         if not isinstance(network, nn.Module):
             raise InputError(f"network must return a torch.nn.Module, got {type(network).__name__}")
+        trained = [each for each in network.parameters() if each.requires_grad]
+        dtypes = {str(each.dtype) for each in network.parameters() if each.is_floating_point()}
+        if not trained or dtypes != {"torch.float32"}:
+            got = ", ".join(sorted(dtypes)) if trained else "none to train"
+            raise InputError(f"network must return a module with parameters to train, all in float32, got {got}")
         self.network_ = network.to(device)
         if self.objective == "mcr2":
             loss = MCR2Loss(k, eps_sq=self.eps_sq)
@@ -574,7 +588,7 @@ class CodingRateClassifier(ClassifierMixin, CodingRateTransformer):
 
     def _begin(self, columns: int) -> None:
         super()._begin(columns)
-        self._kept: tuple[np.ndarray, np.ndarray] | None = None
+        self._kept: tuple[np.ndarray, np.ndarray] | None = None  # samples and labels, for a later partial_fit
 
     def _check_components(self) -> None:
         if self.n_components is not None:
@@ -583,23 +597,30 @@ class CodingRateClassifier(ClassifierMixin, CodingRateTransformer):
     def _fit(self, X: np.ndarray, labels: np.ndarray) -> None:
         self._check_components()
         super()._fit(X, labels)
+        self._keep(X, labels)
         self.subspaces_ = NearestSubspaceClassifier(self.n_components).fit(self._embed(self._inputs(X)), labels)
 
     def _partial_fit(self, X: np.ndarray, labels: np.ndarray) -> None:
         self._check_components()
         super()._partial_fit(X, labels)
-        # What earlier batches looked like to the network of then would be of no use: samples are kept, not features.
+        X, labels = self._keep(X, labels)
+        features = _tensor(self._embed(self._inputs(X)))
+        before = getattr(self, "subspaces_", None)
+        self.subspaces_ = _of_all_classes(features, labels, len(self.classes_), self.n_components, before)
+
+    def _keep(self, X: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Returns some samples of each class, of those kept before and of these, and keeps them.
+
+        What earlier batches looked like to the network of then would be of no use: samples are kept, not features.
+        """
         if self._kept is not None:
             X, labels = np.concatenate([self._kept[0], X]), np.concatenate([self._kept[1], labels])
-        k = len(self.classes_)
         drawn = np.random.default_rng(self._seed + len(self.history_)).permutation(len(labels))
         order = drawn[np.argsort(labels[drawn], kind="stable")]
-        kept = order[places_in_class(torch.from_numpy(labels[order])).numpy() < max(_KEPT_A_CLASS, _KEPT // k)]
+        most = max(_KEPT_A_CLASS, _KEPT // len(self.classes_))
+        kept = order[places_in_class(torch.from_numpy(labels[order])).numpy() < most]
         self._kept = X[kept], labels[kept]
-        features = _tensor(self._embed(self._inputs(self._kept[0])))
-        self.subspaces_ = _of_all_classes(
-            features, self._kept[1], k, self.n_components, getattr(self, "subspaces_", None)
-        )
+        return self._kept
 
     def decision_function(self, X: Any) -> np.ndarray:
         """Returns minus the squared distance to each subspace, (m, k); for two classes the difference (m,)."""
@@ -633,16 +654,16 @@ class CodingRateClassifier(ClassifierMixin, CodingRateTransformer):
             y: (m,), the labels to judge, among `classes_`.
 
         Returns:
-            As `vmcr2.label_quality` of the features.
+            As `vmcr2.label_quality` of the features, at the estimator's `n_components`.
 
         Raises:
             InputError: y holds other labels (a ValueError).
         """
         features = self._transformed(X)
-        strange = np.setdiff1d(sorted_classes(y, len(features))[0], self.classes_)
+        strange = np.setdiff1d(sorted_classes(y, len(features), "y", "X")[0], self.classes_)
         if len(strange):
             raise InputError(f"y must hold the labels of classes_ alone, got {strange[:1].tolist()[0]!r}")
-        return label_quality(features, y)
+        return label_quality(features, y, self.n_components)
 
 
 def _tensor(array: np.ndarray) -> Tensor:
@@ -673,6 +694,10 @@ def _enter_classes(estimator: Any, y: Any, classes: Any, first: bool) -> np.ndar
     check_classification_targets(y)
     if first and classes is None:
         raise InputError("classes must be given in the first call of partial_fit")
+    if classes is not None:
+        classes = np.asarray(list(classes) if isinstance(classes, set | frozenset) else classes)
+        if classes.ndim != 1:
+            raise InputError(f"classes must be a list or an array (k,) of labels, got shape {classes.shape}")
     given = None if classes is None else np.unique(classes)
     known = given if first else estimator.classes_
     assert known is not None
@@ -732,7 +757,9 @@ def _of_all_classes(
     found._stream = None
     if before is not None:
         absent = np.bincount(labels, minlength=k) == 0
-        found.components_[absent] = before.components_[absent]
+        r = min(found.n_components_, before.n_components_)
+        found.components_[absent, :, :r] = before.components_[absent, :, :r]
+        found.class_count_[absent] = before.class_count_[absent]
     return found
 
 
@@ -744,7 +771,18 @@ def _mlp(columns: int, feature_dim: int, hidden: int) -> _MLP:
     layers: list[nn.Module] = []
     for before in (columns, hidden):
         layers += [nn.Linear(before, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU()]
-    return _MLP(*layers, nn.Linear(hidden, feature_dim))
+    return _MLP(*layers, nn.Linear(hidden, feature_dim)).float()  # whatever the default dtype
+
+
+def _takes_two(network: Any) -> bool:
+    """Whether it can be called with two arguments, as far as its signature shows."""
+    try:
+        inspect.signature(network).bind(1, 1)
+    except TypeError:  # what cannot be called has no signature either
+        return False
+    except ValueError:
+        return callable(network)
+    return True
 
 
 def _check_trained(features: Tensor) -> None:
@@ -760,7 +798,8 @@ def _all_or_nothing(estimator: BaseEstimator) -> Iterator[None]:
     """
     before = dict(vars(estimator))
     try:
-        yield
+        with torch.inference_mode(False), torch.enable_grad():  # wherever it is called
+            yield
     except BaseException:
         vars(estimator).clear()
         vars(estimator).update(before)
@@ -769,8 +808,8 @@ def _all_or_nothing(estimator: BaseEstimator) -> Iterator[None]:
 
 @contextmanager
 def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Draws on a seed inside, and leaves torch's generators as they were."""
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+    """Draws on a seed inside, and leaves torch's generators as they were; threads, which share them, take turns."""
+    with _GENERATORS, torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield
 
