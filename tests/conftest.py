@@ -198,7 +198,11 @@ class Ranks:
         return said
 
     def _start(self):
-        context = multiprocessing.get_context("spawn")
+        # Forked from a process that has imported all of this and run nothing, they need not import it each.
+        forked = "forkserver" in multiprocessing.get_all_start_methods()
+        context = multiprocessing.get_context("forkserver" if forked else "spawn")
+        if forked:
+            context.set_forkserver_preload(["sklearn.datasets", "torch._dynamo", "vmcr2.lab.train"])
         for _ in range(self.largest):
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(theirs,), daemon=True)
