@@ -515,11 +515,15 @@ def _draw(curves: dict[str, dict[str, list[tuple[float, float, float]]]]) -> Non
     drawn = {data: methods for data, methods in curves.items() if any(len(points) > 1 for points in methods.values())}
     if not drawn:
         return
+    columns = min(2, len(drawn))
+    lines_of = -(-len(drawn) // columns)
     figure, panels = plt.subplots(
-        1, len(drawn), figsize=(3.4 + 4.6 * len(drawn), 4.4), squeeze=False, layout="constrained"
+        lines_of, columns, figsize=(3.4 + 4.6 * columns, 4.2 * lines_of), squeeze=False, layout="constrained"
     )
+    for spare in panels.flat[len(drawn) :]:
+        spare.set_axis_off()
     colours = plt.get_cmap("tab20").colors
-    for axes, (data, methods) in zip(panels[0], drawn.items(), strict=True):
+    for axes, (data, methods) in zip(panels.flat, drawn.items(), strict=False):
         for index, method in enumerate(NAMES):
             points = sorted(methods.get(method, []))
             if len(points) < 2:
@@ -533,7 +537,7 @@ def _draw(curves: dict[str, dict[str, list[tuple[float, float, float]]]]) -> Non
         axes.set(title=data, xlabel="wrong training labels, %", ylabel="test accuracy (right labels)")
         axes.grid(alpha=0.3)
     lines: dict[str, Any] = {}
-    for axes in panels[0]:
+    for axes in panels.flat:
         lines |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
     figure.legend(lines.values(), lines.keys(), loc="outside right upper", fontsize=8)
     figure.savefig(RESULTS / "noise.png", dpi=130)
