@@ -94,9 +94,8 @@ class MomentStream:
         self.features: list[Tensor] = []
         self.held: list[Tensor] = []  # labels or soft rows of each
         self.kept = 0
-        self.sizes = torch.zeros(
-            num_classes, dtype=torch.long, device="cpu"
-        )  # of what is kept, as `Membership` has them of labels
+        # Of what is kept, as `Membership` has them of labels.
+        self.sizes = torch.zeros(num_classes, dtype=torch.long, device="cpu")
         self.sums: Tensor | None = None
         self.counts = torch.zeros(num_classes, dtype=dtype, device=device)
 

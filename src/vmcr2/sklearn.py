@@ -42,8 +42,8 @@ _BLOCK_CLASSES = 200  # from so many classes on, codes off a class's own atoms a
 _EMBEDDED = 4096  # samples embedded at once
 _EPOCHS, _STEPS = 20, 120  # enough for digits, by cross-validation; at 50 epochs wrong labels are learnt by heart
 _KEPT = 4096  # samples that partial_fit remembers, about
-_GENERATORS = threading.RLock()  # torch's global ones
 _KEPT_A_CLASS = 16  # and of every class, at least
+_GENERATORS = threading.RLock()  # held while torch's global random generators are seeded
 _SAY_SECONDS = 10.0
 _LARGEST = 1e150  # the squares of larger entries, and of ones below its inverse, are none in float64
 

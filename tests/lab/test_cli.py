@@ -210,6 +210,14 @@ def leaves(tmp_path_factory):
     return root
 
 
+def with_ash_renamed(leaves, folder, name):
+    """Copies the images to a folder, where a class has another name."""
+    shutil.copytree(leaves / "leaves", folder)
+    for part in ("train", "test"):
+        (folder / part / "ash").rename(folder / part / name)
+    return folder
+
+
 def test_a_folder_is_trained_on_by_itself(leaves, capsys):
     out = str(leaves / "again")
     assert main(["train", str(leaves / "leaves"), "--epochs", "1", "--feature-dim", "16", "--out", out]) == 0
@@ -264,14 +272,13 @@ def test_a_run_goes_on_where_its_data_has_moved_to(leaves, tmp_path, capsys):
     shutil.copytree(leaves / "leaves", tmp_path / "other")
     shutil.rmtree(tmp_path / "there")
     Image.new("RGB", (12, 12), (0, 255, 0)).save(tmp_path / "other" / "train" / "ash" / "0.png")
-    assert main([*moved[:-1], str(tmp_path / "other")]) == 2
-    assert "was trained on data that differs" in capsys.readouterr().err
+    for folder in (tmp_path / "other", with_ash_renamed(leaves, tmp_path / "named", "beech")):
+        assert main([*moved[:-1], str(folder)]) == 2
+        assert "was trained on data that differs" in capsys.readouterr().err
 
 
 def test_names_in_brackets_are_no_markup(leaves, tmp_path, capsys):
-    shutil.copytree(leaves / "leaves", tmp_path / "data")
-    for part in ("train", "test"):
-        (tmp_path / "data" / part / "ash").rename(tmp_path / "data" / part / "[red]ash")
+    with_ash_renamed(leaves, tmp_path / "data", "[red]ash")
     out = str(tmp_path / "[old]")
     assert main(["train", str(tmp_path / "data"), "--epochs", "1", "--device", "cpu", "--out", out]) == 0
     assert f"run folder: {out}" in capsys.readouterr().out
@@ -282,20 +289,18 @@ def test_names_in_brackets_are_no_markup(leaves, tmp_path, capsys):
 
 @pytest.mark.skipif(os.name == "nt" or sys.platform == "darwin", reason="needs a system with file names of any bytes")
 def test_names_that_are_no_text_are_written_as_they_are(leaves, tmp_path):
-    shutil.copytree(leaves / "leaves", tmp_path / "data")
     odd = os.fsdecode(b"\xff\xfe")
-    for part in ("train", "test"):
-        (tmp_path / "data" / part / "ash").rename(tmp_path / "data" / part / odd)
+    with_ash_renamed(leaves, tmp_path / "data", odd)
     out, table = str(tmp_path / "run"), tmp_path / "p.csv"
     assert main(["train", str(tmp_path / "data"), "--epochs", "1", "--device", "cpu", "--out", out]) == 0
     assert main(["predict", out, str(tmp_path / "data" / "test" / odd), "--out", str(table)]) == 0
     assert os.fsencode(odd) in table.read_bytes()
+    assert main(["export", out, str(tmp_path / "model")]) == 0
+    assert vmcr2.load(tmp_path / "model").classes == vmcr2.load(out).classes
 
 
 def test_characters_that_figures_cannot_show_are_said_once(leaves, tmp_path, capsys):
-    shutil.copytree(leaves / "leaves", tmp_path / "data")
-    for part in ("train", "test"):
-        (tmp_path / "data" / part / "ash").rename(tmp_path / "data" / part / "\u65e5\u672c")
+    with_ash_renamed(leaves, tmp_path / "data", "\u65e5\u672c")
     out = str(tmp_path / "run")
     assert main(["train", str(tmp_path / "data"), "--epochs", "1", "--device", "cpu", "--out", out]) == 0
     assert capsys.readouterr().err.count("font") == 1

@@ -407,7 +407,7 @@ def test_labels_may_be_text(tmp_path):
     assert read.class_names == ("a", "b", "c")
     assert (read.train_labels.tolist(), read.test_labels.tolist()) == ([1, 1, 0, 0, 2, 2], [0, 0, 2, 2])
     np.savez(file, x_train=x, y_train=np.array(list("bbaacc")), x_test=x[:4], y_test=np.arange(4))
-    with pytest.raises(InputError, match="y_train must hold|y_test must hold|y_test has classes that y_train lacks"):
+    with pytest.raises(InputError, match="y_test has classes that y_train lacks"):
         sources.load(DataSettings(source=str(file)))
     np.savez(file, features=x, y_train=np.array(list("bbaacc"), dtype=object), notes=np.array([{}], dtype=object))
     with pytest.raises(InputError, match=r"got Python objects in y_train; astype\(str\)"):
