@@ -456,12 +456,11 @@ def read_npz(path: Path, *, needs_test: bool = True) -> Dataset:
     )
     called = (x_name, y_name)
     missing = [name for name in (*called, "x_test", "y_test") if name not in held]
-    if missing == ["x_test", "y_test"] and not needs_test:
+    no_test = missing == ["x_test", "y_test"]
+    if no_test and not needs_test:
         held |= {"x_test": held[x_name][:0], "y_test": held[y_name][:0]}
     elif missing:
-        hint = (
-            "; data.validation holds a share of the training set out instead" if missing == ["x_test", "y_test"] else ""
-        )
+        hint = "; data.validation holds a share of the training set out instead" if no_test else ""
         whole = needs_test or len({"x_test", "y_test"} & set(missing)) < 2
         wanted = "x_train, y_train, x_test, y_test" if whole else "features and labels, or x_train and y_train"
         lacking = missing if whole else [name for name in missing if name in called]
@@ -532,10 +531,10 @@ class Outline:
 
     Attributes:
         shapes: of its inputs, (c, h, w) or (d,); several where a folder's images differ in size.
-        smallest: the file of the image of the smallest side; empty for a .npz file.
         num_classes: k.
         samples: in its training part.
         has_test: whether it has a test part.
+        smallest: the file of the image of the smallest side; empty for a .npz file.
     """
 
     shapes: tuple[tuple[int, ...], ...]
@@ -600,6 +599,7 @@ def decode(source: Any, size: tuple[int, int] | None = None, mode: str = "RGB") 
 
 
 def _as_mode(image: Any, mode: str) -> Any:
+    """Returns an image as it is seen, where Pillow's own conversion would clip 16 bits and drop transparency."""
     from PIL import Image
 
     if image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PPM"):  # of .pgm scaled to 16 bits
