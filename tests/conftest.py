@@ -143,6 +143,7 @@ def _serve(connection):
             dist.init_process_group(
                 "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world, timeout=wait
             )
+            dist.barrier()  # a rank that is done at once would take the file away from one that has still to join
             function, arguments = pickle.loads(call)
             torch.manual_seed(0)
             said = pickle.dumps((True, function(rank, *arguments)))
