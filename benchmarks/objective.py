@@ -17,12 +17,16 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import baselines
 import torch
 from torch import Tensor
 
 import vmcr2
+from vmcr2 import linalg, rates
+from vmcr2.dictionary import Dictionary
 from vmcr2.lab.bench import Timing, timed
 from vmcr2.lab.report import describe_device, markdown_table
 from vmcr2.subspaces import class_subspaces, nearest_subspace
@@ -92,6 +96,39 @@ def steps() -> dict[str, Timing]:
     ]
     for name, loss in calls:
         found[name] = timed(gradient_step(loss, z, labels))
+    return found
+
+
+def paths() -> dict[str, dict[str, float]]:
+    """The full step at (m, d, k, s) = (2000, 500, 200, 10), and what it takes without each of its short cuts."""
+    m, d, k, s = 2000, 500, 200, 10
+    z, labels = batch(m, d, k)
+    exact = gradient_step(vmcr2.MCR2Loss(k), z, labels)
+    shared = gradient_step(variational(d, k, s, "shared"), z, labels)
+
+    def two_products(rows: Tensor) -> Tensor:
+        return linalg.product(rows, rows.mT)
+
+    def cholesky_gradient(matrix: Tensor) -> Tensor:
+        factor = torch.linalg.cholesky(matrix + torch.eye(matrix.shape[-1]))
+        return factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+
+    without: dict[str, tuple[Callable[[], Tensor], Any]] = {
+        "MCR2Loss: the gradient of X Xᵀ by one product": (exact, patch.object(rates, "gram", two_products)),
+        "MCR2Loss: the gradient of logdet in closed form": (
+            exact,
+            patch.object(rates, "half_logdet", cholesky_gradient),
+        ),
+        "VMCR2Loss, shared: classes that keep to their own atoms step as blocks": (
+            shared,
+            patch.object(Dictionary, "confined", lambda self: torch.tensor(False)),
+        ),
+    }
+    found = {}
+    for name, (step, patched) in without.items():
+        with_it = timed(step).median
+        with patched:
+            found[name] = {"with": with_it, "without": timed(step).median}
     return found
 
 
@@ -258,6 +295,15 @@ def write(known: dict) -> None:
             ["time of V-MCR², shared, over that of our own MCR2Loss", ratio(found, shared, exact), "–"],
         ]
         parts.append("\n" + markdown_table(["claim", "measured", "bar"], claims))
+    if "paths" in known:
+        rows = [
+            [name, f"{t['with']:.4f}", f"{t['without']:.4f}", f"{t['without'] / t['with']:.2f}×"]
+            for name, t in known["paths"].items()
+        ]
+        parts.append(
+            "\n## What each short cut of that step saves\n\n"
+            + markdown_table(["short cut", "with it", "without", "ratio"], rows)
+        )
     if "soft" in known:
         rows = [[name, f"{seconds:.3f}"] for name, seconds in known["soft"].items()]
         parts.append(
@@ -293,7 +339,7 @@ def write(known: dict) -> None:
 
 
 def main() -> None:
-    names = ["steps", "soft", "classes", "latching", "subspaces", "reduction", "precision", "picture"]
+    names = ["steps", "paths", "soft", "classes", "latching", "subspaces", "reduction", "precision", "picture"]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=names, default=names)
     parser.add_argument("--threads", type=int, default=2)
@@ -312,8 +358,8 @@ def main() -> None:
             known[name] = {what: asdict(timing) for what, timing in steps().items()}
         elif name == "classes":
             known |= {f"classes {k}": apart(f"classes {k}") for k in (200, 10_000, 100_000)}
-        elif name in ("soft", "precision"):
-            known[name] = soft() if name == "soft" else precision()
+        elif name in ("paths", "soft", "precision"):
+            known[name] = {"paths": paths, "soft": soft, "precision": precision}[name]()
         elif name == "picture":
             known[name] = picture()
             draw(known[name], known["where"], RESULTS / "speed.png")
