@@ -102,30 +102,36 @@ def generalised(logits: Tensor, labels: Tensor, q: float = 0.7) -> Tensor:
     return ((1 - own.clamp_min(1e-7) ** q) / q).mean()
 
 
+_MANY = 50  # classes from which rivals take their papers' settings for CIFAR-100; below, those for CIFAR-10
+
+
 def symmetric(logits: Tensor, labels: Tensor) -> Tensor:
-    """SCE (Wang et al., 2019) at the weights it has for many classes, log 0 = −4."""
+    """SCE (Wang et al., 2019), log 0 = −4, at its weights: α = 6 and β = 0.1 for many classes, 0.1 and 1 for few."""
+    alpha, beta = (6, 0.1) if logits.shape[1] >= _MANY else (0.1, 1)
     own = logits.softmax(1).gather(1, labels[:, None])
-    return 6 * functional.cross_entropy(logits, labels) + 0.1 * (4 * (1 - own)).mean()
+    return alpha * functional.cross_entropy(logits, labels) + beta * (4 * (1 - own)).mean()
 
 
 class EarlyLearning(Head):
-    """ELR (Liu et al., 2020), λ = 3 and β = 0.7: cross-entropy, and a pull to what each sample was predicted before.
+    """ELR (Liu et al., 2020): cross-entropy, and a pull to what each sample was predicted before.
 
-    It is given the samples' places for their labels, since it remembers each one.
+    λ = 7 and β = 0.9 for many classes, 3 and 0.7 for few. It is given the samples' places for their labels, since it remembers each one.
     """
 
     def __init__(self, given: Tensor, feature_dim: int, num_classes: int) -> None:
         super().__init__(functional.cross_entropy, feature_dim, num_classes)
         self.given = given
         self.remembered = torch.zeros(len(given), num_classes)
+        self.weight, self.keep = (7, 0.9) if num_classes >= _MANY else (3, 0.7)
 
     def forward(self, features: Tensor, labels: Tensor) -> Tensor:
         logits = self.logits(features)
         shares = logits.softmax(1).clamp(1e-4, 1 - 1e-4)
         seen = shares.detach()
-        self.remembered[labels] = 0.7 * self.remembered[labels] + 0.3 * seen / seen.sum(1, keepdim=True)
+        fresh = seen / seen.sum(1, keepdim=True)
+        self.remembered[labels] = self.keep * self.remembered[labels] + (1 - self.keep) * fresh
         agreement = (self.remembered[labels] * shares).sum(1)
-        return functional.cross_entropy(logits, self.given[labels]) + 3 * (1 - agreement).log().mean()
+        return functional.cross_entropy(logits, self.given[labels]) + self.weight * (1 - agreement).log().mean()
 
 
 class SupCon(nn.Module):

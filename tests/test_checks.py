@@ -31,7 +31,7 @@ BATCHES = [
     (r"membership labels .*\[0, 3\), got labels from 0 to 3", Z, LABELS.clone().index_fill_(0, torch.tensor(0), 3)),
     ("membership labels .*from -1", Z, LABELS.clone().index_fill_(0, torch.tensor(0), -1)),
     ("membership rows .*sum to 1", Z, ROWS * 2),
-    ("membership rows .*sum to 1", Z, ROWS * 1.005),
+    ("membership rows .*sum to 1, .*divide rows that were worked out in 16 bits by their sums", Z, ROWS * 1.005),
     ("membership rows .*>= 0", Z, ROWS + torch.tensor([1.0, -1.0, 0.0])),
     ("membership rows .*finite", Z, ROWS * torch.nan),
     ("membership rows .*num_classes = 3", Z, torch.full((12, 4), 0.25)),
@@ -234,3 +234,60 @@ def test_estimator_inputs():
         estimator.fit(Z.numpy(), np.zeros(12, int))
     with pytest.raises(ValueError, match="features"):
         estimator.fit(Z.numpy(), LABELS.numpy()).predict(Z.numpy()[:, :3])
+
+
+def test_batched_buffers_are_refused_in_words():
+    loss = vmcr2.VMCR2Loss(3, 6).double().eval()
+    loss.latch(Z, LABELS)
+    stacked = {name: torch.stack([value, value]) for name, value in loss.named_buffers()}
+    with pytest.raises(ValueError, match=r"buffers must not be batched by torch\.vmap"):
+        torch.vmap(lambda buffers: torch.func.functional_call(loss, buffers, (Z, LABELS)))(stacked)
+
+
+def test_a_nested_tensor_of_views_is_refused_in_words():
+    nested = torch.nested.nested_tensor([Z, Z], layout=torch.jagged)
+    with pytest.raises(ValueError, match="features must be a dense"):
+        vmcr2.TotalCodingRateLoss()(nested)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *[("mu", wrong) for wrong in (-1, np.nan, "1")],
+        *[("eps_sq", wrong) for wrong in (0, None)],
+        *[("pull", wrong) for wrong in (0, 5)],
+        *[(name, -1) for name in ("expand", "balance", "energy", "step_atoms", "step_codes")],
+        *[(name, "neither") for name in ("reduction", "step", "structure")],
+        ("reduction", ["mean"]),
+        ("sharded", "no"),
+        ("sharded", None),
+        ("sharded", 1),
+    ],
+)
+def test_settings_are_checked_when_they_are_set_as_when_the_loss_is_made(name, value):
+    with pytest.raises(ValueError, match=f"{name} "):
+        vmcr2.VMCR2Loss(3, 6, **{name: value})
+    if name != "sharded":
+        loss = vmcr2.VMCR2Loss(3, 6)
+        before = getattr(loss, name)
+        with pytest.raises(ValueError, match=f"{name} "):
+            setattr(loss, name, value)
+        assert getattr(loss, name) == before
+    if name == "eps_sq":
+        for other in (vmcr2.MCR2Loss(3), vmcr2.TotalCodingRateLoss()):
+            with pytest.raises(ValueError, match="eps_sq "):
+                other.eps_sq = value
+
+
+@pytest.mark.parametrize("name", ["num_classes", "feature_dim", "atoms_per_class", "structure"])
+def test_what_the_buffers_depend_on_cannot_change(name):
+    loss = vmcr2.VMCR2Loss(3, 6)
+    with pytest.raises(ValueError, match=f"{name} cannot change once the loss is made"):
+        setattr(loss, name, "block" if name == "structure" else 2)
+
+
+@pytest.mark.parametrize("mu", [None, 1.0])
+def test_mu_at_no_samples(mu):
+    for wrong in (0, -1, None):
+        with pytest.raises(ValueError, match="batch_size must be an integer >= 1"):
+            vmcr2.VMCR2Loss(3, 6, mu=mu).mu_at(wrong)

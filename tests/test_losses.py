@@ -627,6 +627,23 @@ def test_a_class_is_not_latched_by_a_step_that_fails(structure, settings):
     assert_unchanged(loss, snapshot(right))
 
 
+def test_buffers_passed_for_one_call_leave_no_trace():
+    z, labels = unit_rows(40, 8), random_labels(40, 4)
+    latched, loss = loss_at(z, labels, 4, 2), vmcr2.VMCR2Loss(4, 8).double().eval()
+    torch.func.functional_call(loss, dict(latched.named_buffers()), (z, labels))
+    with pytest.raises(vmcr2.NotLatchedError):
+        loss(z, labels)
+
+
+def test_a_dictionary_emptied_by_hand_is_latched_again():
+    z, labels = unit_rows(40, 8), random_labels(40, 4)
+    loss = loss_at(z, labels, 4, 2)
+    loss.dictionary.codes.zero_()
+    loss.dictionary.latched.zero_()
+    loss(z, labels)
+    assert loss.dictionary.latched.all()
+
+
 @each_structure
 def test_a_class_is_not_latched_by_a_step_that_breaks_off(structure, monkeypatch):
     z, labels = unit_rows(30, 8), random_labels(30, 3)
@@ -767,6 +784,27 @@ def test_batches_of_one_class_alone_do_not_warn():
             labels = torch.arange(16) % 2 if step < 20 else torch.zeros(16, dtype=torch.long)
             loss(lines[labels].requires_grad_(), labels)
     assert not [each for each in caught if "collapsed" in str(each.message)]
+
+
+def test_batches_nearly_all_of_one_class_do_not_warn():
+    lines = torch.eye(64, dtype=torch.float32)[:10]
+    loss = vmcr2.VMCR2Loss(10, 64)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for step in range(300):
+            mixed = torch.arange(100) % 10
+            labels = mixed if step < 20 else torch.where(torch.arange(100) == 0, 0, torch.full_like(mixed, 9))
+            z = lines[labels] + 0.05 * torch.randn(100, 64, generator=torch.Generator().manual_seed(step))
+            loss(torch.nn.functional.normalize(z, dim=1).requires_grad_(), labels)
+    assert not [each for each in caught if "collapsed" in str(each.message)]
+
+
+def test_in_one_dimension_where_there_is_no_reduction_the_watch_is_silent():
+    loss, labels = vmcr2.VMCR2Loss(2, 1), torch.arange(8) % 2
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(100):
+            loss(torch.where(labels == 0, 1.0, -1.0)[:, None].requires_grad_(), labels)
 
 
 def test_a_dip_that_comes_back_does_not_warn_and_one_that_stays_does():

@@ -459,3 +459,29 @@ def test_labels_are_judged_by_the_estimators_own_subspaces():
     np.testing.assert_array_equal(estimator.label_quality(z, y).scores, expected.scores)
     with pytest.raises(vmcr2.InputError, match="y must have shape"):
         estimator.label_quality(z, y[:5])
+
+
+def test_estimators_and_report_do_not_follow_a_default_device():
+    features = np.random.default_rng(0).normal(size=(40, 5))
+    labels = np.arange(40) % 4
+
+    def results():
+        subspaces = vmcr2.NearestSubspaceClassifier().fit(features, labels)
+        trained = vmcr2.CodingRateClassifier(epochs=1, device="cpu", random_state=0).fit(features, labels)
+        return (
+            subspaces.predict_proba(features),
+            trained.predict_proba(features),
+            vmcr2.report(features, labels).overlap,
+        )
+
+    expected = results()
+    with torch.device("meta"):  # any but the estimators' own
+        found = results()
+    for there, here in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(there, here)
+
+
+def test_a_state_does_not_follow_a_default_device():
+    loss = vmcr2.VMCR2Loss(4, 8)
+    with torch.device("meta"):
+        loss.load_state_dict(loss.state_dict())

@@ -48,6 +48,19 @@ def check_count(name: str, value: int, *, at_least: int = 1, at_most: int | None
         raise InputError(f"{name} must be at most {at_most}{f' ({limit})' if limit else ''}, got {value}")
 
 
+def check_flag(name: str, value: bool) -> None:
+    """Raises InputError unless the value is True or False."""
+    if not isinstance(value, bool | np.bool_):
+        raise InputError(f"{name} must be True or False, got {value!r}")
+
+
+def check_choice(name: str, value: str, choices: Sequence[str]) -> str:
+    """Returns the value; raises InputError unless it is one of the choices."""
+    if value not in choices:
+        raise InputError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+    return value
+
+
 def iterator_of(name: str, value: Any, form: str) -> Iterator[Any]:
     """Returns an iterator over the value.
 

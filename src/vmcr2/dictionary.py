@@ -353,14 +353,19 @@ class Dictionary(nn.Module):
         if self.shards is not None:
             self.first.fill_(self.shards.own.start)
         self.steps = 0
-        self._known: Tensor | None = None
+        self._known: tuple[Tensor, Tensor, int] | None = None
         self.changed = True  # not yet known to be the same on all ranks
 
     def known(self) -> Bool[Tensor, " k"]:
         """Returns which classes have been latched, or given codes by hand, on the CPU; remembered once all are."""
-        if self._known is None or not bool(self._known.all()):
-            self._known = (self.latched | (self.codes > 0).any(0)).cpu()
-        return self._known
+        # Not beyond these buffers, which `torch.func.functional_call` swaps, nor beyond a change made by hand.
+        latched = self.latched
+        version = -1 if latched.is_inference() else latched._version
+        held, of, when = (None, None, -1) if self._known is None else self._known
+        if held is None or of is not latched or when != version or not bool(held.all()):
+            held = (latched | (self.codes > 0).any(0)).cpu()
+            self._known = (held, latched, version)
+        return held
 
     def _by_class(self) -> dict[str, Tensor]:
         """Returns the buffers of block structure by class: views of them, while they have the layout of the start."""
@@ -381,7 +386,7 @@ class Dictionary(nn.Module):
         else:
             for name, own in self._by_class().items():
                 destination[f"{prefix}{name}"] = self.shards.distributed_tensor(own)
-        destination[f"{prefix}steps"] = torch.tensor(self.steps)
+        destination[f"{prefix}steps"] = torch.tensor(self.steps, device="cpu")
 
     def full_state(self) -> dict[str, Tensor]:
         """Returns the `state_dict` of the same dictionary unsharded; of a sharded one a collective of its ranks."""
@@ -389,7 +394,7 @@ class Dictionary(nn.Module):
         state = {name: self.shards.gathered(own) for name, own in self._by_class().items()}
         state["atoms"] = state["atoms"].flatten(0, 1).T.contiguous()
         state["codes"] = state["codes"].T.contiguous()
-        return {**state, "steps": torch.tensor(self.steps)}
+        return {**state, "steps": torch.tensor(self.steps, device="cpu")}
 
     def _load_from_state_dict(
         self,

@@ -420,7 +420,7 @@ def _overlaps_and_ranks(unit: Tensor, labels: Tensor, k: int) -> tuple[np.ndarra
     membership, _ = as_membership(unit, labels, k)
     most = min(d, int(membership.sizes.max()))
     whole = k * d * max(d, most) <= _MOMENT_ELEMENTS
-    ranks, norms = torch.empty(k, dtype=unit.dtype), torch.empty(k, dtype=unit.dtype)
+    ranks, norms = (torch.empty(k, dtype=unit.dtype, device="cpu") for _ in range(2))
     vectors = []
     for j, rows in enumerate(unit[labels.argsort(stable=True)].split(membership.sizes.tolist())):
         _, values, directions = torch.linalg.svd(rows / len(rows) ** 0.5, full_matrices=False)

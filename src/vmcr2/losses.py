@@ -13,7 +13,8 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from functools import partial
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
@@ -22,8 +23,11 @@ from torch import Tensor, nn
 from vmcr2.checks import (
     UNIT_NORM_TOLERANCE,
     Condition,
+    check_choice,
     check_count,
+    check_flag,
     check_number,
+    check_tensor,
     feature_conditions,
     iterator_of,
     pair_of,
@@ -33,7 +37,7 @@ from vmcr2.dictionary import Dictionary, Structure, ascending_step, paper_step
 from vmcr2.distributed import Shards, agree, broadcast, check_group, gather_rows, process_rank, require_equal
 from vmcr2.errors import InputError, NotLatchedError, NumericalError
 from vmcr2.latching import MomentStream, batch_statistics, latched_blocks
-from vmcr2.linalg import rate_dtype, require_finite, wide_dtype
+from vmcr2.linalg import is_batched, rate_dtype, require_finite, wide_dtype
 from vmcr2.membership import Membership, as_membership, part_of
 from vmcr2.mismatch import Codes, mismatch, precise_mismatch
 from vmcr2.rates import checked_rates, expansion_rate, largest_norm
@@ -53,9 +57,10 @@ _FIRST_BALANCE = 6.0
 _BALANCE_DECAY = 0.97
 _WATCH_EVERY = 20  # training steps between looks at ΔR: seldom enough to cost little
 _LARGEST_MOMENT = 1.05  # ‖C_j‖ of unit rows, with the tolerance of their norms
-# Each: a share of the best ΔR so far, the number of consecutive looks, and the share of R that ΔR must be below too. A
-# fresh network's features of natural images have a high ΔR in a small batch without knowing a class. As they learn it
-# may fall below a fifth for long, and is then a quarter of R; that of collapsed features is next to nothing.
+# Each: a share of the best ΔR so far (as the watch measures it), the number of consecutive looks, and the share of R
+# that ΔR must be below too. A fresh network's features of natural images have a high ΔR in a small batch without
+# knowing a class. As they learn it may fall below a fifth for long, and is then a quarter of R; that of collapsed
+# features is next to nothing.
 _COLLAPSED = ((0.05, 3, math.inf), (0.2, 10, 0.1))
 _HEAVIEST = 1e30  # weight of R: float32 holds the loss and its gradient
 _SPOILT = (
@@ -65,12 +70,26 @@ _SPOILT = (
 
 
 class _OverRanks(nn.Module):
-    """A loss of the batch of all ranks of a process group; copies of it share the group."""
+    """A loss of the batch of all ranks of a process group; copies of it share the group.
+
+    Settings are checked whenever they are set, so that a schedule may change them between steps.
+    """
+
+    _checks: ClassVar[dict[str, Callable[[str, Any], Any]]] = {"eps_sq": check_number}
+    _made_with: ClassVar[tuple[str, ...]] = ()  # what the buffers depend on
 
     def __init__(self, process_group: Any) -> None:
         super().__init__()
         check_group(process_group)
         self.process_group = process_group
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self._made_with and name in self.__dict__:
+            raise InputError(
+                f"{name} cannot change once the loss is made (it is {getattr(self, name)!r}), got {value!r}"
+            )
+        check = self._checks.get(name)
+        super().__setattr__(name, value if check is None else check(name, value))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         memo[id(self.process_group)] = self.process_group
@@ -109,7 +128,7 @@ class MCR2Loss(_OverRanks):
         super().__init__(process_group)
         check_count("num_classes", num_classes)
         self.num_classes = num_classes
-        self.eps_sq = check_number("eps_sq", eps_sq)
+        self.eps_sq = eps_sq
 
     def forward(
         self, features: Float[Tensor, "m d"], membership: Int[Tensor, " m"] | Shaped[Tensor, "m k"]
@@ -162,7 +181,7 @@ class TotalCodingRateLoss(_OverRanks):
 
     def __init__(self, eps_sq: float = 0.2, *, process_group: Any = None) -> None:
         super().__init__(process_group)
-        self.eps_sq = check_number("eps_sq", eps_sq)
+        self.eps_sq = eps_sq
 
     def forward(
         self, features: Float[Tensor, "m d"] | Float[Tensor, "b m d"] | Sequence[Float[Tensor, "_ d"]]
@@ -200,6 +219,7 @@ def _checked_views(features: Any) -> tuple[list[Tensor], list[int]]:
     """Returns the views, and how many rows there are."""
     form = "a torch.Tensor of shape (m, d) or (b, m, d), or a sequence of views (n, d)"
     if isinstance(features, Tensor):
+        check_tensor("features", features, "of shape (m, d) or (b, m, d)")
         views = [features] if features.ndim == 2 else list(features) if features.ndim == 3 else []
     else:
         views = list(iterator_of("features", features, form))
@@ -304,6 +324,9 @@ class VMCR2Loss(_OverRanks):
     and after it whether it came out finite; every twentieth step ΔR as well, for the warning of a collapse; and, until
     every class has been latched, which have been.
 
+    Settings may change between steps, by assignment (`loss.mu = 0.3`), on all ranks alike; num_classes, feature_dim,
+    atoms_per_class and structure may not.
+
     Args:
         num_classes: k ≥ 1. A batch may lack any of them.
         feature_dim: d ≥ 1.
@@ -328,8 +351,8 @@ class VMCR2Loss(_OverRanks):
             dictionary alone expands. Larger values keep more of the variety within a class, for one log-determinant a
             step; the loss may be negative. Take 0.2 to 0.6, and `pull` near 0.3: at 1 samples that R pushes out of
             their class are let go.
-        step: "ascent": eq. (7) never falls, no step size. "paper": the paper's Lipschitz bounds, the codes' gradient
-            at the moved atoms (line 8). "simultaneous": the same with both gradients at the old dictionary.
+        step: "ascent": eq. (7) at the step's µ never falls, no step size. "paper": the paper's Lipschitz bounds, the
+            codes' gradient at the moved atoms (line 8). "simultaneous": both gradients at the old dictionary.
         step_atoms: ν_Γ > 0, in units of the inverse Lipschitz bound; not used by "ascent".
         step_codes: ν_A > 0, likewise.
         sharded: whether each rank holds the atoms, codes and latched flags of its own range of classes alone, with
@@ -346,6 +369,21 @@ class VMCR2Loss(_OverRanks):
     Raises:
         InputError: a wrong argument (a ValueError).
     """
+
+    _checks: ClassVar[dict[str, Callable[[str, Any], Any]]] = {
+        "mu": lambda name, value: None if value is None else check_number(name, value),
+        "eps_sq": check_number,
+        "balance": check_number,
+        "energy": lambda name, value: None if value is None else check_number(name, value),
+        "pull": partial(check_number, at_most=1.0),
+        "expand": partial(check_number, positive=False),
+        "step_atoms": check_number,
+        "step_codes": check_number,
+        "reduction": partial(check_choice, choices=get_args(Reduction)),
+        "structure": partial(check_choice, choices=get_args(Structure)),
+        "step": partial(check_choice, choices=get_args(Step)),
+    }
+    _made_with = ("num_classes", "feature_dim", "atoms_per_class", "structure")
 
     def __init__(
         self,
@@ -373,21 +411,18 @@ class VMCR2Loss(_OverRanks):
         if atoms_per_class is None:
             atoms_per_class = default_components(feature_dim, num_classes)
         check_count("atoms_per_class", atoms_per_class, at_most=feature_dim, limit="feature_dim")
-        self.mu = None if mu is None else check_number("mu", mu)
-        self.eps_sq = check_number("eps_sq", eps_sq)
-        self.balance = check_number("balance", balance)
-        self.energy = None if energy is None else check_number("energy", energy)
-        self.pull = check_number("pull", pull, at_most=1.0)
-        self.expand = check_number("expand", expand, positive=False)
-        self.step_atoms = check_number("step_atoms", step_atoms)
-        self.step_codes = check_number("step_codes", step_codes)
-        for name, value, taken in (
-            ("reduction", reduction, Reduction),
-            ("structure", structure, Structure),
-            ("step", step, Step),
-        ):
-            if value not in get_args(taken):
-                raise InputError(f"{name} must be one of {', '.join(map(repr, get_args(taken)))}, got {value!r}")
+        self.mu = mu
+        self.eps_sq = eps_sq
+        self.balance = balance
+        self.energy = energy
+        self.pull = pull
+        self.expand = expand
+        self.step_atoms = step_atoms
+        self.step_codes = step_codes
+        self.reduction: Reduction = reduction
+        self.structure: Structure = structure
+        self.step: Step = step
+        check_flag("sharded", sharded)
         if sharded and structure != "block":
             raise InputError(
                 f"sharded takes structure='block', in which classes have atoms of their own, got {structure!r}"
@@ -395,15 +430,13 @@ class VMCR2Loss(_OverRanks):
         self.num_classes = num_classes
         self.feature_dim = feature_dim
         self.atoms_per_class = atoms_per_class
-        self.reduction: Reduction = reduction
-        self.structure: Structure = structure
-        self.step: Step = step
         shards = Shards(num_classes, process_group) if sharded else None
         self.dictionary = Dictionary(num_classes, feature_dim, atoms_per_class, structure, shards)
         self._watch = _CollapseWatch()
 
     def mu_at(self, batch_size: int) -> float:
         """Returns µ at a batch of so many samples: `mu`, or what `balance` makes of it."""
+        check_count("batch_size", batch_size)
         if self.mu is not None:
             return self.mu
         return balanced_mu(self.feature_dim, batch_size, eps_sq=self.eps_sq, balance=self.balance)
@@ -443,6 +476,8 @@ class VMCR2Loss(_OverRanks):
         return checked, held if shards is None else None
 
     def _check_device(self, features: Tensor) -> None:
+        if is_batched(self.dictionary.atoms):
+            raise InputError("the loss's buffers must not be batched by torch.vmap; call the losses one after another")
         if isinstance(features, Tensor) and features.device != self.dictionary.atoms.device:
             raise InputError(
                 f"features must be on the loss's device {self.dictionary.atoms.device}, got {features.device}; "
@@ -872,10 +907,18 @@ def _pieces(features: Any, membership: Any) -> Iterator[tuple[Tensor, Tensor]]:
         yield features, membership
 
 
+def _of_lines(sizes: Int[Tensor, " k"], feature_dim: int, eps_sq: float) -> float:
+    """Returns ΔR of classes of such sizes on orthogonal lines; of more than there are dimensions, spread evenly."""
+    shares, beta = sizes.double() / sizes.sum(), feature_dim / eps_sq
+    expansion = min(float(torch.log1p(beta * shares).sum()), feature_dim * math.log1p(1 / eps_sq))
+    return 0.5 * (expansion - math.log1p(beta))
+
+
 class _CollapseWatch:
     """Warns once when the features have collapsed: ΔR of several batches in a row far below the best there was.
 
-    The loss's value alone does not show it: features that all coincide match a dictionary that followed them.
+    The loss's value alone does not show it: features that all coincide match a dictionary that followed them. A batch
+    nearly all of one class can have little ΔR, so each is measured by what one orthogonal line a class would have.
     """
 
     def __init__(self) -> None:
@@ -899,18 +942,21 @@ class _CollapseWatch:
             return  # ΔR of one class is 0 whatever its features
         rates = checked_rates(features, membership, loss.eps_sq)
         reduction, expansion = torch.stack([rates.reduction, rates.expansion]).tolist()
-        self.best = max(self.best, reduction)
+        could_be = _of_lines(membership.sizes, loss.feature_dim, loss.eps_sq)
+        if could_be < 1e-6:
+            return  # in one dimension there is no ΔR
+        self.best = max(self.best, reduction / could_be)
         # Of features that are all alike from the start ΔR is 0 but for rounding.
         for place, (share, _, of_expansion) in enumerate(_COLLAPSED):
-            low = self.best > 1e-3 and reduction < min(share * self.best, of_expansion * expansion)
+            low = self.best > 1e-3 and reduction < min(share * self.best * could_be, of_expansion * expansion)
             self.low[place] = self.low[place] + 1 if low else 0
         if all(low < patience for low, (_, patience, _) in zip(self.low, _COLLAPSED, strict=True)):
             return
         self.warned = True
         balance = balance_at(loss.mu_at(len(features)), loss.feature_dim, len(features), loss.eps_sq)
         warnings.warn(
-            f"the features have collapsed: ΔR of a batch fell from {self.best:.3g} to {reduction:.3g}. Lower the "
-            f"learning rate, or clip the network's gradients"
+            f"the features have collapsed: ΔR of a batch is {reduction:.3g}, where the best so far would have been "
+            f"{self.best * could_be:.3g}. Lower the learning rate, or clip the network's gradients"
             + (
                 f"; and lower mu: mu * m * eps_sq / feature_dim is {balance:.2g}, from about 1 the dictionary cannot "
                 "lead the features (mu=None takes 0.05)"

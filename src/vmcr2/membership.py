@@ -22,6 +22,7 @@ from vmcr2.linalg import is_batched, is_tracked, product, wide_dtype
 _ABSENT = 1e-15  # a class with a smaller share of the samples counts as absent: its part in any rate is below rounding
 _LARGEST_LABEL = 10_000_000  # beyond this a forgotten num_classes is likelier than so many classes
 _GROUP_ELEMENTS = 2**25  # entries of the largest padded tensor a group may give rise to
+_TOLERANCE_16_BITS = 1e-2  # of the sums of rows that 16 bits hold
 _DENSE = 0.125  # from this share of entries above 0, soft rows are taken whole
 
 
@@ -325,7 +326,7 @@ def _from_rows(
         raise InputError(
             f"{name} rows must have num_classes = {num_classes or 'at least 1'} entries, got shape {tuple(rows.shape)}"
         )
-    tolerance = 1e-2 if rows.is_floating_point() and torch.finfo(rows.dtype).bits == 16 else 1e-4
+    tolerance = _TOLERANCE_16_BITS if rows.is_floating_point() and torch.finfo(rows.dtype).bits == 16 else 1e-4
     rows = rows.to(dtype)
     detached = rows.detach()
     sums = detached.sum(1)
@@ -339,7 +340,14 @@ def _from_rows(
         Condition(
             (sums - 1).abs().max() > tolerance,
             f"{name} rows must sum to 1",
-            lambda: f"sums from {float(sums.min()):.3g} to {float(sums.max()):.3g}",
+            lambda: (
+                f"sums from {float(sums.min()):.3g} to {float(sums.max()):.3g}"
+                + (
+                    "; divide rows that were worked out in 16 bits by their sums"
+                    if bool(((sums - 1).abs() <= _TOLERANCE_16_BITS).all())
+                    else ""
+                )
+            ),
         ),
     ]
     counts, sizes = _counted(rows)

@@ -383,13 +383,9 @@ class CodingRateTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
         if self.objective == "mcr2":
             loss = MCR2Loss(k, eps_sq=self.eps_sq)
         else:
-            loss = VMCR2Loss(
-                k,
-                self.feature_dim_,
-                eps_sq=self.eps_sq,
-                energy=self.energy,
-                structure="shared" if k < _BLOCK_CLASSES else "block",
-            )
+            structure = "shared" if k < _BLOCK_CLASSES else "block"
+            with torch.device("cpu"):
+                loss = VMCR2Loss(k, self.feature_dim_, eps_sq=self.eps_sq, energy=self.energy, structure=structure)
         self.loss_ = loss.to(device)
         self._optimizer = torch.optim.AdamW(network.parameters(), lr=self.learning_rate, weight_decay=self.weight_decay)
 
@@ -424,7 +420,7 @@ class CodingRateTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
     def _batches(self, inputs: Tensor, labels: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Returns shuffled batches of nearly equal size, of 2 samples at least: BatchNorm takes none alone."""
         device = self._device()
-        parts = torch.randperm(len(inputs)).tensor_split(self._steps(len(inputs)))
+        parts = torch.randperm(len(inputs), device="cpu").tensor_split(self._steps(len(inputs)))
         return [(inputs[part].to(device), labels[part].to(device)) for part in parts]
 
     def _features(self, inputs: Tensor, network: nn.Module | None = None) -> Tensor:
@@ -479,7 +475,7 @@ class CodingRateTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
             norm.reset_running_stats()
             norm.momentum = None  # the plain mean over batches
             norm.train()
-        for part, _ in self._batches(inputs, torch.zeros(len(inputs))):
+        for part, _ in self._batches(inputs, inputs.new_zeros(len(inputs))):
             self.network_(part)
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
@@ -715,7 +711,7 @@ def _fold_temperature(features: Tensor, labels: np.ndarray, k: int, n_components
     """Returns the temperature that makes labels likeliest, each sample judged by subspaces found without it."""
     held = torch.from_numpy(labels)
     folds = places_in_class(held) % _FOLDS
-    judged = torch.zeros(len(features), dtype=torch.bool)
+    judged = torch.zeros(len(features), dtype=torch.bool, device="cpu")
     judged[_spread(len(features), k)] = True
     tables, owners = [features.new_zeros(0, k)], [held[:0]]
     for fold in folds.unique().tolist():
