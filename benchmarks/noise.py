@@ -115,7 +115,8 @@ def symmetric(logits: Tensor, labels: Tensor) -> Tensor:
 class EarlyLearning(Head):
     """ELR (Liu et al., 2020): cross-entropy, and a pull to what each sample was predicted before.
 
-    λ = 7 and β = 0.9 for many classes, 3 and 0.7 for few. It is given the samples' places for their labels, since it remembers each one.
+    λ = 7 and β = 0.9 for many classes, 3 and 0.7 for few. It is given the samples' places for their labels, since it
+    remembers each one.
     """
 
     def __init__(self, given: Tensor, feature_dim: int, num_classes: int) -> None:

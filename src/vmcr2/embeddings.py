@@ -101,12 +101,13 @@ class Report:
             f"{self.num_samples} samples, {k} classes ({self.class_counts.min()} to {self.class_counts.max()} samples "
             f"each), {self.feature_dim} dimensions" + (", rows scaled to norm 1" if self.normalized else ""),
             f"ΔR {self.reduction:.2f} = R {self.expansion:.2f} − R_c {self.compression:.2f} nats (eps_sq {self.eps_sq})"
-            f"; {share:.0%} of the {self.maximum:.2f} of orthogonal classes",
+            f"; {share:.0%} of the largest there can be, {self.maximum:.2f} (orthogonal classes)",
             f"effective rank {self.effective_rank:.1f} of {self.feature_dim}; of a class {np.median(ranks):.1f} "
             f"(median), from {ranks[lowest]:.1f} ({self.class_names[lowest]}) to {ranks[highest]:.1f} "
             f"({self.class_names[highest]})",
             f"overlap of two classes {self.mean_overlap:.3f} on average (0 orthogonal, 1 the same)",
-            f"TransRate {'–' if self.transrate is None else format(self.transrate, '.2f')}",
+            f"TransRate {'–' if self.transrate is None else format(self.transrate, '.2f')}"
+            + (" (of the features at their own scale)" if self.normalized else ""),
         ]
         if self.entangled:
             lines.append("most entangled:")

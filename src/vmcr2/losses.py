@@ -40,7 +40,7 @@ from vmcr2.latching import MomentStream, batch_statistics, latched_blocks
 from vmcr2.linalg import is_batched, rate_dtype, require_finite, wide_dtype
 from vmcr2.membership import Membership, as_membership, part_of
 from vmcr2.mismatch import Codes, mismatch, precise_mismatch
-from vmcr2.rates import checked_rates, expansion_rate, largest_norm
+from vmcr2.rates import checked_rates, expansion_rate, largest_norm, reduction_of_lines
 from vmcr2.sampling import position_kept
 from vmcr2.subspaces import default_components, nearest_in_dictionary
 from vmcr2.variational import VariationalRates, objective
@@ -907,13 +907,6 @@ def _pieces(features: Any, membership: Any) -> Iterator[tuple[Tensor, Tensor]]:
         yield features, membership
 
 
-def _of_lines(sizes: Int[Tensor, " k"], feature_dim: int, eps_sq: float) -> float:
-    """Returns ΔR of classes of such sizes on orthogonal lines; of more than there are dimensions, spread evenly."""
-    shares, beta = sizes.double() / sizes.sum(), feature_dim / eps_sq
-    expansion = min(float(torch.log1p(beta * shares).sum()), feature_dim * math.log1p(1 / eps_sq))
-    return 0.5 * (expansion - math.log1p(beta))
-
-
 class _CollapseWatch:
     """Warns once when the features have collapsed: ΔR of several batches in a row far below the best there was.
 
@@ -942,7 +935,7 @@ class _CollapseWatch:
             return  # ΔR of one class is 0 whatever its features
         rates = checked_rates(features, membership, loss.eps_sq)
         reduction, expansion = torch.stack([rates.reduction, rates.expansion]).tolist()
-        could_be = _of_lines(membership.sizes, loss.feature_dim, loss.eps_sq)
+        could_be = reduction_of_lines(membership.sizes, loss.feature_dim, loss.eps_sq)
         if could_be < 1e-6:
             return  # in one dimension there is no ΔR
         self.best = max(self.best, reduction / could_be)

@@ -168,3 +168,10 @@ def compression_rate(features: Float[Tensor, "m d"], membership: Membership, eps
                 moments = product(each.mT, each * weights)
             total = total + (counts / m * half_logdet(moments * (d / eps_sq))).sum()
     return total
+
+
+def reduction_of_lines(sizes: Int[Tensor, " k"], feature_dim: int, eps_sq: float) -> float:
+    """Returns ΔR of classes of such sizes on orthogonal lines; of more than there are dimensions, spread evenly."""
+    shares, beta = sizes.double() / sizes.sum(), feature_dim / eps_sq
+    expansion = min(float(torch.log1p(beta * shares).sum()), feature_dim * math.log1p(1 / eps_sq))
+    return 0.5 * (expansion - math.log1p(beta))

@@ -77,6 +77,8 @@ def test_compare_goes_on_where_it_was(tmp_path, capsys):
     assert sweep.heading([run.summary() for run in both]) == "digits, 3 and 2 epochs, seeds 0, 1"
     assert figures.draw_comparison(both, tmp_path / "figures")
     assert main(["plot", str(tmp_path)]) == 0
+    assert main([*command[:-1], str(tmp_path / "ce-seed0")]) == 2
+    assert f"out must be a folder to hold runs, got {tmp_path / 'ce-seed0'}" in capsys.readouterr().err
     assert main([*command, "--momentum", "0.5"]) == 2
     assert "belongs to another recipe (there, here): momentum: 0.9, 0.5" in capsys.readouterr().err
 
@@ -95,6 +97,7 @@ def test_compare_goes_on_where_it_was(tmp_path, capsys):
         (["evaluate", "nowhere"], "there is no run folder nowhere"),
         (["train", "digits", "--data.source", "nothing"], "data.source must be one of"),
         (["train", "omniglot100", "--data-root", "nowhere.zip/x"], "omniglot is not under the data root"),
+        (["train", "no/such/folder"], "got 'no/such/folder': there is no such file or folder"),
         (["recipes", "digit"], "did you mean digits?"),
         (["reproduce", "tabel2"], "did you mean table2?"),
     ],
@@ -310,7 +313,7 @@ def test_a_pipe_that_is_closed_early_is_no_error(leaves, tmp_path):
     program = "import sys; from vmcr2.lab.cli import main; sys.exit(sum(main(each.split()) for each in sys.argv[1:]))"
     predict = f"predict {leaves / 'run'} {leaves / 'leaves' / 'test' / 'ash'} --out {tmp_path / 'p.csv'}"
     train = f"train {leaves / 'leaves'} --epochs 2 --device cpu --out {tmp_path / 'run'}"
-    command = [sys.executable, "-u", "-c", program, predict, train]
+    command = [sys.executable, "-u", "-c", program, "--help", predict, train]
     shut = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     shut.stdout.close()
     assert shut.stderr.read() == b""

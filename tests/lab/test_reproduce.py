@@ -209,6 +209,14 @@ def test_the_command_takes_a_target_and_its_flags(small, monkeypatch, capsys, tm
     assert request == Request(("mnist",), ("ce",), (1, 2), 1, 200, 50, 3, True, tmp_path, None)
 
 
+def test_what_will_be_trained_is_said_before_it_is(small, capsys, tmp_path):
+    given = ["reproduce", "table2", "--rows", "mnist", "--objectives", "ce", "--train-size", "200"]
+    assert cli.main([*given, "--out", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.startswith("training mnist ce seed 0 to 2 epochs; --ours and --epochs make it")
+    assert cli.main([*given, "--out", str(tmp_path)]) == 0
+    assert "training" not in capsys.readouterr().out.partition("|")[0].replace("training images", "")
+
+
 def test_the_subset_is_what_is_trained_on(small, tmp_path):
     request = Request(rows=("mnist",), objectives=("ce",), train_size=70, test_size=9, epochs=1, out=tmp_path)
     path, _ = reproduce.table2(request, QUIET)

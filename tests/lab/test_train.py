@@ -235,6 +235,12 @@ def test_divergence_is_said(tmp_path):
         train.start(recipe, tmp_path / "run")
 
 
+def test_a_run_that_ends_without_reduction_says_so(tmp_path):
+    recipe = replace(SMALL, network="mlp", epochs=1, mcr2=replace(SMALL.mcr2, lr=1e6), objective="mcr2")
+    with pytest.warns(UserWarning, match="the features have hardly learnt"):
+        train.start(recipe, tmp_path / "run")
+
+
 def test_the_learning_rate_follows_its_schedule_step_by_step(tmp_path):
     recipe = replace(SMALL, objective="ce", epochs=4, schedule="cosine", warmup_epochs=2)
     run = train.start(recipe, tmp_path / "run")

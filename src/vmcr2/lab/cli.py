@@ -491,15 +491,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a pipe in a Windows code page has no Δ
             stream.reconfigure(errors="replace")
-    if not given or given[0] in ("-h", "--help"):
-        print(USAGE)
-        return 0
     launch = processes.Launch()
     with warnings.catch_warnings():
         try:
             with launch:
                 warnings.showwarning = _warner()
-                if given[0] == "--version":
+                if not given or given[0] in ("-h", "--help"):
+                    print(USAGE)
+                elif given[0] == "--version":
                     from vmcr2 import __version__
 
                     print(__version__)

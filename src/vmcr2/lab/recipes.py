@@ -287,6 +287,8 @@ def find(name: str, image_size: int | None = None) -> Recipe:
         return from_json(Path(name))
     if name.endswith(".npz") or Path(name).is_dir():
         return for_data(Path(name), image_size)
+    if Path(name).name != name:
+        raise InputError(f"recipe or data must exist, got {name!r}: there is no such file or folder")
     hint = nearest(name, known)
     raise InputError(
         f"recipe must be one of {', '.join(known)}, a .json file, or data: a .npz file or a folder of images by class; "

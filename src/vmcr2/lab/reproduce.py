@@ -24,7 +24,7 @@ Rows = dict[str, dict[ObjectiveName, Printed]]
 
 @dataclass(frozen=True)
 class Request:
-    """What to reproduce, and how much of it; the flags of the command.
+    """Makes the runs that a table or figure of the paper takes, and writes it beside the paper's numbers.
 
     Runs that are there already are shown, or continued where more epochs are asked for; a figure shows complete ones at
     the length they have, unless `epochs` or `evaluate_every` is given.
@@ -136,6 +136,7 @@ def _runs(
     refuse_conflicts([(request.folder(recipe), recipe) for recipe in everything])
     for settings in dict.fromkeys(recipe.data for recipe in everything):
         load(settings, request.data_root)
+    _announce([recipe for recipe in everything if not _is_complete(request.folder(recipe), recipe)], console)
     for row, objective, members in planned:
         done = []
         for recipe in members:
@@ -145,6 +146,17 @@ def _runs(
                 console.print(f"{row}, {objective}, seed {recipe.seed} is left out: {error}", soft_wrap=True)
         if done:
             yield row, objective, done
+
+
+def _is_complete(folder: Path, recipe: Recipe) -> bool:
+    return (folder / "summary.json").is_file() and RunFolder.open(folder).recipe().epochs >= recipe.epochs
+
+
+def _announce(missing: list[Recipe], console: Console) -> None:
+    """Says what will be trained, since that may take days."""
+    if missing:
+        runs = ", ".join(f"{one.name} {one.objective} seed {one.seed} to {one.epochs} epochs" for one in missing)
+        console.print(f"training {runs}; --ours and --epochs make it shorter", highlight=False, soft_wrap=True)
 
 
 def _beside(value: float | None, printed: float | None, digits: int) -> str:

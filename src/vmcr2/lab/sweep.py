@@ -46,6 +46,8 @@ def compare(
     if not objectives or not seeds:
         raise InputError("objectives and seeds must each name at least one")
     out = Path(out)
+    if (out / "recipe.json").is_file():
+        raise InputError(f"out must be a folder to hold runs, got {out}, which is a run itself")
     recipe = replace(recipe, data=sources.resolved(recipe.data))
     planned = [
         (out / f"{objective}-seed{seed}", replace(recipe, objective=objective, seed=seed))

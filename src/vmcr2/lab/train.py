@@ -7,6 +7,7 @@ import platform
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
@@ -30,10 +31,13 @@ from vmcr2.lab.recipes import OBJECTIVES, Recipe
 from vmcr2.lab.report import EpochProgress, device_name
 from vmcr2.lab.run import RunFolder
 from vmcr2.lab.sources import Dataset
+from vmcr2.rates import reduction_of_lines
 from vmcr2.subspaces import nearest_subspace
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 OnEpoch = Callable[[dict[str, Any]], None]
+
+_LITTLE = 0.02  # of what one orthogonal line a class has: a ΔR that tells no class from another
 
 
 def fit(
@@ -658,6 +662,8 @@ def _train(
                     line |= asdict(kept.measure(epoch))
                 except (InputError, NumericalError) as error:
                     raise _diverged(prepared.objective, epoch, error) from error
+                if epoch == recipe.epochs and recipe.objective != "ce":
+                    _warn_of_little(line["train_reduction"], prepared)
             interrupt.asked = processes.any_of(interrupt.asked)
             noted, stop = processes.first(lambda: note(line))
             line |= noted
@@ -704,11 +710,22 @@ def _fit_recipe(kept: _Run, done: int, after: OnEpoch) -> None:
     )
 
 
+def _warn_of_little(reduction: float, prepared: _Prepared) -> None:
+    dataset, recipe = prepared.dataset, prepared.recipe
+    sizes = dataset.train_labels.bincount(minlength=dataset.num_classes)
+    lines = reduction_of_lines(sizes, recipe.feature_dim, recipe.eps_sq)
+    if reduction < _LITTLE * lines:
+        warnings.warn(
+            f"ΔR of the training set is {reduction:.2g} in the end, where classes on orthogonal lines have "
+            f"{lines:.3g}: the features have hardly learnt. Train for more epochs, or at a lower learning rate",
+            stacklevel=2,
+        )
+
+
 def _figures(line: dict[str, Any]) -> dict[str, str]:
-    """Returns what the progress bar shows of an epoch: ΔR of the training set where measured, and the loss."""
+    """Returns what the progress bar shows of an epoch: ΔR of the training set where measured, and of the last batch."""
     shown = {}
     if "train_reduction" in line:
         shown["ΔR"] = f"{line['train_reduction']:.2f}"
         shown["accuracy"] = f"{line['test_accuracy']:.4f}"
-    name = "residual" if "residual" in line else "loss"
-    return shown | {name: f"{line[name]:.3g}"}
+    return shown | {"batch ΔR": f"{line['batch_expansion'] - line['batch_compression']:.2f}"}
