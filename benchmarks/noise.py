@@ -475,7 +475,7 @@ def table() -> None:
                 seeds = max(seeds, len(values))
                 cells.append(mean_and_spread(values, 3))
                 if values and kind == "symmetric":
-                    spread_value = statistics.stdev(values) if len(values) > 1 else 0.0
+                    spread_value = statistics.stdev(values) if len(values) > 1 else math.nan
                     curves.setdefault(data, {}).setdefault(method, []).append(
                         (share, statistics.mean(values), spread_value)
                     )
@@ -529,24 +529,33 @@ def _draw(curves: dict[str, dict[str, list[tuple[float, float, float]]]]) -> Non
     )
     for spare in panels.flat[len(drawn) :]:
         spare.set_axis_off()
-    colours = plt.get_cmap("tab20").colors
+    rivals = [method for method in NAMES if not method.startswith("vmcr2")]
     for axes, (data, methods) in zip(panels.flat, drawn.items(), strict=False):
-        for index, method in enumerate(NAMES):
+        for method, name in NAMES.items():
             points = sorted(methods.get(method, []))
             if len(points) < 2:
                 continue
             ours = method.startswith("vmcr2")
             share, mean, spread = (np.array(values) for values in zip(*points, strict=True))
+            if ours:
+                colour, marker = {"vmcr2": "navy", "vmcr2-1": "dodgerblue"}.get(method, "mediumorchid"), "o"
+            else:
+                place = rivals.index(method)
+                colour, marker = f"C{1 + place % 9}", "svD^Xp"[place % 6]
             axes.errorbar(
-                100 * share, mean, spread, label=NAMES[method], color=colours[index % 20], capsize=2,
-                linewidth=2.5 if ours else 1.2, linestyle="-" if ours else "--", marker="o", markersize=3 + 2 * ours,
+                100 * share, mean, spread, color=colour, capsize=2, marker=marker,
+                label=name.replace("s = 1", "one atom per class"), markersize=5,
+                linewidth=2.5 if ours else 1.2, linestyle="-" if ours else "--",
             )  # fmt: skip
+            alone = np.isnan(spread)
+            axes.plot(100 * share[alone], mean[alone], marker, color="white", markersize=3, zorder=10)
         axes.set(title=data, xlabel="wrong training labels, %", ylabel="test accuracy (right labels)")
         axes.grid(alpha=0.3)
     lines: dict[str, Any] = {}
     for axes in panels.flat:
         lines |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
-    figure.legend(lines.values(), lines.keys(), loc="outside right upper", fontsize=8)
+    note = "hollow: one seed; else mean and\nstandard deviation of 2 or 3"
+    figure.legend(lines.values(), lines.keys(), loc="outside right upper", fontsize=8, title=note, title_fontsize=8)
     figure.savefig(RESULTS / "noise.png", dpi=130)
     plt.close(figure)
 
