@@ -173,7 +173,7 @@ def subspaces() -> dict[str, float]:
     z, labels = batch(100_000, 500, k)
     test, _ = batch(10_000, 500, k, seed=2)
     fit = timed(lambda: class_subspaces(z, labels, k, 10))
-    bases = class_subspaces(z, labels, k, 10)
+    bases = class_subspaces(z, labels, k, 10).to(test.dtype)
 
     def projectors() -> Tensor:
         eye = torch.eye(500)
@@ -242,7 +242,8 @@ def draw(found: dict[str, dict[str, float]], where: str, path: Path) -> None:
     for name, curve in found.items():
         ours = name.startswith("ours")
         axes.plot(
-            [int(k) for k in curve], list(curve.values()), "-o" if ours else "--s", label=name.partition(") ")[2] or name,
+            [int(k) for k in curve], list(curve.values()), "-o" if ours else "--s",
+            label=name.partition(") ")[2] or name,
             color={"(b)": "#d1495b", "(c)": "#7a7a7a", "(d)": "#edae49"}.get(name[:3]), lw=2 if ours else 1.2, ms=4,
         )  # fmt: skip
     axes.set(xscale="log", yscale="log", xlabel="classes k", ylabel="seconds of one full step")
