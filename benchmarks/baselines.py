@@ -1,6 +1,6 @@
 """What the objectives cost when written as the formulas stand: the rivals that `objective.py` measures against.
 
-Columns of tables: (a) dense Π, (b) one d×d log-determinant a class, (c) V-MCR² with k dense d×d matrices,
+Columns of tables: (a) dense Π, (b) one d×d log-determinant per class, (c) V-MCR² with k dense d×d matrices,
 (d) the smaller side, batched by Cholesky: the honest one.
 """
 
@@ -25,7 +25,7 @@ def mcr2_dense_membership(z: Tensor, labels: Tensor, k: int, eps_sq: float = 0.5
 
 
 def mcr2_logdet_per_class(z: Tensor, labels: Tensor, k: int, eps_sq: float = 0.5) -> Tensor:
-    """(b) −ΔR of eq. (1), one d×d log-determinant a class, of that class's rows alone."""
+    """(b) −ΔR of eq. (1), one d×d log-determinant per class, of that class's rows alone."""
     m, d = z.shape
     eye = torch.eye(d)
     total = -0.5 * torch.logdet(eye + d / (m * eps_sq) * z.T @ z)

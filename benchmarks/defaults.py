@@ -1,6 +1,6 @@
 """Do the defaults train? `VMCR2Loss(num_classes, feature_dim)` and nothing else, in a plain loop, over a grid.
 
-    python benchmarks/defaults.py run [--data-root DIR] [--only digits ...]    runs what is missing, a JSON line a run
+    python benchmarks/defaults.py run [--data-root DIR] [--only digits ...]    runs what is missing, a JSON line per run
     python benchmarks/defaults.py table                                       results/defaults.md from the lines
 
 Data sets × networks with and without BatchNorm × optimisers × batch sizes, beside exact MCR² and cross-entropy in the
@@ -131,7 +131,7 @@ def run(data_root: Path | None, only: list[str], objectives: list[str], seeds: l
 
 
 def table() -> None:
-    """Writes results/defaults.md: a row a network, optimiser and batch; ΔR and accuracy of each objective."""
+    """Writes results/defaults.md: a row per network, optimiser and batch; ΔR and accuracy of each objective."""
     held = {tuple(line[key] for key in RUNS.keys): line for line in RUNS.lines()}
     text = (
         "# Do the defaults train?\n\nMade by `python benchmarks/defaults.py`; seed 0, "

@@ -270,7 +270,7 @@ def named(notes: list[tuple[str, int]]) -> list[tuple[str, str, int]]:
     return [(names.get(note, "terms of the mismatch, flags: scalars"), *note) for note in notes]
 
 
-# For the same m and d, in float32, all classes sampled: its softmax needs three numbers a sample from all ranks.
+# For the same m and d, in float32, all classes sampled: its softmax needs three numbers per sample from all ranks.
 PARTIAL_FC = [
     ("features, m × d", "all_gather", M * D * 4),
     ("labels, m", "all_gather", M * 8),
@@ -326,10 +326,10 @@ def text_of(found: list[dict[str, Any]], alone: dict[str, Any], whole: list[Any]
     loss_from, loss_to = first["values"][0], first["values"][-1]
     bound_parts = f"{bound - batch:.0f} + {batch:.0f}"
     equal, three_terms = all(each["equal"] for each in found), kib(sent(THREE_TERMS, WORLD))
-    flops = f"{first['flops'] / 1e9:.2f} GFLOP for {M // WORLD} samples a rank"
+    flops = f"{first['flops'] / 1e9:.2f} GFLOP for {M // WORLD} samples per rank"
     return f"""# A dictionary sharded by class
 
-Made by `python benchmarks/distributed.py`; {device}, {versions}, gloo, one thread a rank.
+Made by `python benchmarks/distributed.py`; {device}, {versions}, gloo, one thread per rank.
 {WORLD} ranks share the {os.cpu_count()} cores, so times say how the ways compare, not what a cluster reaches.
 
 ## A million classes on {WORLD} ranks
@@ -367,7 +367,7 @@ Together {kib(theirs)} KiB: ours is **{ours / theirs:.2f}** times that. Neither 
 
 Forward, backward and the network's step, median of 28 steps, the same batches of m = {M} in all three ways.
 
-{markdown_table(["", "ms a step"], time_rows)}
+{markdown_table(["", "ms per step"], time_rows)}
 The values of all 30 steps, on every rank and in all three ways, agree to {difference:.0e} (float32).
 
 ## k = 10⁷ on 64 GPUs, computed

@@ -115,7 +115,7 @@ def methods() -> dict[str, Callable[[], Any]]:
 
 
 def compared(name: str, arrays: Arrays, folds: int) -> list[str]:
-    """Returns a table's rows: accuracy with right and with wrong training labels, log-loss, seconds a fit."""
+    """Returns a table's rows: accuracy with right and with wrong training labels, log-loss, seconds per fit."""
     features, labels = arrays
     rows = []
     for method, make in methods().items():
@@ -220,7 +220,7 @@ def main() -> None:
         "training labels were those of another class. Ours are at their defaults; the strength of logistic regression",
         "and the number of neighbours are chosen by an inner cross-validation.",
         "",
-        "| embeddings | method | accuracy | wrong labels | log-loss | seconds a fit |",
+        "| embeddings | method | accuracy | wrong labels | log-loss | seconds per fit |",
         "|---|---|---|---|---|---|",
     ]
     for name, arrays in sets.items():

@@ -516,7 +516,7 @@ def _found(members: list[dict[str, Any]], score: str) -> str:
 
 
 def _draw(curves: dict[str, dict[str, list[tuple[float, float, float]]]]) -> None:
-    """Draws accuracy against the share of wrong labels, a panel a data set."""
+    """Draws accuracy against the share of wrong labels, a panel per data set."""
     import matplotlib.pyplot as plt
 
     drawn = {data: methods for data, methods in curves.items() if any(len(points) > 1 for points in methods.values())}
@@ -565,7 +565,7 @@ def influence() -> None:
 
     The feature turns from the class it is labelled with (0°) to one that is orthogonal to it (90°), where a wrongly
     labelled sample of that class lies. Each pull is the derivative of the sample's loss in the angle, by autograd, over
-    its largest. V-MCR²'s is that of eq. (9) with one atom a class, −⟨B_j, z zᵀ⟩ (and `pull`); the softmax has the two
+    its largest. V-MCR²'s is that of eq. (9) with one atom per class, −⟨B_j, z zᵀ⟩ (and `pull`); the softmax has the two
     classes' directions for weights.
     """
     import matplotlib.pyplot as plt

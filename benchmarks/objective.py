@@ -90,7 +90,7 @@ def steps() -> dict[str, Timing]:
         ("(d) MCR², smaller side", lambda x, y: baselines.mcr2_smaller_side(x, y, k)),
         ("ours: VMCR2Loss, block", block),
         ("ours: VMCR2Loss, shared", shared),
-        ("(b) MCR², one logdet a class", lambda x, y: baselines.mcr2_logdet_per_class(x, y, k)),
+        ("(b) MCR², one logdet per class", lambda x, y: baselines.mcr2_logdet_per_class(x, y, k)),
         ("(c) V-MCR², dense d×d", dense),
         ("(a) MCR², dense Π", lambda x, y: baselines.mcr2_dense_membership(x, y, k)),
     ]
@@ -220,7 +220,7 @@ def picture() -> dict[str, dict[str, float]]:
         z, labels = batch(m, d, k)
         shared = variational(d, k, s, "shared") if k <= 300 else None
         losses: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-            "(b) MCR², one logdet a class": lambda x, y, k=k: baselines.mcr2_logdet_per_class(x, y, k),
+            "(b) MCR², one logdet per class": lambda x, y, k=k: baselines.mcr2_logdet_per_class(x, y, k),
             "(d) MCR², smaller side": lambda x, y, k=k: baselines.mcr2_smaller_side(x, y, k),
             "ours: MCR2Loss": vmcr2.MCR2Loss(k),
             "ours: VMCR2Loss, block": variational(d, k, s, "block"),
@@ -285,7 +285,7 @@ def write(known: dict) -> None:
         exact, block, shared = "ours: MCR2Loss", "ours: VMCR2Loss, block", "ours: VMCR2Loss, shared"
         a, b, c, d = (
             "(a) MCR², dense Π",
-            "(b) MCR², one logdet a class",
+            "(b) MCR², one logdet per class",
             "(c) V-MCR², dense d×d",
             "(d) MCR², smaller side",
         )
@@ -329,7 +329,7 @@ def write(known: dict) -> None:
         f = known["subspaces"]
         rows.append(["nearest subspace, fit 100,000 × 500, k = 200", f"{f['fit']:.2f} s", "–"])
         text = f"{f['projectors'] / f['predict']:.0f}×, same labels: {f['same_labels']}"
-        rows.append(["predict 10,000 × 500 against one projector a class", text, "50×"])
+        rows.append(["predict 10,000 × 500 against one projector per class", text, "50×"])
     if "reduction" in known:
         rows.append(["exact ΔR of 100,000 × 500, k = 200", f"{known['reduction']['median']:.2f} s", "5 s"])
     if rows:

@@ -1,6 +1,6 @@
 """Classes never seen in training: retrieval among them, and telling them from the classes that were.
 
-    python benchmarks/retrieval.py run [--data-root DIR] [--methods ...]    runs what is missing, a JSON line a run
+    python benchmarks/retrieval.py run [--data-root DIR] [--methods ...]    runs what is missing, a JSON line per run
     python benchmarks/retrieval.py table                                   results/retrieval.md from the lines
 
 Omniglot, conv4, d = 384, 20 epochs of class-balanced batches (100 classes × 5 samples) for every method. 300 classes

@@ -1,6 +1,6 @@
 """Variety within a class beside accuracy: by `energy`, `pull` and `expand` of `VMCR2Loss`.
 
-    python benchmarks/variety.py run [--data-root DIR] [--only omniglot100 ...]    runs what is missing, a line a run
+    python benchmarks/variety.py run [--data-root DIR] [--only omniglot100 ...]    runs what is missing, a line per run
     python benchmarks/variety.py table                                            results/variety.md from the lines
 
 A grid on a validation split, a fifth of the training set, at seed 0; then, at each length, the most accurate setting

@@ -361,7 +361,7 @@ def largest_reduction(feature_dim: int, class_counts: Int[np.ndarray, " k"], eps
     It is that of orthogonal classes, class j with r_j directions of equal energy (Yu et al., 2020, Theorem 1), r_j real
     and at most n_j: Σ_j r_j/2 [log(1 + β γ_j/r_j) − γ_j log(1 + β/r_j)], at the best r_j that sum to d at most. With
     balanced classes it is d/2 [log(1 + 1/ε²) − log(1 + k/ε²)/k]. With as many classes as dimensions or more it is that
-    of one line a class, spread as evenly as their sizes allow: for balanced classes the bound
+    of one line per class, spread as evenly as their sizes allow: for balanced classes the bound
     d/2 log(1 + 1/ε²) − ½ log(1 + d/ε²); where sizes differ much and there are more classes than dimensions, a few per
     cent more can be reached.
 

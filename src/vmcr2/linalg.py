@@ -234,7 +234,7 @@ def half_logdet(matrix: Float[Tensor, "*b n n"]) -> Float[Tensor, "*b"]:
         matrix: A, float32 or float64, any number of leading batch dimensions.
 
     Returns:
-        One value a matrix, in nats, ≥ 0; NaN where the factorisation failed, for `require_finite` to find.
+        One value per matrix, in nats, ≥ 0; NaN where the factorisation failed, for `require_finite` to find.
         Differentiable.
     """
     value, _ = _HalfLogdet.apply(matrix)  # pyrefly: ignore[not-iterable]

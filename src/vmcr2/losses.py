@@ -313,8 +313,8 @@ class VMCR2Loss(_OverRanks):
     In training mode a call first moves the dictionary by one step (Alg. 1, lines 6 to 10) and returns the mismatch
     between the features and the moved dictionary, whose gradient in the features is line 12. In eval mode, and wherever
     gradients are off (`torch.no_grad`, `torch.inference_mode`), it returns the mismatch with the dictionary as it
-    stands, and changes nothing. With gradient accumulation the dictionary moves once a micro-batch; under `no_sync` of
-    DistributedDataParallel too, which holds back the mean of the network's gradients alone (docs/many-processes.md).
+    stands, and changes nothing. With gradient accumulation the dictionary moves once per micro-batch, under `no_sync`
+    of DistributedDataParallel too, which holds back the mean of the network's gradients alone (docs/many-processes.md).
 
     A class is latched the first time training sees it: call `latch` or `latch_from` before training so that all
     classes start from all their samples, or let the first batches do it (a class that comes much later replaces atoms
@@ -911,7 +911,7 @@ class _CollapseWatch:
     """Warns once when the features have collapsed: ΔR of several batches in a row far below the best there was.
 
     The loss's value alone does not show it: features that all coincide match a dictionary that followed them. A batch
-    nearly all of one class can have little ΔR, so each is measured by what one orthogonal line a class would have.
+    nearly all of one class can have little ΔR, so each is measured by what one orthogonal line per class would have.
     """
 
     def __init__(self) -> None:

@@ -285,7 +285,7 @@ def _from_labels(
     if labels.is_floating_point():
         raise InputError(
             f"{named} must be of an integer dtype, got {labels.dtype}; "
-            "soft membership has shape (m, k), one row a sample"
+            "soft membership has shape (m, k), one row per sample"
         )
     if is_batched(labels):
         raise InputError(f"{name} must be the same for all that torch.vmap runs over, got labels that differ")

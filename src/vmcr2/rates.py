@@ -42,7 +42,7 @@ def coding_rate(features: Float[Tensor, "*b m d"], *, eps_sq: float = 0.5) -> Fl
         eps_sq: the squared precision ε² > 0.
 
     Returns:
-        One value a matrix, in nats, float32 or wider also under autocast. Differentiable.
+        One value per matrix, in nats, float32 or wider also under autocast. Differentiable.
 
     Raises:
         InputError: a wrong argument (a ValueError).

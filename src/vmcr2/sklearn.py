@@ -40,7 +40,7 @@ _FOLDS = 5
 _LIKELIHOODS = 2**20  # entries of the table of samples by classes that the temperature is found on, about
 _BLOCK_CLASSES = 200  # from so many classes on, codes off a class's own atoms are not held
 _EMBEDDED = 4096  # samples embedded at once
-_EPOCHS, _STEPS = 20, 120  # enough for digits, by cross-validation; at 50 epochs wrong labels are learnt by heart
+_EPOCHS, _STEPS = 20, 120  # enough for digits, by cross-validation; at 50 epochs wrong labels are memorised
 _KEPT = 4096  # samples that partial_fit remembers, about
 _KEPT_A_CLASS = 16  # and of every class, at least
 _GENERATORS = threading.RLock()  # held while torch's global random generators are seeded
@@ -204,7 +204,7 @@ class CodingRateTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
             to (m, d), in float32; None means two hidden layers with BatchNorm and ReLU.
         hidden: the width of the default network's layers.
         epochs: passes over the samples in `fit`; None means 20, or what 120 steps take. `partial_fit` makes one.
-        batch_size: samples a step, at most, from 2; 3 of an odd number in twos, as BatchNorm takes no sample alone.
+        batch_size: samples per step, at most, from 2; 3 of an odd number in twos, as BatchNorm takes no sample alone.
         learning_rate: of AdamW. In `fit` it falls to 0 along a half cosine.
         weight_decay: of AdamW.
         eps_sq: the squared precision ε² > 0.

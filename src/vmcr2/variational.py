@@ -136,7 +136,7 @@ def variational_logdet(factor: Float[Tensor, "*b d r"], *, scale: float = 1.0) -
         scale: c > 0.
 
     Returns:
-        One value a matrix, in nats, ≥ 0, float32 or wider also under autocast. Differentiable.
+        One value per matrix, in nats, ≥ 0, float32 or wider also under autocast. Differentiable.
 
     Raises:
         InputError: a wrong argument (a ValueError).

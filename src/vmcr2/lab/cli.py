@@ -206,7 +206,7 @@ def predict(
     out: Path | None = None,
     components: int | None = None,
 ) -> None:
-    """Names the classes of images: a line a file, with its class and the margin to the next one.
+    """Names the classes of images: a line per file, with its class and the margin to the next one.
 
     The margin, from 0 to 1, is how much more of the sample's energy lies in the subspace of its class than in the next.
 
@@ -336,7 +336,7 @@ def bench(
     used = chosen_device(device)
     costs = {name: bench.epoch_cost(bench.WORKLOADS[name], used, seconds) for name in rows or bench.WORKLOADS}
     where = describe_device(used)
-    title = f"Random images of the right size; ms a step, median ± quartile distance; {where}"
+    title = f"Random images of the right size; ms per step, median ± quartile distance; {where}"
     _console().print(table(title, bench.COLUMNS, bench.rows(costs)))
     if out is not None:
         write_json(out, {"where": where, "rows": {name: asdict(cost) for name, cost in costs.items()}})

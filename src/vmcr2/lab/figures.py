@@ -119,7 +119,7 @@ def draw_spectra(axes: Axes, spectra: np.ndarray, components: int) -> Axes:
     floor = 1e-5
     clipped = np.maximum(spectra[:, :shown], floor)
     lines = axes.plot(ranks, clipped.T, color="#0b6e99", alpha=max(0.08, min(0.5, 5 / len(spectra))), linewidth=0.8)
-    lines[0].set_label("one line a class")
+    lines[0].set_label("one line per class")
     axes.plot(ranks, np.exp(np.log(clipped).mean(0)), color="black", label="geometric mean over classes")
     axes.axvline(components + 0.5, color="#d1495b", linestyle="--", linewidth=1, label=f"⌊d/k⌋ = {components}")
     axes.set(yscale="log", xlabel="component, the strongest first", ylabel="share of the class's energy")
@@ -334,7 +334,7 @@ def draw_comparison(runs: Sequence[RunFolder], folder: Path) -> list[Path]:
 
 
 def draw_convergence(runs: Mapping[tuple[str, ObjectiveName], RunFolder], path: Path, title: str) -> Path:
-    """Draws ΔR over epochs, a panel a data set and a line an objective, R and R_c beside it (the paper's Figure 1).
+    """Draws ΔR over epochs, a panel per data set and a line per objective, R and R_c beside it (the paper's Figure 1).
 
     Args:
         runs: complete runs by (row, objective).
@@ -406,7 +406,7 @@ def draw_similarities(runs: Mapping[tuple[str, ObjectiveName], RunFolder], path:
 
 
 def draw_noise(records: Sequence[dict[str, Any]], path: Path, title: str) -> Path:
-    """Draws test accuracy over the share of wrong training labels, a panel a data set.
+    """Draws test accuracy over the share of wrong training labels, a panel per data set.
 
     Args:
         records: summaries of runs with their `row`, "<data set>-noise<percent>".

@@ -74,7 +74,7 @@ def _strong(base: Recipe) -> Recipe:
 # A run of tens of epochs lacks steps, not samples: the paper took 50,000 of 2,000 images on CIFAR-100. So batches are
 # small here (the dictionary remembers what a batch lacks), and learning rates fall along a cosine. `pull` and the rates
 # were compared on validation splits of CIFAR-100's first 20 classes and of MNIST, cross-entropy's scale and rate on one
-# of all of CIFAR-100 and of MNIST; the weight decay is the usual one. On natural images one atom a class learns
+# of all of CIFAR-100 and of MNIST; the weight decay is the usual one. On natural images one atom per class learns
 # faster than ⌊d/k⌋ (compared on all of CIFAR-100 and on 20,000 images of CIFAR-10).
 _EPOCHS = {"mnist": 12, "cifar10": 30, "cifar100": 60, "tiny-imagenet": 30}
 

@@ -47,7 +47,7 @@ class DataSettings:
         classes: keep the first so many classes only.
         train_size: keep the first so many training samples only.
         test_size: keep the first so many test samples only.
-        image_size: scale a folder's images to so many pixels a side; needed where they differ in size.
+        image_size: scale a folder's images to so many pixels per side; needed where they differ in size.
         validation: share of every class's training samples, drawn once for all runs, that is held out and takes the
             place of the test set, so that settings can be chosen without it.
         label_noise: share of the training samples, drawn once for all runs, that get the label of another class.

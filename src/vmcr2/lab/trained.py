@@ -59,7 +59,7 @@ class TrainedModel(
     library_name="vmcr2",
     tags=["mcr2", "image-feature-extraction"],
 ):
-    """A network, one subspace a class, and the names of the classes; in eval mode as `load` returns it.
+    """A network, one subspace per class, and the names of the classes; in eval mode as `load` returns it.
 
     All arguments can be written as JSON, so that config.json holds them.
 
