@@ -136,7 +136,7 @@ class Recipe:
         about: one line on what it is for.
         objective: vmcr2, mcr2 or ce.
         seed: of the initial weights, the order of the data, augmentation and dropout.
-        epochs: passes over the training set. A finished run may be given more, unless its learning rate follows a schedule.
+        epochs: passes over the training set. More may be given later, unless a schedule sets the learning rate.
         batch_size: at most so many samples per step, of all processes together; the batches of an epoch are as equal as
             can be. One more where a single sample would be left over, which BatchNorm does not take.
         network: mlp, conv4, cnn, resnet18, preact_resnet18, or timm:NAME for one of the package timm.
