@@ -451,7 +451,8 @@ def table() -> None:
         "the column gives their largest number. The learning rate and what predicts were chosen on a validation split "
         "with wrong labels, at 30 % and seed 0; so other columns are at a rate chosen there: on clean labels "
         "cross-entropy has more at its own rate (omniglot100/comparison.md). The rivals' other settings are their "
-        "papers', of SCE and ELR those for CIFAR-100 where there are 50 classes or more, else for CIFAR-10. `similar`: 30 % got the label of the most similar class.\n"
+        "papers', of SCE and ELR those for CIFAR-100 where there are 50 classes or more, else for CIFAR-10. `similar`: "
+        "30 % got the label of the most similar class.\n"
     )
     curves: dict[str, dict[str, list[tuple[float, float, float]]]] = {}
     for data, base in BASES.items():
