@@ -935,13 +935,13 @@ class _CollapseWatch:
             return  # ΔR of one class is 0 whatever its features
         rates = checked_rates(features, membership, loss.eps_sq)
         reduction, expansion = torch.stack([rates.reduction, rates.expansion]).tolist()
-        could_be = reduction_of_lines(membership.sizes, loss.feature_dim, loss.eps_sq)
-        if could_be < 1e-6:
+        of_lines = reduction_of_lines(membership.sizes, loss.feature_dim, loss.eps_sq)
+        if of_lines < 1e-6:
             return  # in one dimension there is no ΔR
-        self.best = max(self.best, reduction / could_be)
+        self.best = max(self.best, reduction / of_lines)
         # Of features that are all alike from the start ΔR is 0 but for rounding.
         for place, (share, _, of_expansion) in enumerate(_COLLAPSED):
-            low = self.best > 1e-3 and reduction < min(share * self.best * could_be, of_expansion * expansion)
+            low = self.best > 1e-3 and reduction < min(share * self.best * of_lines, of_expansion * expansion)
             self.low[place] = self.low[place] + 1 if low else 0
         if all(low < patience for low, (_, patience, _) in zip(self.low, _COLLAPSED, strict=True)):
             return
@@ -949,7 +949,7 @@ class _CollapseWatch:
         balance = balance_at(loss.mu_at(len(features)), loss.feature_dim, len(features), loss.eps_sq)
         warnings.warn(
             f"the features have collapsed: ΔR of a batch is {reduction:.3g}, where the best so far would have been "
-            f"{self.best * could_be:.3g}. Lower the learning rate, or clip the network's gradients"
+            f"{self.best * of_lines:.3g}. Lower the learning rate, or clip the network's gradients"
             + (
                 f"; and lower mu: mu * m * eps_sq / feature_dim is {balance:.2g}, from about 1 the dictionary cannot "
                 "lead the features (mu=None takes 0.05)"

@@ -171,7 +171,15 @@ def compression_rate(features: Float[Tensor, "m d"], membership: Membership, eps
 
 
 def reduction_of_lines(sizes: Int[Tensor, " k"], feature_dim: int, eps_sq: float) -> float:
-    """Returns ΔR of classes of such sizes on orthogonal lines; of more than there are dimensions, spread evenly."""
+    """Returns ΔR, in nats, of unit features whose classes lie on orthogonal lines: eq. (1) with C_j of rank 1.
+
+    Of more classes than dimensions no set of lines is orthogonal; R is then its largest, d/2 log(1 + 1/ε²).
+
+    Args:
+        sizes: n_j ≥ 0 of the classes, not all 0.
+        feature_dim: d.
+        eps_sq: ε² > 0.
+    """
     shares, beta = sizes.double() / sizes.sum(), feature_dim / eps_sq
     expansion = min(float(torch.log1p(beta * shares).sum()), feature_dim * math.log1p(1 / eps_sq))
     return 0.5 * (expansion - math.log1p(beta))
