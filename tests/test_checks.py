@@ -279,11 +279,14 @@ def test_settings_are_checked_when_they_are_set_as_when_the_loss_is_made(name, v
                 other.eps_sq = value
 
 
-@pytest.mark.parametrize("name", ["num_classes", "feature_dim", "atoms_per_class", "structure"])
-def test_what_the_buffers_depend_on_cannot_change(name):
-    loss = vmcr2.VMCR2Loss(3, 6)
-    with pytest.raises(ValueError, match=f"{name} cannot change once the loss is made"):
-        setattr(loss, name, "block" if name == "structure" else 2)
+@pytest.mark.parametrize(
+    "name", ["num_classes", "feature_dim", "atoms_per_class", "structure", "sharded", "process_group"]
+)
+def test_what_a_loss_was_made_with_cannot_change(name):
+    for loss in (vmcr2.VMCR2Loss(3, 6), vmcr2.MCR2Loss(3), vmcr2.TotalCodingRateLoss()):
+        if hasattr(loss, name):
+            with pytest.raises(ValueError, match=f"{name} cannot change once the loss is made"):
+                setattr(loss, name, "block" if name == "structure" else 2)
 
 
 @pytest.mark.parametrize("mu", [None, 1.0])

@@ -16,6 +16,7 @@ from sklearn.metrics import roc_auc_score
 
 import vmcr2
 from vmcr2.embeddings import largest_reduction
+from vmcr2.rates import reduction_of_lines
 
 
 def orthogonal_classes(sizes, dims, seed=0):
@@ -105,7 +106,14 @@ def test_maximum_with_as_many_classes_as_dimensions_is_reached_by_one_line_a_cla
             value.backward()
             optimizer.step()
         best = max(best, -float(value.detach()))
+    np.testing.assert_allclose(reduction_of_lines(torch.tensor(counts), d, 0.5), best, rtol=1e-3)
     np.testing.assert_allclose(largest_reduction(d, np.array(counts), 0.5), best, rtol=1e-3)
+
+
+def test_lines_of_fewer_classes_than_dimensions_are_orthogonal():
+    z, labels = orthogonal_classes([9, 4, 1], [1, 1, 1])
+    expected = vmcr2.report(z, labels).reduction
+    np.testing.assert_allclose(reduction_of_lines(torch.tensor([4, 0, 9, 1]), z.shape[1], 0.5), expected)
 
 
 def test_unbalanced_orthogonal_classes_are_not_called_collapsed():

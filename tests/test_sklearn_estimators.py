@@ -122,6 +122,16 @@ def test_a_stream_of_batches_gives_the_subspaces_of_the_whole():
     assert np.isfinite(again.predict_proba(z)).all()
 
 
+def test_a_last_small_batch_leaves_probabilities_honest(digits):
+    train, test, labels, expected = digits
+    streamed = vmcr2.NearestSubspaceClassifier()
+    streamed.partial_fit(train[:600], labels[:600], classes=range(10))
+    before = log_loss(expected, streamed.predict_proba(test))
+    for row in range(600, 610):
+        streamed.partial_fit(train[row : row + 1], labels[row : row + 1])
+        assert log_loss(expected, streamed.predict_proba(test)) < 1.05 * before
+
+
 def test_partial_fit_after_fit_says_that_it_starts_afresh():
     z, labels = unit_rows(40, 6).numpy(), np.arange(40) % 2
     found = vmcr2.NearestSubspaceClassifier(2).fit(z, labels)
@@ -139,6 +149,13 @@ def test_a_network_learns_from_a_stream(digits):
     assert streamed.score(test, expected) > 0.95
     single = streamed.partial_fit(train[:1], labels[:1])  # BatchNorm alone could not
     assert single.score(test, expected) > 0.9
+
+
+def test_the_losss_settings_reach_the_loss():
+    z, labels = unit_rows(40, 4).numpy(), np.arange(40) % 2
+    settings = {"atoms_per_class": 2, "energy": 1.0, "pull": 0.3, "expand": 0.2, "eps_sq": 0.4}
+    found = vmcr2.CodingRateClassifier(8, hidden=8, epochs=1, random_state=0, **settings).fit(z, labels)
+    assert {name: getattr(found.loss_, name) for name in settings} == settings
 
 
 def test_no_sample_is_left_alone_in_a_batch():
@@ -277,6 +294,10 @@ def test_a_network_of_ones_own(digits):
         ({"eps_sq": 0.0}, "eps_sq"),
         ({"device": "nowhere"}, "device"),
         ({"energy": 0.0}, "energy"),
+        ({"pull": 1.5}, "pull"),
+        ({"expand": -1.0}, "expand"),
+        ({"atoms_per_class": 0}, "atoms_per_class"),
+        ({"atoms_per_class": 9, "feature_dim": 8}, "atoms_per_class"),
         ({"n_components": 33, "feature_dim": 32}, "n_components"),
         ({"n_components": 70}, "n_components"),
     ],

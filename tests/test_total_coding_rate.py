@@ -163,6 +163,7 @@ def test_transrate_refuses():
         (unit_rows(4, 3), random_labels(4, 2) - 1, 1e-4, r"labels must lie in \[0"),
         (unit_rows(4, 3), torch.ones(4, 2), 1e-4, "labels rows must sum to 1"),
         (unit_rows(4, 3), random_labels(4, 2), -1.0, "eps_sq"),
+        (unit_rows(4, 64), random_labels(4, 2), 1e-15, "eps_sq must be from 1e-10 to 1e.08 .*, got 1e-15$"),
         (torch.zeros(4), random_labels(4, 2), 1e-4, "features"),
     ):
         with pytest.raises(vmcr2.InputError, match=f"^{message}"):

@@ -19,7 +19,7 @@ from vmcr2.checks import UNIT_NORM_TOLERANCE, check_number
 from vmcr2.errors import InputError, NumericalError
 from vmcr2.linalg import require_finite
 from vmcr2.membership import as_membership
-from vmcr2.rates import checked_rates, transrate
+from vmcr2.rates import checked_rates, reduction_of_lines, transrate
 from vmcr2.subspaces import check_components, class_subspaces, default_components, subspace_energies
 
 if TYPE_CHECKING:
@@ -374,13 +374,7 @@ def largest_reduction(feature_dim: int, class_counts: Int[np.ndarray, " k"], eps
     counts = np.asarray(class_counts, dtype=np.float64)
     weights = counts / counts.sum()
     if len(counts) >= d:
-        # Lines with these energies can have any spectrum that majorises them: the flattest keeps a line apart as long
-        # as it has more than an even share of what is left.
-        energies = -np.sort(-weights)[:d]
-        even = (1 - np.concatenate([[0.0], energies.cumsum()[:-1]])) / np.arange(d, 0, -1)
-        apart = int(np.argmax(energies <= even * (1 + 1e-9)))
-        spectrum = np.where(np.arange(d) < apart, energies, even[apart])
-        return max(0.0, 0.5 * float(np.log1p(beta * spectrum).sum()) - 0.5 * np.log1p(beta))
+        return max(0.0, reduction_of_lines(torch.from_numpy(counts), d, eps_sq))
     most = np.minimum(counts, d)
 
     def gain(r: np.ndarray) -> np.ndarray:
@@ -619,7 +613,7 @@ def sorted_classes(
         beside: what the caller calls the samples.
 
     Raises:
-        InputError: labels are not m, are numbers that are no integers, are of several kinds, or some are missing (a
+        InputError: labels are not m, are non-integer numbers, are of several kinds, or some are missing (a
             ValueError).
     """
     try:

@@ -1,4 +1,4 @@
-"""Log-determinants, products and solves of positive semi-definite matrices, in a dtype that is wide enough."""
+"""Log-determinants and products of positive semi-definite matrices, in a dtype that is wide enough."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch.autograd import Function, forward_ad
 
 from vmcr2.errors import InputError, NumericalError
 
-# β = d/ε² scales every matrix of which I + βC is factorised. Within these bounds of β ‖z‖² float32 is exact to about
-# 1e-5 even where all features of a class coincide; outside of them float64 is; beyond the widest, it is not either.
+# β = d/ε² scales every matrix of which I + βC is factorised. While β ‖z‖² is in the first range, float32 is exact to
+# about 1e-5 even where all features of a class coincide. Outside it float64 is used, which fails outside the second.
 _FLOAT32_RANGE = (1.0, 1e4)
-_FLOAT64_RANGE = (1e-8, 1e10)
+FLOAT64_RANGE = (1e-8, 1e10)
 # Of β ‖z‖² with features that are not of norm 1. Here R is still exact to 1e-7; at a few thousand times this ΔR of
 # features of low rank, a difference, is percents off.
 _LARGEST_SCALE = 1e12
@@ -47,7 +47,7 @@ def rate_dtype(feature_dim: int, eps_sq: float, *tensors: Tensor, largest: float
         NumericalError: features are too long for float64.
     """
     beta = feature_dim / eps_sq
-    lowest, highest = _FLOAT64_RANGE
+    lowest, highest = FLOAT64_RANGE
     if not lowest <= beta <= highest:
         raise InputError(
             f"eps_sq must be from {feature_dim / highest:.3g} to {feature_dim / lowest:.3g} for features of dimension "

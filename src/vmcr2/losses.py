@@ -14,7 +14,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
@@ -48,7 +48,7 @@ from vmcr2.variational import VariationalRates, objective
 Step = Literal["ascent", "paper", "simultaneous"]
 Reduction = Literal["mean", "sum"]
 
-_ROWS = 4096  # that a rank gives at once where the others' classes are not its own
+_ROWS = 4096  # of a rank's rows are gathered at once where the dictionary is sharded
 _CANCELLED = 0.05  # below this share of its terms a float32 mismatch is worked out again in float64
 # Where µ follows from `balance`, the first steps hold the dictionary back: ρ starts so many times higher and falls by a
 # constant factor. A fresh network without BatchNorm gives all samples nearly one direction; a dictionary that ran ahead
@@ -57,11 +57,6 @@ _FIRST_BALANCE = 6.0
 _BALANCE_DECAY = 0.97
 _WATCH_EVERY = 20  # training steps between looks at ΔR: seldom enough to cost little
 _LARGEST_MOMENT = 1.05  # ‖C_j‖ of unit rows, with the tolerance of their norms
-# Each: a share of the best ΔR so far (as the watch measures it), the number of consecutive looks, and the share of R
-# that ΔR must be below too. A fresh network's features of natural images have a high ΔR in a small batch without
-# knowing a class. As they learn it may fall below a fifth for long, and is then a quarter of R; that of collapsed
-# features is next to nothing.
-_COLLAPSED = ((0.05, 3, math.inf), (0.2, 10, 0.1))
 _HEAVIEST = 1e30  # weight of R: float32 holds the loss and its gradient
 _SPOILT = (
     "the dictionary holds NaN or infinite entries, or codes (or mu) so large that the loss overflows; load it or latch "
@@ -76,7 +71,7 @@ class _OverRanks(nn.Module):
     """
 
     _checks: ClassVar[dict[str, Callable[[str, Any], Any]]] = {"eps_sq": check_number}
-    _made_with: ClassVar[tuple[str, ...]] = ()  # what the buffers depend on
+    _made_with: ClassVar[tuple[str, ...]] = ("process_group",)  # what the buffers depend on, or ranks have met by
 
     def __init__(self, process_group: Any) -> None:
         super().__init__()
@@ -84,7 +79,7 @@ class _OverRanks(nn.Module):
         self.process_group = process_group
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in self._made_with and name in self.__dict__:
+        if name in self._made_with and (name in self.__dict__ or isinstance(getattr(type(self), name, None), property)):
             raise InputError(
                 f"{name} cannot change once the loss is made (it is {getattr(self, name)!r}), got {value!r}"
             )
@@ -123,6 +118,8 @@ class MCR2Loss(_OverRanks):
     Raises:
         InputError: a wrong argument (a ValueError).
     """
+
+    _made_with = ("num_classes", "process_group")
 
     def __init__(self, num_classes: int, *, eps_sq: float = 0.5, process_group: Any = None) -> None:
         super().__init__(process_group)
@@ -191,7 +188,7 @@ class TotalCodingRateLoss(_OverRanks):
         Args:
             features: Z of one view (m, d), of b views (b, m, d), or a sequence of views (n, d) that may differ in n.
                 Finite, rows of norm 1, or less where they are means of such (R is unbounded otherwise). Every rank
-                gives as many views.
+                must give the same number of views.
 
         Raises:
             InputError: a wrong argument (a ValueError).
@@ -320,12 +317,13 @@ class VMCR2Loss(_OverRanks):
     classes start from all their samples, or let the first batches do it (a class that comes much later replaces atoms
     that shared codes of others may have begun to use).
 
-    A training step reads from the device twice: before it what must hold of the batch, with the sizes of its classes,
-    and after it whether it came out finite; every twentieth step ΔR as well, for the warning of a collapse; and, until
-    every class has been latched, which have been.
+    With labels, a training step reads from the device twice: before it what must hold of the batch, with the sizes of
+    its classes, and after it whether it came out finite; every twentieth step ΔR as well, for the warning of a
+    collapse; and, until every class has been latched, which have been. Soft rows with few entries are read once more,
+    to be packed; where the dictionary is sharded, so is what each rank keeps of the batch.
 
     Settings may change between steps, by assignment (`loss.mu = 0.3`), on all ranks alike; num_classes, feature_dim,
-    atoms_per_class and structure may not.
+    atoms_per_class, structure, sharded and process_group may not.
 
     Args:
         num_classes: k ≥ 1. A batch may lack any of them.
@@ -345,7 +343,9 @@ class VMCR2Loss(_OverRanks):
             run free, as the paper does: it grows (the more, the smaller ρ), and presses each class together.
         pull: exponent in (0, 1] of how a sample is pulled into its class. 1 is eq. (7), in which the pull vanishes for
             a feature orthogonal to its class: what spares wrong labels, and is slow where features start far from
-            their classes. Below a half it is stronger there: natural images from scratch (docs/choosing.md).
+            their classes. Any value below 1 pulls distant features harder, by u^(pull − 1), with u the share of a
+            feature's energy in its class; below ½ the distant are pulled hardest: natural images from scratch
+            (docs/choosing.md).
         expand: λ ≥ 0, what the features' own R of eq. (1) weighs beside the residual: the loss is (µ/2m) M − λ R or,
             with "mean", that divided by µ m (= ρ d/ε² where µ follows from `balance`). 0 is Algorithm 1, in which the
             dictionary alone expands. Larger values keep more of the variety within a class, for one log-determinant a
@@ -383,7 +383,7 @@ class VMCR2Loss(_OverRanks):
         "structure": partial(check_choice, choices=get_args(Structure)),
         "step": partial(check_choice, choices=get_args(Step)),
     }
-    _made_with = ("num_classes", "feature_dim", "atoms_per_class", "structure")
+    _made_with = ("num_classes", "feature_dim", "atoms_per_class", "structure", "sharded", "process_group")
 
     def __init__(
         self,
@@ -710,8 +710,8 @@ class VMCR2Loss(_OverRanks):
         The model runs as training sees the features: normalisation layers use the batch's own statistics (unless they
         are frozen) and leave the running ones alone, since before they have settled eval mode shows another network;
         dropout is off. So the batches should be shuffled, un-augmented, and of about the training batch size. All modes
-        are restored. Under torch.distributed each rank gives its own share, of any number of batches, none included (of
-        as many as the others where the model gathers its weights as it runs, as with FSDP). Of a DataLoader with a
+        are restored. Under torch.distributed each rank gives its own share, of any number of batches, none included (the
+        same number on every rank where the model gathers its weights as it runs, as with FSDP). Of a DataLoader with a
         `ClassBalancedBatchSampler` a whole epoch is taken, and the sampler stands where it stood.
 
         Args:
@@ -907,6 +907,25 @@ def _pieces(features: Any, membership: Any) -> Iterator[tuple[Tensor, Tensor]]:
         yield features, membership
 
 
+class _Low(NamedTuple):
+    """How low ΔR must be, and for how long, before features count as collapsed.
+
+    Attributes:
+        of_best: ΔR is below this share of the best so far, as the watch measures it,
+        of_expansion: and below this share of R,
+        looks: so many times in a row.
+    """
+
+    of_best: float
+    of_expansion: float
+    looks: int
+
+
+# A fresh network's features of natural images have a high ΔR in a small batch without knowing a class. As they learn it
+# may fall below a fifth for long, and is then a quarter of R; that of collapsed features is next to nothing.
+_COLLAPSED = (_Low(of_best=0.05, of_expansion=math.inf, looks=3), _Low(of_best=0.2, of_expansion=0.1, looks=10))
+
+
 class _CollapseWatch:
     """Warns once when the features have collapsed: ΔR of several batches in a row far below the best there was.
 
@@ -940,10 +959,10 @@ class _CollapseWatch:
             return  # in one dimension there is no ΔR
         self.best = max(self.best, reduction / of_lines)
         # Of features that are all alike from the start ΔR is 0 but for rounding.
-        for place, (share, _, of_expansion) in enumerate(_COLLAPSED):
-            low = self.best > 1e-3 and reduction < min(share * self.best * of_lines, of_expansion * expansion)
-            self.low[place] = self.low[place] + 1 if low else 0
-        if all(low < patience for low, (_, patience, _) in zip(self.low, _COLLAPSED, strict=True)):
+        for place, bound in enumerate(_COLLAPSED):
+            limit = min(bound.of_best * self.best * of_lines, bound.of_expansion * expansion)
+            self.low[place] = self.low[place] + 1 if self.best > 1e-3 and reduction < limit else 0
+        if all(low < bound.looks for low, bound in zip(self.low, _COLLAPSED, strict=True)):
             return
         self.warned = True
         balance = balance_at(loss.mu_at(len(features)), loss.feature_dim, len(features), loss.eps_sq)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vmcr2.checks import check_number, check_tensor, feature_conditions, read
 from vmcr2.errors import InputError
-from vmcr2.linalg import gram, half_logdet, is_batched, product, rate_dtype, require_finite
+from vmcr2.linalg import FLOAT64_RANGE, gram, half_logdet, is_batched, product, rate_dtype, require_finite
 from vmcr2.membership import Membership, as_membership
 
 _MOMENT_ELEMENTS = 2**25  # entries of the moments, or of the rows they are made of, held at once
@@ -117,6 +117,12 @@ def transrate(
         NumericalError: the factorisation failed, or features are too long for it.
     """
     eps_sq = check_number("eps_sq", eps_sq)
+    lowest, highest = FLOAT64_RANGE
+    if not lowest <= 1 / eps_sq <= highest:
+        raise InputError(
+            f"eps_sq must be from {1 / highest:.3g} to {1 / lowest:.3g} (beyond that float64 loses log(1 + 1/eps_sq)), "
+            f"got {eps_sq!r}"
+        )
     checked, _ = as_membership(features, labels, None, name="labels")
     widened = features.double()
     centred = widened - widened.mean(0)
@@ -171,15 +177,21 @@ def compression_rate(features: Float[Tensor, "m d"], membership: Membership, eps
 
 
 def reduction_of_lines(sizes: Int[Tensor, " k"], feature_dim: int, eps_sq: float) -> float:
-    """Returns ΔR, in nats, of unit features whose classes lie on orthogonal lines: eq. (1) with C_j of rank 1.
+    """Returns the largest ΔR, in nats, of unit features with each class on a line: eq. (1) with C_j of rank 1.
 
-    Of more classes than dimensions no set of lines is orthogonal; R is then its largest, d/2 log(1 + 1/ε²).
+    Up to d classes it is that of orthogonal lines. Of more, R is largest where the lines are spread as evenly as the
+    sizes allow: in a frame of vectors with these energies the spectrum can be any that majorises them.
 
     Args:
         sizes: n_j ≥ 0 of the classes, not all 0.
         feature_dim: d.
         eps_sq: ε² > 0.
     """
-    shares, beta = sizes.double() / sizes.sum(), feature_dim / eps_sq
-    expansion = min(float(torch.log1p(beta * shares).sum()), feature_dim * math.log1p(1 / eps_sq))
-    return 0.5 * (expansion - math.log1p(beta))
+    d, beta = feature_dim, feature_dim / eps_sq
+    spectrum = (sizes.double() / sizes.sum()).cpu().sort(descending=True).values[:d]
+    if len(sizes) > d:
+        # The flattest keeps a line apart as long as it has more than an even share of what is left.
+        even = (1 - (spectrum.cumsum(0) - spectrum)) / torch.arange(d, 0, -1, device="cpu")
+        apart = int((spectrum <= even * (1 + 1e-9)).to(torch.uint8).argmax())
+        spectrum[apart:] = even[apart]
+    return 0.5 * (float(torch.log1p(beta * spectrum).sum()) - math.log1p(beta))

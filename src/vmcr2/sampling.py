@@ -1,4 +1,4 @@
-"""Batches that hold as many samples of each of their classes, on one process or split over several."""
+"""Batches with the same number of samples of each class in them, on one process or split over several."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ class ClassBalancedBatchSampler(Sampler[list[int]]):
         """Goes on, in the next iteration, where the sampler of a `state_dict` stood.
 
         Raises:
-            InputError: the state is none of a sampler with as many batches (a ValueError).
+            InputError: the state is not that of a sampler with the same number of batches (a ValueError).
         """
         if not isinstance(state, Mapping) or not {"epoch", "done"} <= state.keys():
             raise InputError(f"state must hold epoch and done, as state_dict returns them, got {state!r}")

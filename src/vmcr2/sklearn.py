@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ except ModuleNotFoundError as error:
     ) from error
 from torch import Tensor, nn
 
-from vmcr2.checks import check_count, check_number
+from vmcr2.checks import check_choice, check_count, check_number
 from vmcr2.embeddings import LabelQuality, label_quality, places_in_class, sorted_classes
 from vmcr2.errors import InputError, NumericalError
 from vmcr2.latching import MomentStream
@@ -38,6 +38,7 @@ from vmcr2.subspaces import check_components, class_subspaces, default_component
 _FLOATS = [np.float64, np.float32]
 _FOLDS = 5
 _LIKELIHOODS = 2**20  # entries of the table of samples by classes that the temperature is found on, about
+_RECENT = 1000  # samples that a stream's temperature is found on, where the table holds as many
 _BLOCK_CLASSES = 200  # from so many classes on, codes off a class's own atoms are not held
 _EMBEDDED = 4096  # samples embedded at once
 _EPOCHS, _STEPS = 20, 120  # enough for digits, by cross-validation; at 50 epochs wrong labels are memorised
@@ -45,7 +46,7 @@ _KEPT = 4096  # samples that partial_fit remembers, about
 _KEPT_A_CLASS = 16  # and of every class, at least
 _GENERATORS = threading.RLock()  # held while torch's global random generators are seeded
 _SAY_SECONDS = 10.0
-_LARGEST = 1e150  # the squares of larger entries, and of ones below its inverse, are none in float64
+_LARGEST = 1e150  # squares of larger entries overflow float64, of ones below its inverse underflow
 
 Objective = Literal["vmcr2", "mcr2"]
 Network = Callable[[int, int], nn.Module]
@@ -90,10 +91,11 @@ class NearestSubspaceClassifier(ClassifierMixin, BaseEstimator):
             self.classes_, labels = np.unique(y, return_inverse=True)
             k = len(_at_least_two(self.classes_))
             self._stream: MomentStream | None = None
+            self._recent: tuple[Tensor, Tensor] | None = None  # a stream's latest energies, and labels
             self._set_components(X.shape[1])
             features = _tensor(_with_squares(X))
             self.components_ = class_subspaces(features, torch.from_numpy(labels), k, self.n_components_).numpy()
-            self.temperature_ = _fold_temperature(features, labels, k, self.n_components_)
+            self.temperature_ = _temperature(features, *_fold_energies(features, labels, k, self.n_components_))
             self.class_count_ = np.bincount(labels, minlength=k)
         return self
 
@@ -101,7 +103,8 @@ class NearestSubspaceClassifier(ClassifierMixin, BaseEstimator):
         """Adds a batch of samples, and finds the subspaces of all there have been since the first `partial_fit`.
 
         What is kept of them takes k d² numbers at most. After `fit`, which keeps none, it starts afresh among the same
-        classes, and warns of it. The temperature is that of the latest batch, before it is learned from.
+        classes, and warns of it. The temperature is that of the latest thousand samples (fewer of thousands of
+        classes), each judged before it was learned from.
 
         Args:
             X: (m, d), as in `fit`.
@@ -123,16 +126,20 @@ class NearestSubspaceClassifier(ClassifierMixin, BaseEstimator):
             self._set_components(d)
             if first:
                 self.class_count_ = np.zeros(k, dtype=np.int64)
-                self._stream = MomentStream(k, d, torch.float64, torch.device("cpu"))
+                self._stream, self._recent = MomentStream(k, d, torch.float64, torch.device("cpu")), None
             assert self._stream is not None
-            features, held = _tensor(_with_squares(X).astype(np.float64)), torch.from_numpy(labels)
-            if not first:
-                part = _spread(len(features), k)
-                energies = subspace_energies(features[part], _tensor(self.components_.astype(np.float64)))
-                self.temperature_ = _temperature(features, energies, held[part])
+            features, places = _tensor(_with_squares(X).astype(np.float64)), torch.from_numpy(labels)
+            if first:
+                judged = _fold_energies(features, labels, k, self.n_components_)
             else:
-                self.temperature_ = _fold_temperature(features, labels, k, self.n_components_)
-            checked, _ = as_membership(features, held, k)
+                part = _spread(len(features), k)
+                judged = subspace_energies(features[part], _tensor(self.components_)), places[part]
+            before = self._recent or (judged[0][:0], judged[1][:0])
+            most = min(_RECENT, max(1, _LIKELIHOODS // k))
+            energies, owners = (torch.cat(parts)[-most:] for parts in zip(before, judged, strict=True))
+            self._recent = energies, owners
+            self.temperature_ = _temperature(features, energies, owners)
+            checked, _ = as_membership(features, places, k)
             self._stream.add(features, checked)
             blocks, energies, _ = self._stream.blocks(self.n_components_)
             self.components_ = spanned(blocks, energies).numpy()
@@ -208,7 +215,12 @@ class CodingRateTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
         learning_rate: of AdamW. In `fit` it falls to 0 along a half cosine.
         weight_decay: of AdamW.
         eps_sq: the squared precision ε² > 0.
+        atoms_per_class: for "vmcr2", s, from 1 to feature_dim; None means ⌊d/k⌋, 1 at least. Take 1 where labels may be
+            wrong.
         energy: for "vmcr2", what a class's codes sum to: None for accuracy, 1 to keep the variety within a class.
+        pull: for "vmcr2", exponent in (0, 1] of how a sample is pulled into its class: 1 spares wrong labels.
+        expand: for "vmcr2", λ ≥ 0, what the features' own R weighs beside the residual: 0.2 to 0.6, with `pull` 0.3,
+            for more variety within a class.
         latch_every: for "vmcr2", epochs between latchings.
         device: where to train and to embed, such as "cuda"; None means a GPU where there is one.
         random_state: an int for equal results, a NumPy RandomState, or None.
@@ -237,7 +249,10 @@ class CodingRateTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
         learning_rate: float = 1e-3,
         weight_decay: float = 1e-2,
         eps_sq: float = 0.5,
+        atoms_per_class: int | None = None,
         energy: float | None = None,
+        pull: float = 1.0,
+        expand: float = 0.0,
         latch_every: int = 50,
         device: str | torch.device | None = None,
         random_state: int | np.random.RandomState | None = None,
@@ -252,7 +267,10 @@ class CodingRateTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
         self.eps_sq = eps_sq
+        self.atoms_per_class = atoms_per_class
         self.energy = energy
+        self.pull = pull
+        self.expand = expand
         self.latch_every = latch_every
         self.device = device
         self.random_state = random_state
@@ -328,7 +346,11 @@ class CodingRateTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
             ("latch_every", self.latch_every),
         ):
             check_count(name, value, at_least=2 if name == "batch_size" else 1)
-        for name, value in (("feature_dim", self.feature_dim), ("epochs", self.epochs)):
+        for name, value in (
+            ("feature_dim", self.feature_dim),
+            ("epochs", self.epochs),
+            ("atoms_per_class", self.atoms_per_class),
+        ):
             if value is not None:
                 check_count(name, value)
         check_number("learning_rate", self.learning_rate)
@@ -336,8 +358,9 @@ class CodingRateTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
         check_number("eps_sq", self.eps_sq)
         if self.energy is not None:
             check_number("energy", self.energy)
-        if self.objective not in ("vmcr2", "mcr2"):
-            raise InputError(f"objective must be 'vmcr2' or 'mcr2', got {self.objective!r}")
+        check_number("pull", self.pull, at_most=1.0)
+        check_number("expand", self.expand, positive=False)
+        check_choice("objective", self.objective, get_args(Objective))
         try:
             if self._device().type == "meta":
                 raise RuntimeError("meta holds no values")
@@ -385,7 +408,16 @@ class CodingRateTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
         else:
             structure = "shared" if k < _BLOCK_CLASSES else "block"
             with torch.device("cpu"):
-                loss = VMCR2Loss(k, self.feature_dim_, eps_sq=self.eps_sq, energy=self.energy, structure=structure)
+                loss = VMCR2Loss(
+                    k,
+                    self.feature_dim_,
+                    atoms_per_class=self.atoms_per_class,
+                    eps_sq=self.eps_sq,
+                    energy=self.energy,
+                    pull=self.pull,
+                    expand=self.expand,
+                    structure=structure,
+                )
         self.loss_ = loss.to(device)
         self._optimizer = torch.optim.AdamW(network.parameters(), lr=self.learning_rate, weight_decay=self.weight_decay)
 
@@ -534,7 +566,10 @@ class CodingRateClassifier(ClassifierMixin, CodingRateTransformer):
         learning_rate: see there.
         weight_decay: see there.
         eps_sq: see there.
+        atoms_per_class: see there.
         energy: see there.
+        pull: see there.
+        expand: see there.
         latch_every: see there.
         device: see there.
         random_state: see there.
@@ -558,7 +593,10 @@ class CodingRateClassifier(ClassifierMixin, CodingRateTransformer):
         learning_rate: float = 1e-3,
         weight_decay: float = 1e-2,
         eps_sq: float = 0.5,
+        atoms_per_class: int | None = None,
         energy: float | None = None,
+        pull: float = 1.0,
+        expand: float = 0.0,
         latch_every: int = 50,
         device: str | torch.device | None = None,
         random_state: int | np.random.RandomState | None = None,
@@ -574,7 +612,10 @@ class CodingRateClassifier(ClassifierMixin, CodingRateTransformer):
             learning_rate=learning_rate,
             weight_decay=weight_decay,
             eps_sq=eps_sq,
+            atoms_per_class=atoms_per_class,
             energy=energy,
+            pull=pull,
+            expand=expand,
             latch_every=latch_every,
             device=device,
             random_state=random_state,
@@ -707,8 +748,8 @@ def _enter_classes(estimator: Any, y: Any, classes: Any, first: bool) -> np.ndar
     return np.searchsorted(known, y)
 
 
-def _fold_temperature(features: Tensor, labels: np.ndarray, k: int, n_components: int) -> float:
-    """Returns the temperature that makes labels likeliest, each sample judged by subspaces found without it."""
+def _fold_energies(features: Tensor, labels: np.ndarray, k: int, n_components: int) -> tuple[Tensor, Tensor]:
+    """Returns the energies of samples in subspaces found without them, (n, k), and their labels (n,)."""
     held = torch.from_numpy(labels)
     folds = places_in_class(held) % _FOLDS
     judged = torch.zeros(len(features), dtype=torch.bool, device="cpu")
@@ -721,7 +762,7 @@ def _fold_temperature(features: Tensor, labels: np.ndarray, k: int, n_components
         bases = class_subspaces(features[~inside], held[~inside], k, n_components)
         tables.append(subspace_energies(features[inside & judged], bases.to(features.dtype)))
         owners.append(held[inside & judged])
-    return _temperature(features, torch.cat(tables), torch.cat(owners))
+    return torch.cat(tables), torch.cat(owners)
 
 
 def _spread(m: int, k: int) -> slice:
@@ -730,7 +771,13 @@ def _spread(m: int, k: int) -> slice:
 
 
 def _temperature(features: Tensor, energies: Tensor, labels: Tensor) -> float:
-    """Returns τ at which the labels are likeliest, p_j ∝ exp(‖V^(j)ᵀ z‖²/τ); their log-likelihood is concave in 1/τ."""
+    """Returns τ at which the labels are likeliest, p_j ∝ exp(‖V^(j)ᵀ z‖²/τ); their log-likelihood is concave in 1/τ.
+
+    Args:
+        features: (m, d), of about the norm of those that were judged.
+        energies: ‖V^(j)ᵀ z‖² of the judged, (n, k).
+        labels: theirs, (n,).
+    """
     scale = float(features.double().square().sum(1).mean()) or 1.0
     known = energies.gather(1, labels[:, None])[:, 0] > 0  # the others' class has no subspace yet
     if not known.any():
@@ -750,7 +797,7 @@ def _of_all_classes(
 ) -> NearestSubspaceClassifier:
     """Returns the classifier of k classes, of which some may have no sample: those keep what they had before."""
     found = NearestSubspaceClassifier(n_components).partial_fit(features.numpy(), labels, np.arange(k))
-    found._stream = None
+    found._stream = found._recent = None
     if before is not None:
         absent = np.bincount(labels, minlength=k) == 0
         r = min(found.n_components_, before.n_components_)

@@ -417,7 +417,7 @@ def _decoded(files: list[Path], size: tuple[int, int] | None, title: str) -> Ite
 
 
 def read_npz(path: Path, *, needs_test: bool = True) -> Dataset:
-    """Returns the data set in a .npz file (docs/data.md); without a test part its test samples are none.
+    """Returns the data set in a .npz file (docs/data.md); without a test part its test set is empty.
 
     Args:
         path: of the file.
@@ -569,7 +569,7 @@ def outline(path: Path) -> Outline:
 
 
 def image_files(folder: Path) -> list[Path]:
-    """Returns the image files in a folder, sorted; hidden ones are none."""
+    """Returns the image files in a folder, sorted; hidden ones are skipped."""
     return sorted(file for file in folder.iterdir() if file.suffix.lower() in _IMAGE_ENDINGS and file.name[0] != ".")
 
 

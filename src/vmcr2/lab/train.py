@@ -310,7 +310,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 class LostProcessError(processes.PeerError):
-    """Another process ended, and with it a run that can be resumed, with as many processes or others.
+    """Another process ended, and with it a run that can be resumed, with any number of processes.
 
     Attributes:
         run: its folder.
