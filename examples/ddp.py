@@ -1,6 +1,6 @@
 """V-MCR² on several processes: a plain loop under DistributedDataParallel. Seconds on two CPU cores.
 
-pip install 'vmcr2[sklearn]'
+pip install '.[sklearn]'
 torchrun --nproc-per-node 2 examples/ddp.py
 """
 

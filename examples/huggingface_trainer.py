@@ -1,6 +1,6 @@
 """V-MCR² in Hugging Face's Trainer: the loss is part of the model, a callback latches it.
 
-    pip install 'vmcr2[sklearn]' transformers accelerate
+    pip install '.[sklearn]' transformers accelerate
     python examples/huggingface_trainer.py
 
 Its batches are dicts, and `latch_from` takes pairs: a generator makes the one of the other.

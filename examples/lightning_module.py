@@ -1,6 +1,6 @@
 """V-MCR² in a LightningModule: latched before the first epoch, and again every so many.
 
-    pip install 'vmcr2[sklearn]' lightning
+    pip install '.[sklearn]' lightning
     python examples/lightning_module.py
 
 Lightning's sanity check validates before anything is trained, and so before there is a dictionary: `validation_step`

@@ -1,6 +1,6 @@
 """A run's figures sent to TensorBoard, trackio or Weights & Biases: `on_epoch` is called with every epoch's line.
 
-    pip install 'vmcr2[lab]' tensorboard        # or trackio, or wandb
+    pip install '.[lab]' tensorboard        # or trackio, or wandb
     python examples/logging_hooks.py tensorboard
 
 The same lines are in the run folder's metrics.jsonl in any case.

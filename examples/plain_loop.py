@@ -1,6 +1,6 @@
 """V-MCR² in a plain PyTorch loop: latch, train, log ΔR, classify. Seconds on one CPU core.
 
-pip install 'vmcr2[sklearn]'
+pip install '.[sklearn]'
 python examples/plain_loop.py
 """
 

@@ -11,22 +11,24 @@ import importlib
 import os
 import sys
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 # OpenMP's threads spin while they wait for each other, and where other programs want the cores a step may take several
-# times as long (results/busy.md). GNU's reads this when torch is loaded: for who loads torch first it does nothing.
-if "torch" not in sys.modules:
+# times as long (results/busy.md). GNU's reads this when torch is loaded, which is below: too early for `__main__.py`.
+# In a program of somebody else's the environment is theirs.
+if Path(sys.argv[0]).stem == "vmcr2" or ("-m", "vmcr2") in zip(sys.orig_argv, sys.orig_argv[1:], strict=False):
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 from vmcr2.errors import InputError, NotLatchedError, NumericalError
 from vmcr2.losses import MCR2Loss, TotalCodingRateLoss, VMCR2Loss, balanced_mu
 from vmcr2.rates import RateReduction, coding_rate, rate_reduction, transrate
+from vmcr2.sampling import ClassBalancedBatchSampler
 from vmcr2.variational import VariationalRates, variational_logdet
 
 if TYPE_CHECKING:
     from vmcr2.embeddings import LabelQuality, Report, label_quality, report
     from vmcr2.lab.trained import load
-    from vmcr2.sampling import ClassBalancedBatchSampler
     from vmcr2.sklearn import CodingRateClassifier, CodingRateTransformer, NearestSubspaceClassifier
 
 __version__ = "0.1.0"
@@ -66,9 +68,8 @@ if _installed("sklearn"):
 if _installed("filelock"):
     __all__ += ["load"]
 
-# Imported when they are asked for: scikit-learn takes seconds, torch.utils.data tenths of one.
+# Imported when they are asked for: scikit-learn takes seconds, reports half as long as all the rest.
 _LATE = {
-    "ClassBalancedBatchSampler": "vmcr2.sampling",
     "CodingRateClassifier": "vmcr2.sklearn",
     "CodingRateTransformer": "vmcr2.sklearn",
     "LabelQuality": "vmcr2.embeddings",
