@@ -344,8 +344,8 @@ Growth of resident memory in each phase, the largest of the ranks:
 {memory_table(found, bound)}
 Latching holds the samples beside the dictionary, here one of each class and so as much again, and their singular
 vectors, again as much. The loss went from {loss_from:.4f} to {loss_to:.4f} in 25 steps: it rises
-as the dictionary's codes grow and run ahead of the features (docs/choosing.md, "How trouble shows"). What was loaded equals
-what was saved, bit by bit: {equal}. `nearest_class` is right for {accuracy:.1f} % of {M} fresh samples.
+as the dictionary's codes grow and run ahead of the features (docs/choosing.md, "How trouble shows"). What was loaded
+equals what was saved, bit by bit: {equal}. `nearest_class` is right for {accuracy:.1f} % of {M} fresh samples.
 
 ## What is sent in a step
 

@@ -8,7 +8,7 @@ import torch
 from conftest import assert_unchanged, random_labels, snapshot, unit_rows
 
 import vmcr2
-from vmcr2.checks import Condition, read
+from vmcr2.checks import Condition, read_conditions
 from vmcr2.subspaces import class_subspaces
 
 Z = unit_rows(12, 6)
@@ -212,10 +212,10 @@ def test_all_conditions_are_read_in_one_transfer_and_the_first_that_fails_is_nam
     def condition(flag, name):
         return Condition(flag, f"{name} must hold", lambda: f"{name}'s value")
 
-    assert read([condition(right, "a")]) is None
-    assert read([condition(right, "a")], torch.tensor([3, 4])).tolist() == [3, 4]
+    assert read_conditions([condition(right, "a")]) is None
+    assert read_conditions([condition(right, "a")], torch.tensor([3, 4])).tolist() == [3, 4]
     with pytest.raises(vmcr2.InputError, match="^b must hold, got b's value$"):
-        read([condition(right, "a"), condition(wrong, "b"), condition(wrong, "c")])
+        read_conditions([condition(right, "a"), condition(wrong, "b"), condition(wrong, "c")])
 
 
 @pytest.mark.parametrize("r", [0, -1, 7, 2.0])

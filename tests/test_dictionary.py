@@ -251,7 +251,7 @@ def test_a_shared_dictionary_confined_to_own_atoms_takes_the_very_step_of_block_
         expected = ascending_step(
             z,
             checked(z, labels, k),
-            dense.dictionary.read(checked(z, labels, k), torch.float64)[0],  # all atoms for all classes
+            dense.dictionary.part_for(checked(z, labels, k), torch.float64)[1],  # all atoms for all classes
             mu=mu,
             eps_sq=EPS_SQ,
             energy=energy,

@@ -83,7 +83,7 @@ def test_the_first_60_steps_use_up_to_six_times_the_mu_of_rho_0_05(structure, st
     loss.dictionary.steps = steps
     pi = checked(z, labels, 3)
     mu = factor * vmcr2.balanced_mu(8, 30)
-    expected = ascending_step(z, pi, loss.dictionary.read(pi, torch.float64)[0], mu=mu, eps_sq=0.5).dictionary
+    expected = ascending_step(z, pi, loss.dictionary.part_for(pi, torch.float64)[1], mu=mu, eps_sq=0.5).dictionary
     loss(z, labels)
     torch.testing.assert_close(loss.dictionary.codes.T, expected.codes)
     torch.testing.assert_close(loss.dictionary.atoms.T, expected.atoms)
@@ -104,7 +104,7 @@ def test_reduction_mean_is_half_the_weighted_mean_of_squared_distances_and_free_
     m, d, k = 30, 8, 3
     z, membership = unit_rows(m, d), random_membership(m, k, kind)
     loss = loss_at(unit_rows(40, d, seed=1), torch.arange(40) % k, k, 2, structure=structure).eval()
-    dictionary = loss.dictionary.read(checked(z, torch.arange(m) % k, k), torch.float64)[0]
+    dictionary = loss.dictionary.part_for(checked(z, torch.arange(m) % k, k), torch.float64)[1]
     rows, expected = rows_of(membership, k), 0.0
     for j in range(k):
         if rows[:, j].any():

@@ -19,7 +19,7 @@ from conftest import (
 )
 
 import vmcr2
-from vmcr2.mismatch import BlockCodes, mismatch, moment_norms, precise_mismatch
+from vmcr2.mismatch import BlockCodes, mismatch, precise_mismatch, squared_moment_norms
 
 CASES = [(12, 5, 3, 2), (8, 9, 2, 3), (30, 4, 5, 4)]
 each_case = pytest.mark.parametrize(("m", "d", "k", "s"), CASES)
@@ -101,9 +101,9 @@ def test_moment_norms_are_those_of_the_moments_on_either_side(kind, m, d, monkey
     expected = [
         float(((z.T * rows[:, j]) @ z / rows[:, j].sum()).square().sum()) if rows[:, j].any() else 0.0 for j in range(4)
     ]
-    assert moment_norms(z, checked(z, membership, 4)).tolist() == pytest.approx(expected)
+    assert squared_moment_norms(z, checked(z, membership, 4)).tolist() == pytest.approx(expected)
     monkeypatch.setattr("vmcr2.mismatch._PAIRS", 60)  # and the inner products come in several parts
-    assert moment_norms(z, checked(z, membership, 4)).tolist() == pytest.approx(expected)
+    assert squared_moment_norms(z, checked(z, membership, 4)).tolist() == pytest.approx(expected)
 
 
 def subspaces_with_noise(distance):
@@ -158,7 +158,7 @@ def test_a_learned_membership_with_block_codes_gets_its_gradient_without_dense_c
         got = torch.autograd.grad(loss(features, learned), (features, learned))
     assert largest.numel < q * k, largest.shape
     assert largest.numel <= 2 * max(m * q, q * d), largest.shape
-    shared = as_shared(loss.dictionary.read(checked(z, rows, k), torch.float64)[0])
+    shared = as_shared(loss.dictionary.part_for(checked(z, rows, k), torch.float64)[1])
     again, weights = z.clone().requires_grad_(), rows.clone().requires_grad_()
     counts, by_class = weights.sum(0), 0
     for j in range(k):

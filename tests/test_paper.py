@@ -26,7 +26,7 @@ from conftest import (
 
 import vmcr2
 from vmcr2.dictionary import paper_step
-from vmcr2.mismatch import code_gradient, mismatch, moment_norms
+from vmcr2.mismatch import code_gradient, mismatch, squared_moment_norms
 from vmcr2.subspaces import class_subspaces, nearest_subspace
 from vmcr2.variational import lipschitz_atoms, lipschitz_codes, objective
 
@@ -129,7 +129,7 @@ def test_eq_9(m, d, k, s, structure):
     """Term by term as the second line of (9) has it: ⟨ΠΠᵀ, (ZᵀZ)^⊙2⟩, ⟨AΠᵀ, (ΓᵀZ)^⊙2⟩, ⟨AAᵀ, (ΓᵀΓ)^⊙2⟩."""
     z, labels, dictionary, columns, pi, gamma, a = balanced(m, d, k, s, structure)
     pi_checked, n = checked(z, labels, k), m / k
-    assert float((n * n * moment_norms(z, pi_checked)).sum()) == pytest.approx(
+    assert float((n * n * squared_moment_norms(z, pi_checked)).sum()) == pytest.approx(
         np.sum((pi @ pi.T) * (columns.T @ columns) ** 2), rel=1e-12
     )
     energies = dictionary.energies(dictionary.project(z, pi_checked), pi_checked)
@@ -175,7 +175,7 @@ def test_eq_11(m, d, k, s, structure):
 def test_eq_17(m, d, k, s, structure):
     z, labels, dictionary, columns, pi, gamma, a = balanced(m, d, k, s, structure)
     pi_checked = checked(z, labels, k)
-    got = lipschitz_atoms(moment_norms(z, pi_checked), pi_checked.counts, dictionary.codes, MU)
+    got = lipschitz_atoms(squared_moment_norms(z, pi_checked), pi_checked.counts, dictionary.codes, MU)
     assert float(got) == pytest.approx(reference.lipschitz(columns, pi, gamma, a, MU)[0], rel=1e-12)
 
 
@@ -307,7 +307,7 @@ def test_algorithm_1_line_11(structure, step):
     pi = rows_of(labels, 4).numpy()
 
     def by_hand():
-        dictionary = loss.dictionary.read(checked(z, labels, 4), torch.float64)[0]
+        dictionary = loss.dictionary.part_for(checked(z, labels, 4), torch.float64)[1]
         return reference.variational(z.numpy().T, pi, *at_batch_scale(dictionary, pi), MU, EPS_SQ)[2]
 
     before = by_hand()
@@ -327,7 +327,7 @@ def test_algorithm_1_line_12(structure, kind, reduction):
     loss.reduction = reduction
     loss(z, membership).backward()
     pi = rows_of(membership, k).numpy()
-    gamma, a = at_batch_scale(loss.dictionary.read(checked(z, torch.arange(m) % k, k), torch.float64)[0], pi)
+    gamma, a = at_batch_scale(loss.dictionary.part_for(checked(z, torch.arange(m) % k, k), torch.float64)[1], pi)
     expected = reference.numeric_gradient(
         lambda columns: reference.variational(columns, pi, gamma, a, 0.3, EPS_SQ)[2], z.detach().numpy().T
     )
@@ -351,7 +351,7 @@ def test_algorithm_2(m, d, k, s, structure):
     loss = loss_at(z, labels, k, s, structure=structure)
     pi = rows_of(labels, k)
     gamma, a = reference.latch(z.numpy().T, pi.numpy(), s)
-    got_gamma, got_a = at_batch_scale(loss.dictionary.read(checked(z, labels, k), torch.float64)[0], pi.numpy())
+    got_gamma, got_a = at_batch_scale(loss.dictionary.part_for(checked(z, labels, k), torch.float64)[1], pi.numpy())
     np.testing.assert_allclose(got_a, a, atol=1e-9)
     np.testing.assert_allclose(np.abs((got_gamma * gamma).sum(0)), 1, atol=1e-9)
 

@@ -110,7 +110,7 @@ class Condition(NamedTuple):
     got: Callable[[], str]
 
 
-def read(conditions: Sequence[Condition], values: Tensor | None = None) -> Tensor | None:
+def read_conditions(conditions: Sequence[Condition], values: Tensor | None = None) -> Tensor | None:
     """Reads conditions, and values beside them, from the device in one transfer.
 
     What `torch.vmap` has batched cannot be read and counts as holding.
@@ -136,11 +136,11 @@ def read(conditions: Sequence[Condition], values: Tensor | None = None) -> Tenso
         parts.append(values.detach().double())
     if not parts:
         return None
-    held = torch.cat(parts).cpu()
-    for wrong, condition in zip(held[: len(readable)].tolist(), readable, strict=True):
+    on_host = torch.cat(parts).cpu()
+    for wrong, condition in zip(on_host[: len(readable)].tolist(), readable, strict=True):
         if wrong:
             raise InputError(f"{condition.requirement}, got {condition.got()}")
-    return None if values is None else held[len(readable) :]
+    return None if values is None else on_host[len(readable) :]
 
 
 def check_tensor(name: str, value: Any, form: str, *, integers: bool = False) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from vmcr2.distributed import Shards, full_tensor
 from vmcr2.membership import Membership
-from vmcr2.mismatch import BlockCodes, Codes, SharedCodes, code_gradient, moment_norms
+from vmcr2.mismatch import BlockCodes, Codes, SharedCodes, code_gradient, squared_moment_norms
 from vmcr2.variational import (
     compression_code_gradient,
     expansion_atom_gradient,
@@ -80,15 +80,15 @@ def ascending_step(
         energy: what each class's codes sum to; None lets the sum run free. With it eq. (7) does not fall among the
             codes that keep to it; a class that does not is scaled first.
     """
-    held = membership.detach()
+    detached = membership.detach()
     with torch.no_grad():
         dictionary = scaled_to(dictionary, energy)
-        dictionary = dictionary.moved(atoms=_ascended_atoms(features.detach(), held, dictionary, mu, eps_sq))
+        dictionary = dictionary.moved(atoms=_ascended_atoms(features.detach(), detached, dictionary, mu, eps_sq))
         overlap = dictionary.overlap()
     projections = dictionary.project(features, membership)
     energies = dictionary.energies(projections, membership)
     with torch.no_grad():
-        bound, exposure = _code_bound(held, dictionary, energies.detach(), overlap, mu, eps_sq)
+        bound, exposure = _code_bound(detached, dictionary, energies.detach(), overlap, mu, eps_sq)
         codes = _ascended_codes(dictionary.codes, bound, energy)
     return Ascent(dictionary.moved(codes=codes), projections, energies, overlap, exposure)
 
@@ -260,7 +260,7 @@ def paper_step(
     weights, counts = membership.class_weights, membership.counts
     overlap = dictionary.overlap()
     projections = dictionary.project(features, membership)
-    moments = moment_norms(features, membership)
+    moments = squared_moment_norms(features, membership)
     bound_atoms = dictionary.total(lipschitz_atoms(moments, counts, dictionary.codes, mu))  # line 6
     overlaps = dictionary.overlap_norms(overlap, num_classes or membership.num_classes)
     bound_codes = lipschitz_codes(overlaps, counts, mu)[:, None]
@@ -314,7 +314,7 @@ class Dictionary(nn.Module):
     atoms: Float[Tensor, "d q"]
     codes: Float[Tensor, "c k"]
     latched: Bool[Tensor, " k"]
-    first: Int[Tensor, 1]
+    first: Int[Tensor, " 1"] | None
 
     def __init__(
         self,
@@ -350,7 +350,7 @@ class Dictionary(nn.Module):
         self.atoms.T[numbers, numbers % d] = 1
         self.codes.zero_()
         self.latched.zero_()
-        if self.shards is not None:
+        if self.shards is not None and self.first is not None:
             self.first.fill_(self.shards.own.start)
         self.steps = 0
         self._known: tuple[Tensor, Tensor, int] | None = None
@@ -361,11 +361,11 @@ class Dictionary(nn.Module):
         # Not beyond these buffers, which `torch.func.functional_call` swaps, nor beyond a change made by hand.
         latched = self.latched
         version = -1 if latched.is_inference() else latched._version
-        held, of, when = (None, None, -1) if self._known is None else self._known
-        if held is None or of is not latched or when != version or not bool(held.all()):
-            held = (latched | (self.codes > 0).any(0)).cpu()
-            self._known = (held, latched, version)
-        return held
+        flags, of, when = (None, None, -1) if self._known is None else self._known
+        if flags is None or of is not latched or when != version or not bool(flags.all()):
+            flags = (latched | (self.codes > 0).any(0)).cpu()
+            self._known = (flags, latched, version)
+        return flags
 
     def _by_class(self) -> dict[str, Tensor]:
         """Returns the buffers of block structure by class: views of them, while they have the layout of the start."""
@@ -467,13 +467,13 @@ class Dictionary(nn.Module):
         atoms = self.atoms.T.unflatten(0, (k, s))
         for part in chosen.nonzero()[:, 0].split(max(1, _COPIED // (s * d))):
             atoms[part if classes is None else classes[part]] = blocks[part].mT.to(atoms.dtype)
-        held = chosen if classes is None else classes[chosen]
+        latched = chosen if classes is None else classes[chosen]
         values = energies[chosen].to(self.codes.dtype)
         if self.structure == "shared":
-            places = torch.arange(k * s, device=blocks.device).view(k, s)[held]
+            places = torch.arange(k * s, device=blocks.device).view(k, s)[latched]
             values = values.new_zeros(len(values), k * s).scatter_(1, places, values)
-        self.codes.T[held] = values
-        self.latched[held] = True
+        self.codes.T[latched] = values
+        self.latched[latched] = True
         self._known, self.changed = None, True
 
     @contextmanager
@@ -489,8 +489,8 @@ class Dictionary(nn.Module):
             yield
         except Exception:
             with torch.no_grad():
-                for view, held in zip(views, before, strict=True):
-                    view[classes] = held
+                for view, values in zip(views, before, strict=True):
+                    view[classes] = values
             self._known, self.changed = None, True
             raise
 
@@ -498,18 +498,20 @@ class Dictionary(nn.Module):
         """Returns whether every class of a shared dictionary uses its own atoms alone, as after latching."""
         return (self.codes > 0).sum() == (self._own_codes() > 0).sum()
 
-    def read(self, membership: Membership, dtype: torch.dtype, *, confined: bool = False) -> tuple[Codes, Membership]:
-        """Returns what a batch meets of the dictionary, in a dtype, and the batch's membership among that.
+    def part_for(
+        self, membership: Membership, dtype: torch.dtype, *, confined: bool = False
+    ) -> tuple[Membership, Codes]:
+        """Returns a batch's membership among the classes it meets in the dictionary, and their part of it, in a dtype.
 
         In block structure, or for a shared dictionary that is `confined`, that is the classes that have a sample; else
         everything.
         """
         if self.structure == "shared" and not confined:
-            return SharedCodes(self.atoms.T.to(dtype), self.codes.T.to(dtype)), membership
+            return membership, SharedCodes(self.atoms.T.to(dtype), self.codes.T.to(dtype))
         codes, atoms = self.codes.T if self.structure == "block" else self._own_codes(), self.atoms.T
         if len(membership.present) < membership.num_classes:
             atoms, codes = atoms.index_select(0, self._places(membership)), codes.index_select(0, membership.present)
-        return BlockCodes(atoms.to(dtype), codes.to(dtype), self.shards), membership.among_present()
+        return membership.among_present(), BlockCodes(atoms.to(dtype), codes.to(dtype), self.shards)
 
     def whole(self) -> BlockCodes:
         """Returns all that is held of a dictionary in block structure, without a copy."""
@@ -517,7 +519,7 @@ class Dictionary(nn.Module):
 
     @torch.no_grad()
     def replace(self, dictionary: Codes, membership: Membership) -> None:
-        """Writes back what `read` gave for a batch, after a step."""
+        """Writes back what `part_for` gave for a batch, after a step."""
         if isinstance(dictionary, SharedCodes):
             self.atoms.copy_(dictionary.atoms.T)
             self.codes.copy_(dictionary.codes.T)

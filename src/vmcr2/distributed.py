@@ -118,11 +118,13 @@ def require_equal(name: str, values: Sequence[int | str], group: Any = None) -> 
     """Raises InputError, naming which rank has what, unless all ranks of a group have the same value."""
     if len(set(values)) == 1:
         return
-    held = [
+    claims = [
         f"{value} on {_named([rank for rank, its in enumerate(values) if its == value], group)}"
         for value in dict.fromkeys(values)
     ]
-    raise InputError(f"ranks disagree on {name}: {'; '.join(held)}. Every rank must make the same call, alike in this")
+    raise InputError(
+        f"ranks disagree on {name}: {'; '.join(claims)}. Every rank must make the same call, alike in this"
+    )
 
 
 def _exchanged(message: list[int], group: Any) -> list[list[int]]:

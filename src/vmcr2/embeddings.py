@@ -567,9 +567,9 @@ def _judged(
         bases = class_subspaces(unit[chosen], labels[chosen], k, n_components)
         for rows in inside.nonzero()[:, 0].split(max(1, _ENERGIES // k)):
             energies = subspace_energies(unit[rows], bases)
-            held = labels[rows, None]
-            own[rows] = energies.gather(1, held)[:, 0]
-            best[rows], other[rows] = energies.scatter_(1, held, -1.0).max(1)
+            own_labels = labels[rows, None]
+            own[rows] = energies.gather(1, own_labels)[:, 0]
+            best[rows], other[rows] = energies.scatter_(1, own_labels, -1.0).max(1)
     alone = torch.bincount(labels, minlength=k)[labels] == 1  # two samples of a class lie in two folds
     return torch.where(alone, best, own), best, other
 

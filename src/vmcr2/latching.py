@@ -92,7 +92,7 @@ class MomentStream:
         self.feature_dim = feature_dim
         self.empty = torch.zeros(0, feature_dim, dtype=dtype, device=device)
         self.features: list[Tensor] = []
-        self.held: list[Tensor] = []  # labels or soft rows of each
+        self.memberships: list[Tensor] = []  # labels or soft rows of each
         self.kept = 0
         # Of what is kept, as `Membership` has them of labels.
         self.sizes = torch.zeros(num_classes, dtype=torch.long, device="cpu")
@@ -107,15 +107,15 @@ class MomentStream:
         if self.kept > (limit if self.sums is None else min(limit, _FOLDED)):
             self._fold()
 
-    def _keep(self, features: Tensor, held: Tensor, sizes: Tensor) -> None:
+    def _keep(self, features: Tensor, rows_or_labels: Tensor, sizes: Tensor) -> None:
         self.features.append(features)
-        self.held.append(held)
+        self.memberships.append(rows_or_labels)
         self.kept += len(features)
         self.sizes += sizes
 
     def brings(self) -> list[int]:
         """Returns what ranks that meet must know of each other: whether all is folded, any is soft, and rows kept."""
-        return [int(self.sums is not None), int(any(each.ndim == 2 for each in self.held)), self.kept]
+        return [int(self.sums is not None), int(any(each.ndim == 2 for each in self.memberships)), self.kept]
 
     def meet(self, brought: list[list[int]], group: Any = None) -> None:
         """Takes in what all ranks of a group have added, any number of batches each; `brings` of every rank is known.
@@ -128,10 +128,10 @@ class MomentStream:
             assert self.sums is not None
             self.sums = sum_over_ranks(self.sums, group)
         else:
-            rows, held = gather_rows(*self._rows(any(soft)), shares=list(kept), group=group)
+            rows, rows_or_labels = gather_rows(*self._rows(any(soft)), shares=list(kept), group=group)
             sizes = sum_over_ranks(self.sizes.to(rows.device), group).cpu()
             self._forget()
-            self._keep(rows, held, sizes)
+            self._keep(rows, rows_or_labels, sizes)
         self.counts = sum_over_ranks(self.counts, group)
 
     def _rows(self, soft: bool) -> tuple[Tensor, Tensor]:
@@ -139,25 +139,27 @@ class MomentStream:
         features = torch.cat([self.empty, *self.features])
         self.features = [features]  # not twice
         if not soft:
-            return features, torch.cat([torch.zeros(0, dtype=torch.long, device=features.device), *self.held])
+            return features, torch.cat([torch.zeros(0, dtype=torch.long, device=features.device), *self.memberships])
         rows = [
             each.to(features.dtype)
             if each.ndim == 2
             else nn.functional.one_hot(each, self.num_classes).to(features.dtype)
-            for each in self.held
+            for each in self.memberships
         ]
         return features, torch.cat([self.empty.new_zeros(0, self.num_classes), *rows])
 
     def _gathered(self) -> tuple[Tensor, Membership]:
-        soft = any(each.ndim == 2 for each in self.held)
-        features, held = self._rows(soft)
+        soft = any(each.ndim == 2 for each in self.memberships)
+        features, rows_or_labels = self._rows(soft)
         if not soft:
-            return features, Membership(held, None, self.counts, self.sizes)
+            return features, Membership(rows_or_labels, None, self.counts, self.sizes)
         # A class may have been absent from one batch, but for entries of no account, and present in the next.
-        return features, Membership(None, held, self.counts, shared_in(held, self.counts).sum(0).cpu())
+        return features, Membership(
+            None, rows_or_labels, self.counts, shared_in(rows_or_labels, self.counts).sum(0).cpu()
+        )
 
     def _forget(self) -> None:
-        self.features, self.held, self.kept, self.sizes = [], [], 0, torch.zeros_like(self.sizes)
+        self.features, self.memberships, self.kept, self.sizes = [], [], 0, torch.zeros_like(self.sizes)
 
     def _fold(self) -> None:
         if self.sums is None:
@@ -203,9 +205,9 @@ def batch_statistics(model: Callable[[Tensor], Tensor]) -> Iterator[Callable[[Te
     lent: list[tuple[dict[str, Any], dict[str, Any]]] = []
     settled = False
 
-    def lend(held: dict[str, Any], **values: Any) -> None:
-        lent.append((held, {name: held[name] for name in values}))
-        held.update(values)
+    def lend(attributes: dict[str, Any], **values: Any) -> None:
+        lent.append((attributes, {name: attributes[name] for name in values}))
+        attributes.update(values)
 
     def settle(module: nn.Module) -> None:
         if isinstance(module, _NormBase) and (modes[module] or not any(modes.values())):
@@ -244,8 +246,8 @@ def batch_statistics(model: Callable[[Tensor], Tensor]) -> Iterator[Callable[[Te
     finally:
         if handle is not None:
             handle.remove()
-        for held, values in reversed(lent):
-            held.update(values)
+        for attributes, values in reversed(lent):
+            attributes.update(values)
         for module, mode in reversed(modes.items()):  # a compiled module, met last, passes its mode on
             module.training = mode
 

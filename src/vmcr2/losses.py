@@ -31,7 +31,7 @@ from vmcr2.checks import (
     feature_conditions,
     iterator_of,
     pair_of,
-    read,
+    read_conditions,
 )
 from vmcr2.dictionary import Dictionary, Structure, ascending_step, paper_step
 from vmcr2.distributed import Shards, agree, broadcast, check_group, gather_rows, process_rank, require_equal
@@ -148,11 +148,11 @@ class MCR2Loss(_OverRanks):
             return {"num_classes": self.num_classes} | _facts(features, checked)
 
         checked, brought = agree(prepare, facts, "MCR2Loss", self.process_group)
-        gathered, held = gather_rows(
+        gathered, rows_or_labels = gather_rows(
             features, checked.rows_or_labels, shares=[rows for (rows,) in brought], group=self.process_group
         )
         if gathered is not features:
-            checked, _ = as_membership(gathered, held, self.num_classes, unit=True)
+            checked, _ = as_membership(gathered, rows_or_labels, self.num_classes, unit=True)
         loss = -checked_rates(gathered, checked, self.eps_sq).reduction
         require_finite(loss)
         return loss.to(torch.promote_types(features.dtype, torch.float32))
@@ -198,7 +198,7 @@ class TotalCodingRateLoss(_OverRanks):
         if len(brought) > 1:
             sizes = torch.tensor([len(view) for view in views], device=views[0].device)
             rows, sizes = gather_rows(
-                torch.cat(views), shares=[held for (held,) in brought], group=self.process_group
+                torch.cat(views), shares=[count for (count,) in brought], group=self.process_group
             ) + gather_rows(sizes, shares=[len(views)] * len(brought), group=self.process_group)
             parts = rows.split(sizes.tolist())
             views = [torch.cat(parts[number :: len(views)]) for number in range(len(views))]
@@ -224,7 +224,7 @@ def _checked_views(features: Any) -> tuple[list[Tensor], list[int]]:
         got = f"shape {tuple(features.shape)}" if isinstance(features, Tensor) else "an empty sequence"
         raise InputError(f"features must be {form}, got {got}")
     for view in views:
-        read([*feature_conditions(view), _longest(view)])
+        read_conditions([*feature_conditions(view), _longest(view)])
     widths = sorted({view.shape[1] for view in views})
     if len(widths) > 1:
         raise InputError(f"features must be views of one dimension, got {', '.join(map(str, widths))}")
@@ -291,7 +291,7 @@ class _Batch:
         features: Z; of a sharded dictionary the part that has to do with this rank's classes. Differentiable.
         membership: Π of those.
         whole: Z of all classes.
-        held: labels or soft rows of all classes.
+        rows_or_labels: labels or soft rows of all classes.
         confined: whether the dictionary is shared and every class keeps to its own atoms.
         latched: whether any rank's part of a sharded dictionary has been latched; None of any other.
     """
@@ -299,9 +299,26 @@ class _Batch:
     features: Float[Tensor, "n d"]
     membership: Membership
     whole: Float[Tensor, "m d"]
-    held: Tensor
+    rows_or_labels: Tensor
     confined: bool
     latched: bool | None
+
+
+class _Stepped(NamedTuple):
+    """What a step comes to.
+
+    Attributes:
+        membership: Π among the dictionary's classes.
+        dictionary: after the step.
+        mismatch: M between the features and that. Differentiable.
+        flags: whether all is finite, whether the mismatch lost its digits to cancellation, and whether no code beyond
+            a class's own atoms would have risen.
+    """
+
+    membership: Membership
+    dictionary: Codes
+    mismatch: Float[Tensor, ""]
+    flags: Bool[Tensor, " 3"]
 
 
 class VMCR2Loss(_OverRanks):
@@ -458,7 +475,7 @@ class VMCR2Loss(_OverRanks):
                 "before, into an unsharded one"
             )
         self._check_device(features)
-        checked, held = as_membership(
+        checked, on_host = as_membership(
             features,
             membership,
             self.num_classes,
@@ -467,13 +484,13 @@ class VMCR2Loss(_OverRanks):
             beside=beside if shards is None else self.dictionary.first,
             counted=not self.sharded,
         )
-        if shards is not None and held is not None and int(held) != shards.own.start:
+        if shards is not None and on_host is not None and int(on_host) != shards.own.start:
             raise InputError(
                 f"sharded: this rank's classes begin with {shards.own.start}, and its dictionary has been overwritten "
-                f"with those from {int(held)} on, as DistributedDataParallel does with the buffers of what it wraps: "
-                "wrap the network alone, not a module that holds the loss"
+                f"with those from {int(on_host)} on, as DistributedDataParallel does with the buffers of what it wraps"
+                ": wrap the network alone, not a module that holds the loss"
             )
-        return checked, held if shards is None else None
+        return checked, on_host if shards is None else None
 
     def _check_device(self, features: Tensor) -> None:
         if is_batched(self.dictionary.atoms):
@@ -502,19 +519,19 @@ class VMCR2Loss(_OverRanks):
             require_equal("the number of steps that the dictionary has taken", steps, group)
         elif len(brought) > 1:
             broadcast(dictionary, group)
-        gathered, held = gather_rows(features, checked.rows_or_labels, shares=shares, group=group)
+        gathered, rows_or_labels = gather_rows(features, checked.rows_or_labels, shares=shares, group=group)
         dtype = rate_dtype(self.feature_dim, self.eps_sq, gathered, dictionary.atoms)
         here = gathered
         if dictionary.shards is not None:
-            here, checked = part_of(gathered, held, dictionary.shards.own)
+            here, checked = part_of(gathered, rows_or_labels, dictionary.shards.own)
         elif gathered is not features:
-            checked, confined = self._check(gathered, held, dictionary.confined()[None] if watched else None)
+            checked, confined = self._check(gathered, rows_or_labels, dictionary.confined()[None] if watched else None)
         dictionary.changed = False
         return _Batch(
             here.to(dtype),
             checked.to(dtype),
             gathered.to(dtype),
-            held,
+            rows_or_labels,
             confined is not None and bool(confined),
             any(latched) if self.sharded else None,
         )
@@ -563,7 +580,7 @@ class VMCR2Loss(_OverRanks):
                 self._watch.look(self, batch)
                 value = self._step(batch)
         else:
-            value = precise_mismatch(batch.features, *self._read(batch), self.pull)
+            value = precise_mismatch(batch.features, *self._part_for(batch), self.pull)
         value = value * self.mu_at(m) if self.reduction == "sum" else value / m
         if weight:
             value = value - weight * expansion_rate(batch.whole, self.eps_sq).double()
@@ -572,8 +589,8 @@ class VMCR2Loss(_OverRanks):
             require_finite(value, otherwise=_SPOILT)
         return value
 
-    def _read(self, batch: _Batch) -> tuple[Membership, Codes]:
-        """Returns what a batch meets of the dictionary.
+    def _part_for(self, batch: _Batch) -> tuple[Membership, Codes]:
+        """Returns what a batch meets of the dictionary, which stays as it is now.
 
         Raises:
             NotLatchedError: nothing was ever latched.
@@ -581,7 +598,7 @@ class VMCR2Loss(_OverRanks):
         latched = bool(self.dictionary.known().any()) if batch.latched is None else batch.latched
         if not latched:
             raise _not_latched()
-        dictionary, among = self.dictionary.read(batch.membership, batch.features.dtype)
+        among, dictionary = self.dictionary.part_for(batch.membership, batch.features.dtype)
         # Copies, since the buffers may move on before the backward pass.
         return among, dictionary.moved(dictionary.atoms.clone(), dictionary.codes.clone())
 
@@ -599,25 +616,23 @@ class VMCR2Loss(_OverRanks):
         if mu > torch.finfo(features.dtype).max:  # torch refuses such numbers in its own words
             raise _step_failed(self.dictionary)
         confined = batch.confined and len(membership.present) == self.num_classes
-        among, after, value, flags = self._stepped(features, membership, mu, confined)
-        # The step's one look back: whether all of it is finite, whether the mismatch kept its digits, and the above.
-        finite, small, alone = flags.tolist()
+        stepped = self._stepped(features, membership, mu, confined)
+        finite, cancelled, alone = stepped.flags.tolist()  # the step's one look back at the device
         if confined and finite and not alone:
-            among, after, value, flags = self._stepped(features, membership, mu, False)
-            finite, small, _ = flags.tolist()
+            stepped = self._stepped(features, membership, mu, False)
+            finite, cancelled, _ = stepped.flags.tolist()
         if not finite:
             raise _step_failed(self.dictionary)
-        if small and features.dtype != torch.float64:
-            value = precise_mismatch(features, among, after, self.pull)
-        self.dictionary.replace(after, membership)
+        value = stepped.mismatch
+        if cancelled and features.dtype != torch.float64:
+            value = precise_mismatch(features, stepped.membership, stepped.dictionary, self.pull)
+        self.dictionary.replace(stepped.dictionary, membership)
         self.dictionary.steps += 1
         return value
 
-    def _stepped(
-        self, features: Tensor, membership: Membership, mu: float, confined: bool
-    ) -> tuple[Membership, Codes, Tensor, Tensor]:
-        """Returns the membership among the dictionary's classes, the dictionary after a step, the mismatch, flags."""
-        before, among = self.dictionary.read(membership, features.dtype, confined=confined)
+    def _stepped(self, features: Tensor, membership: Membership, mu: float, confined: bool) -> _Stepped:
+        """Returns what a step makes of the dictionary, which itself stays as it is."""
+        among, before = self.dictionary.part_for(membership, features.dtype, confined=confined)
         with torch.autocast(features.device.type, enabled=False):
             if self.step == "ascent":
                 after, projections, energies, overlap, exposure = ascending_step(
@@ -645,7 +660,8 @@ class VMCR2Loss(_OverRanks):
         # The mismatch as it is returned: in float64 it may be finite where that would be infinite.
         finite = (after.total(after.atoms.sum() + after.codes.sum()) + value.detach().to(features.dtype)).isfinite()
         alone = balance * _LARGEST_MOMENT <= 0.5 * (1 - exposure)
-        return among, after, value, torch.stack([finite, value.detach() < _CANCELLED * terms, alone])
+        flags = torch.stack([finite, value.detach() < _CANCELLED * terms, alone])
+        return _Stepped(among, after, value, flags)
 
     @torch.no_grad()
     def rates(
@@ -667,7 +683,7 @@ class VMCR2Loss(_OverRanks):
         """
         batch = self._batch(features, membership, "rates")
         with torch.autocast(batch.features.device.type, enabled=False):
-            among, dictionary = self._read(batch)
+            among, dictionary = self._part_for(batch)
             mu = self.mu_at(batch.membership.num_samples)
             rates = objective(batch.features, among, dictionary, mu=mu, eps_sq=self.eps_sq)
         require_finite(*rates)
@@ -710,9 +726,9 @@ class VMCR2Loss(_OverRanks):
         The model runs as training sees the features: normalisation layers use the batch's own statistics (unless they
         are frozen) and leave the running ones alone, since before they have settled eval mode shows another network;
         dropout is off. So the batches should be shuffled, un-augmented, and of about the training batch size. All modes
-        are restored. Under torch.distributed each rank gives its own share, of any number of batches, none included (the
-        same number on every rank where the model gathers its weights as it runs, as with FSDP). Of a DataLoader with a
-        `ClassBalancedBatchSampler` a whole epoch is taken, and the sampler stands where it stood.
+        are restored. Under torch.distributed each rank gives its own share, of any number of batches, none included
+        (the same number on every rank where the model gathers its weights as it runs, as with FSDP). Of a DataLoader
+        with a `ClassBalancedBatchSampler` a whole epoch is taken, and the sampler stands where it stood.
 
         Args:
             model: a Module, or any function that calls some, that maps inputs to features (m, d) with rows of norm 1.
@@ -731,8 +747,8 @@ class VMCR2Loss(_OverRanks):
                     raise InputError(f"model must be a Module or a function, got {type(model).__name__}")
                 device = self.dictionary.atoms.device
                 for batch in iterator_of("batches", batches, "pairs (inputs, membership)"):
-                    inputs, held = pair_of(batch)
-                    yield run(inputs.to(device)), held.to(device)
+                    inputs, membership = pair_of(batch)
+                    yield run(inputs.to(device)), membership.to(device)
 
             if self.sharded:
                 self._latch_shard(pairs(), "latch_from")
@@ -746,8 +762,8 @@ class VMCR2Loss(_OverRanks):
         stream = MomentStream(self.num_classes, self.feature_dim, dtype, atoms.device)
 
         def prepare() -> tuple[None, list[int]]:
-            for features, held in pairs:
-                checked, _ = self._check(features, held)
+            for features, membership in pairs:
+                checked, _ = self._check(features, membership)
                 with torch.autocast(atoms.device.type, enabled=False):
                     stream.add(features.to(dtype), checked.to(dtype))
             return None, [*stream.brings(), int(self.dictionary.changed)]
@@ -774,21 +790,27 @@ class VMCR2Loss(_OverRanks):
             if pair is None:  # this rank has no more, while others may
                 return (stream.empty, stream.empty.new_zeros(0, dtype=torch.long)), [0, 0, 0]
             checked, _ = self._check(*pair)
-            held = checked.rows_or_labels
-            return (pair[0].to(dtype), held), [len(pair[0]), 1, int(checked.labels is None)]
+            rows_or_labels = checked.rows_or_labels
+            return (pair[0].to(dtype), rows_or_labels), [len(pair[0]), 1, int(checked.labels is None)]
 
         rounds = 0
         while True:
-            (features, held), brought = agree(prepare, lambda _: self._settings(), call, self.process_group)
+            (features, rows_or_labels), brought = agree(prepare, lambda _: self._settings(), call, self.process_group)
             shares, more, soft = zip(*brought, strict=True)
             if not any(more):
                 break
             rounds += 1
             if any(soft):  # where one rank has soft rows, all do
-                held = held.to(dtype) if held.ndim == 2 else nn.functional.one_hot(held, self.num_classes).to(dtype)
-            gathered, held = gather_rows(features, held, shares=list(shares), group=self.process_group)
+                rows_or_labels = (
+                    rows_or_labels.to(dtype)
+                    if rows_or_labels.ndim == 2
+                    else nn.functional.one_hot(rows_or_labels, self.num_classes).to(dtype)
+                )
+            gathered, rows_or_labels = gather_rows(
+                features, rows_or_labels, shares=list(shares), group=self.process_group
+            )
             with torch.autocast(atoms.device.type, enabled=False):
-                stream.add(*part_of(gathered, held, shards.own))
+                stream.add(*part_of(gathered, rows_or_labels, shards.own))
         if not rounds:
             raise _no_batches()
         with torch.autocast(atoms.device.type, enabled=False):
@@ -827,7 +849,7 @@ class VMCR2Loss(_OverRanks):
         def prepare() -> tuple[None, list[int]]:
             self._check_device(features)
             if not (self.sharded and isinstance(features, Tensor) and features.shape == (0, self.feature_dim)):
-                read(feature_conditions(features, feature_dim=self.feature_dim))
+                read_conditions(feature_conditions(features, feature_dim=self.feature_dim))
             require_finite(dictionary.atoms.sum(0), dictionary.codes.sum(0), otherwise=_SPOILT)
             return None, [len(features), int(dictionary.known().any())]
 
@@ -945,11 +967,11 @@ class _CollapseWatch:
         if self.warned or self.steps % _WATCH_EVERY != 1:
             return
         features, membership = batch.whole.detach(), batch.membership.detach()
-        if batch.held.ndim == 2:
+        if batch.rows_or_labels.ndim == 2:
             # By the largest entry: with a share of every class in every sample there were k determinants of d×d.
-            membership, _ = as_membership(features, batch.held.detach().argmax(1), loss.num_classes)
+            membership, _ = as_membership(features, batch.rows_or_labels.detach().argmax(1), loss.num_classes)
         elif loss.sharded:
-            membership, _ = as_membership(features, batch.held.unique(return_inverse=True)[1], None)
+            membership, _ = as_membership(features, batch.rows_or_labels.unique(return_inverse=True)[1], None)
         if int((membership.sizes > 0).sum()) < 2:
             return  # ΔR of one class is 0 whatever its features
         rates = checked_rates(features, membership, loss.eps_sq)

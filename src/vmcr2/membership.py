@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from vmcr2.checks import Condition, check_count, check_tensor, feature_conditions, read
+from vmcr2.checks import Condition, check_count, check_tensor, feature_conditions, read_conditions
 from vmcr2.errors import InputError
 from vmcr2.linalg import is_batched, is_tracked, product, wide_dtype
 
@@ -89,9 +89,9 @@ class Membership:
     @property
     def rows_or_labels(self) -> Tensor:
         """The form that is held."""
-        held = self.soft if self.labels is None else self.labels
-        assert held is not None
-        return held
+        value = self.soft if self.labels is None else self.labels
+        assert value is not None
+        return value
 
     @property
     def is_learned(self) -> bool:
@@ -240,24 +240,26 @@ def as_membership(
     return _from_labels(membership, num_classes, conditions, wide_dtype(features), beside, counted, name)
 
 
-def part_of(features: Float[Tensor, "m d"], held: Tensor, classes: range) -> tuple[Float[Tensor, "n d"], Membership]:
+def part_of(
+    features: Float[Tensor, "m d"], rows_or_labels: Tensor, classes: range
+) -> tuple[Float[Tensor, "n d"], Membership]:
     """Returns the part of a batch that has to do with some classes; γ is still their share of the whole batch.
 
     Args:
         features: Z of the whole batch, checked. Differentiable, as the membership is.
-        held: labels (m,), int64, or rows (m, k), checked.
+        rows_or_labels: labels (m,), int64, or rows (m, k), checked.
         classes: which of the k classes.
 
     Returns:
         Of labels the samples of those classes, of rows all samples; and Π among those classes, numbered from 0.
     """
     dtype = wide_dtype(features)
-    if held.ndim == 2:
-        soft = held[:, classes.start : classes.stop]
+    if rows_or_labels.ndim == 2:
+        soft = rows_or_labels[:, classes.start : classes.stop]
         counts, sizes = _counted(soft.to(dtype))
         return features, Membership(None, soft.to(dtype), counts, sizes.cpu(), len(features))
-    places = ((held >= classes.start) & (held < classes.stop)).nonzero()[:, 0]
-    labels = held[places] - classes.start
+    places = ((rows_or_labels >= classes.start) & (rows_or_labels < classes.stop)).nonzero()[:, 0]
+    labels = rows_or_labels[places] - classes.start
     sizes = torch.bincount(labels, minlength=len(classes))
     return features.index_select(0, places), Membership(labels, None, sizes.to(dtype), sizes.cpu(), len(features))
 
@@ -266,10 +268,10 @@ def _read_sizes(
     conditions: list[Condition], sizes: Tensor, beside: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
     """Reads all that a step must know on the host; sizes are None where `torch.vmap` has batched them."""
-    held = read(conditions, sizes if beside is None else torch.cat([sizes.double(), beside.double()]))
-    if held is None:
+    on_host = read_conditions(conditions, sizes if beside is None else torch.cat([sizes.double(), beside.double()]))
+    if on_host is None:
         return None, None
-    return held[: len(sizes)].long(), None if beside is None else held[len(sizes) :]
+    return on_host[: len(sizes)].long(), None if beside is None else on_host[len(sizes) :]
 
 
 def _from_labels(
@@ -304,14 +306,14 @@ def _from_labels(
         )
     )
     if num_classes is None:
-        read(conditions)
+        read_conditions(conditions)
         conditions, num_classes = [], int(highest) + 1
     sizes = torch.zeros(num_classes if counted else 0, dtype=torch.long, device=labels.device)
     if counted:
         sizes.index_add_(0, labels.clamp(0, num_classes - 1), torch.ones_like(labels))
-    held, beside = _read_sizes(conditions, sizes, beside)
-    assert held is not None
-    return Membership(labels, None, sizes.to(dtype), held), beside
+    on_host, beside = _read_sizes(conditions, sizes, beside)
+    assert on_host is not None
+    return Membership(labels, None, sizes.to(dtype), on_host), beside
 
 
 def _from_rows(
@@ -351,9 +353,9 @@ def _from_rows(
         ),
     ]
     counts, sizes = _counted(rows)
-    held, beside = _read_sizes(conditions, sizes, beside)
+    on_host, beside = _read_sizes(conditions, sizes, beside)
     # Under vmap nothing can be read: every class may then have every sample.
-    sizes = torch.full((rows.shape[1],), len(rows), device="cpu") if held is None else held
+    sizes = torch.full((rows.shape[1],), len(rows), device="cpu") if on_host is None else on_host
     return Membership(None, rows, counts, sizes), beside
 
 

@@ -212,7 +212,7 @@ class BlockCodes:
 Codes = SharedCodes | BlockCodes
 
 
-def moment_norms(features: Float[Tensor, "m d"], membership: Membership) -> Float[Tensor, " k"]:
+def squared_moment_norms(features: Float[Tensor, "m d"], membership: Membership) -> Float[Tensor, " k"]:
     """Returns ‖C_j‖²_F of every class, 0 for an absent one; on the smaller side. Differentiable.
 
     Args:
@@ -283,7 +283,7 @@ def mismatch(
     if overlap is None:
         overlap = dictionary.overlap()
     codes, counts = dictionary.codes, membership.counts
-    whole = (counts.double() * moment_norms(features, membership).double()).sum()
+    whole = (counts.double() * squared_moment_norms(features, membership).double()).sum()
     cross = (codes.double() * energies.double()).sum()
     own = (codes.double() * dictionary.respond(overlap, codes * counts[:, None]).double()).sum()
     short = _shortfall(projections, membership, dictionary, pull)

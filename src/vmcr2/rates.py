@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-from vmcr2.checks import check_number, check_tensor, feature_conditions, read
+from vmcr2.checks import check_number, check_tensor, feature_conditions, read_conditions
 from vmcr2.errors import InputError
 from vmcr2.linalg import FLOAT64_RANGE, gram, half_logdet, is_batched, product, rate_dtype, require_finite
 from vmcr2.membership import Membership, as_membership
@@ -55,7 +55,7 @@ def coding_rate(features: Float[Tensor, "*b m d"], *, eps_sq: float = 0.5) -> Fl
         raise InputError(
             f"features must have shape (..., m, d) without an empty dimension, got {tuple(features.shape)}"
         )
-    read(feature_conditions(features.flatten(0, -2) if batched else features))
+    read_conditions(feature_conditions(features.flatten(0, -2) if batched else features))
     dtype = rate_dtype(features.shape[-1], eps_sq, features, largest=largest_norm(features))
     rate = expansion_rate(features.to(dtype), eps_sq)
     require_finite(rate)

@@ -140,12 +140,12 @@ def position_kept(sampler: Any) -> Iterator[None]:
     if not isinstance(sampler, ClassBalancedBatchSampler):
         yield
         return
-    held = sampler.epoch, sampler.start, sampler.done
+    position = sampler.epoch, sampler.start, sampler.done
     sampler.start = 0
     try:
         yield
     finally:
-        sampler.epoch, sampler.start, sampler.done = held
+        sampler.epoch, sampler.start, sampler.done = position
 
 
 def _int64(labels: Any) -> Int[Tensor, " m"]:

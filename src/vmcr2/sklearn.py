@@ -430,14 +430,14 @@ class CodingRateTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
 
     def _fit(self, X: np.ndarray, labels: np.ndarray) -> None:
         self.scaler_.fit(X.astype(np.float64))
-        inputs, held = _tensor(self._inputs(X)), torch.from_numpy(labels)
+        inputs, places = _tensor(self._inputs(X)), torch.from_numpy(labels)
         epochs = max(_EPOCHS, -(-_STEPS // self._steps(len(inputs)))) if self.epochs is None else self.epochs
         progress = _Progress(type(self).__name__, epochs, bool(self.verbose))
         with _seeded(self._seed, self._device()), progress:
             for epoch in range(epochs):
                 if epoch % self.latch_every == 0:
-                    self._latch(inputs, held)
-                self._epoch(inputs, held, lambda share, epoch=epoch: (epoch + share) / epochs)
+                    self._latch(inputs, places)
+                self._epoch(inputs, places, lambda share, epoch=epoch: (epoch + share) / epochs)
                 progress.show(epoch + 1, self.history_[-1])
             self._settle(inputs)
 
@@ -475,7 +475,7 @@ class CodingRateTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
         self.loss_.to(self._device()).train()
         batches = self._batches(inputs, labels)
         total = 0.0
-        for step, (part, held) in enumerate(batches):
+        for step, (part, places) in enumerate(batches):
             rate = self.learning_rate
             if done is not None:
                 rate *= 0.5 * (1 + np.cos(np.pi * done((step + 0.5) / len(batches))))
@@ -484,7 +484,7 @@ class CodingRateTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
             self._optimizer.zero_grad()
             features = self._features(part)
             _check_trained(features)
-            loss = self.loss_(features, held)
+            loss = self.loss_(features, places)
             loss.backward()
             self._optimizer.step()
             total += loss.item() * len(part)
@@ -539,8 +539,8 @@ class CodingRateTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
             copies = dict(zip(names, copy.deepcopy(tuple(state[name] for name in names)), strict=True))
             copies["network_"].cpu()
             copies["loss_"].cpu()
-            for held in copies["_optimizer"].state.values():
-                held.update({name: value.cpu() for name, value in held.items() if isinstance(value, Tensor)})
+            for slots in copies["_optimizer"].state.values():
+                slots.update({name: value.cpu() for name, value in slots.items() if isinstance(value, Tensor)})
             state.update(copies)
         return state
 
@@ -750,18 +750,18 @@ def _enter_classes(estimator: Any, y: Any, classes: Any, first: bool) -> np.ndar
 
 def _fold_energies(features: Tensor, labels: np.ndarray, k: int, n_components: int) -> tuple[Tensor, Tensor]:
     """Returns the energies of samples in subspaces found without them, (n, k), and their labels (n,)."""
-    held = torch.from_numpy(labels)
-    folds = places_in_class(held) % _FOLDS
+    places = torch.from_numpy(labels)
+    folds = places_in_class(places) % _FOLDS
     judged = torch.zeros(len(features), dtype=torch.bool, device="cpu")
     judged[_spread(len(features), k)] = True
-    tables, owners = [features.new_zeros(0, k)], [held[:0]]
+    tables, owners = [features.new_zeros(0, k)], [places[:0]]
     for fold in folds.unique().tolist():
         inside = folds == fold
         if inside.all():
             break
-        bases = class_subspaces(features[~inside], held[~inside], k, n_components)
+        bases = class_subspaces(features[~inside], places[~inside], k, n_components)
         tables.append(subspace_energies(features[inside & judged], bases.to(features.dtype)))
-        owners.append(held[inside & judged])
+        owners.append(places[inside & judged])
     return torch.cat(tables), torch.cat(owners)
 
 

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-from vmcr2.checks import check_count, feature_conditions, read
+from vmcr2.checks import check_count, feature_conditions, read_conditions
 from vmcr2.latching import latched_blocks
 from vmcr2.membership import as_membership
 from vmcr2.mismatch import BlockCodes
@@ -104,7 +104,7 @@ def nearest_subspace(features: Float[Tensor, "m d"], bases: Float[Tensor, "k d r
     Raises:
         InputError: a wrong argument (a ValueError).
     """
-    read(feature_conditions(features, feature_dim=bases.shape[1]))
+    read_conditions(feature_conditions(features, feature_dim=bases.shape[1]))
     return _energies_where_there_is_a_basis(features, bases).argmax(1)
 
 

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from vmcr2.checks import Condition, check_number, check_tensor, read
+from vmcr2.checks import Condition, check_number, check_tensor, read_conditions
 from vmcr2.errors import InputError
 from vmcr2.linalg import half_logdet, inverse_shifted, require_finite, wide_dtype
 from vmcr2.membership import Membership
@@ -107,14 +107,14 @@ def compression_code_gradient(
 
 
 def lipschitz_atoms(
-    moment_norms: Float[Tensor, " k"], class_counts: Float[Tensor, " k"], codes: Float[Tensor, "k c"], mu: float
+    squared_moment_norms: Float[Tensor, " k"], class_counts: Float[Tensor, " k"], codes: Float[Tensor, "k c"], mu: float
 ) -> Float[Tensor, ""]:
     """Returns L_Γ = 2µ Σ_j n_j (‖C_j‖_F ‖Ã_j‖_∞ + ‖Ã_j‖²_∞), eq. (17), from ‖C_j‖²_F.
 
     It bounds the mismatch's part of the gradient alone, and for nearly orthogonal atoms only (eqs. 12 to 16).
     """
     largest = codes.amax(1)
-    return 2 * mu * (class_counts * largest * (moment_norms.sqrt() + largest)).sum()
+    return 2 * mu * (class_counts * largest * (squared_moment_norms.sqrt() + largest)).sum()
 
 
 def lipschitz_codes(
@@ -146,7 +146,9 @@ def variational_logdet(factor: Float[Tensor, "*b d r"], *, scale: float = 1.0) -
     if factor.ndim < 2:
         raise InputError(f"factor must be floating point of shape (..., d, r), got shape {tuple(factor.shape)}")
     scale = check_number("scale", scale)
-    read([Condition(~factor.detach().isfinite().all(), "factor must be finite", lambda: "NaN or infinite entries")])
+    read_conditions(
+        [Condition(~factor.detach().isfinite().all(), "factor must be finite", lambda: "NaN or infinite entries")]
+    )
     value = torch.log1p(scale * factor.to(wide_dtype(factor)).square().sum(-2)).sum(-1)
     require_finite(value, otherwise="scale * ‖U_i‖² overflowed; lower scale, or the entries of factor, or pass float64")
     return value

@@ -422,9 +422,9 @@ def _parse(command: str, default: Recipe, kind: type[_Given], flags: list[str]) 
     parsed = tyro.cli(both, args=flags, prog=f"vmcr2 {command}")
     chosen: Recipe = parsed.recipe
     if chosen.about.startswith(CHOSEN_FOR):
-        held = f", {chosen.data.validation:.0%} of each class held out" if chosen.data.validation else ""
+        split = f", {chosen.data.validation:.0%} of each class held out" if chosen.data.validation else ""
         size = "" if chosen.data.image_size is None else f", images scaled to {chosen.data.image_size} a side"
-        _say(f"{chosen.about}{held}; network {chosen.network}, feature_dim {chosen.feature_dim}{size}")
+        _say(f"{chosen.about}{split}; network {chosen.network}, feature_dim {chosen.feature_dim}{size}")
     return parsed.recipe, parsed.options
 
 

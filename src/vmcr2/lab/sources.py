@@ -231,20 +231,20 @@ def _held_out(dataset: Dataset, share: float) -> Dataset:
     """
     m = len(dataset.train_labels)
     shuffled = torch.randperm(m, generator=torch.Generator().manual_seed(0))
-    held = torch.zeros(m, dtype=torch.bool)
+    chosen = torch.zeros(m, dtype=torch.bool)
     for j in range(dataset.num_classes):
         members = shuffled[dataset.train_labels[shuffled] == j]
-        held[members[: min(max(1, round(share * len(members))), len(members) - 1)]] = True
+        chosen[members[: min(max(1, round(share * len(members))), len(members) - 1)]] = True
     inputs, labels = dataset.train_inputs, dataset.train_labels
     single = int((labels.bincount(minlength=dataset.num_classes) == 1).sum())
-    if not held.any():
+    if not chosen.any():
         raise InputError(f"data.validation ({share:g}) needs a class of two samples or more, every class has one")
     if single:
         warnings.warn(
             f"{single} of {dataset.num_classes} classes have a single sample, of which data.validation holds none out",
             stacklevel=2,
         )
-    return replace(_kept(dataset, ~held), test_inputs=inputs[held], test_labels=labels[held])
+    return replace(_kept(dataset, ~chosen), test_inputs=inputs[chosen], test_labels=labels[chosen])
 
 
 def _kept(dataset: Dataset, chosen: Bool[Tensor, " m"]) -> Dataset:
@@ -430,7 +430,7 @@ def read_npz(path: Path, *, needs_test: bool = True) -> Dataset:
         raise InputError(f"there is no file {path}")
     if not zipfile.is_zipfile(path):
         raise InputError(f"{path} is no readable .npz file (truncated, or of another kind?)")
-    held: dict[str, np.ndarray] = {}
+    arrays: dict[str, np.ndarray] = {}
     objects: list[str] = []
     try:
         with np.load(path, allow_pickle=False) as file:
@@ -438,7 +438,7 @@ def read_npz(path: Path, *, needs_test: bool = True) -> Dataset:
                 raise ValueError("it holds no arrays")
             for name in _ARRAYS & set(file.files):
                 try:
-                    held[name] = file[name]
+                    arrays[name] = file[name]
                 except ValueError as error:
                     if "Object arrays" not in str(error):
                         raise
@@ -451,22 +451,22 @@ def read_npz(path: Path, *, needs_test: bool = True) -> Dataset:
             "astype(str) makes text of them"
         )
     x_name, y_name = (
-        same if same in held and name not in held else name
+        same if same in arrays and name not in arrays else name
         for name, same in (("x_train", "features"), ("y_train", "labels"))
     )
     called = (x_name, y_name)
-    missing = [name for name in (*called, "x_test", "y_test") if name not in held]
+    missing = [name for name in (*called, "x_test", "y_test") if name not in arrays]
     no_test = missing == ["x_test", "y_test"]
     if no_test and not needs_test:
-        held |= {"x_test": held[x_name][:0], "y_test": held[y_name][:0]}
+        arrays |= {"x_test": arrays[x_name][:0], "y_test": arrays[y_name][:0]}
     elif missing:
         hint = "; data.validation holds a share of the training set out instead" if no_test else ""
         whole = needs_test or len({"x_test", "y_test"} & set(missing)) < 2
         wanted = "x_train, y_train, x_test, y_test" if whole else "features and labels, or x_train and y_train"
         lacking = missing if whole else [name for name in missing if name in called]
         raise InputError(f"{path} must hold {wanted}; it lacks {', '.join(lacking)}{hint}")
-    names = [str(name) for name in np.atleast_1d(held["class_names"])] if "class_names" in held else None
-    return _from_arrays(str(path), held[x_name], held[y_name], held["x_test"], held["y_test"], names, called)
+    names = [str(name) for name in np.atleast_1d(arrays["class_names"])] if "class_names" in arrays else None
+    return _from_arrays(str(path), arrays[x_name], arrays[y_name], arrays["x_test"], arrays["y_test"], names, called)
 
 
 def _listed(root: Path, *, needs_test: bool) -> tuple[list[str], dict[str, list[tuple[Path, int]]]]:

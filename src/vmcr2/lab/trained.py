@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
-from vmcr2.checks import Condition, check_count, iterator_of, read
+from vmcr2.checks import Condition, check_count, iterator_of, read_conditions
 from vmcr2.errors import InputError
 from vmcr2.lab import networks, objectives, sources
 from vmcr2.lab.augmentation import Augmentation, plain
@@ -237,7 +237,7 @@ inputs that are like none. Inputs must be prepared as in training: same size, sa
 
 def _finite(embeddings: Float[Tensor, "m d"]) -> Float[Tensor, "m d"]:
     wrong, requirement = ~embeddings.isfinite(), "images must be finite in float32"
-    read([Condition(wrong.any(), requirement, lambda: f"{int(wrong.sum())} NaN or infinite entries")])
+    read_conditions([Condition(wrong.any(), requirement, lambda: f"{int(wrong.sum())} NaN or infinite entries")])
     return embeddings
 
 
@@ -269,11 +269,11 @@ def load(path: RunFolder | str | Path, components: int | None = None) -> Trained
     exported = isinstance(path, str | os.PathLike) and (Path(path) / "model.safetensors").is_file()
     trained = _load_exported(Path(path)) if exported else _load_run(path)
     if components is not None:
-        held = trained.subspaces.shape[2]
-        check_count("components", components, at_most=held, limit="those of the model")
+        most = trained.subspaces.shape[2]
+        check_count("components", components, at_most=most, limit="those of the model")
         trained.subspaces = trained.subspaces[..., :components].contiguous()
         trained.config["components"] = components
-        if components < held:  # what was measured is of all
+        if components < most:  # what was measured is of all
             trained.about = {name: value for name, value in trained.about.items() if name != "test_accuracy"}
             trained.config["about"] = trained.about
     return trained
