@@ -300,7 +300,7 @@ def trained(
     model, _ = train.build(recipe, tuple(shape), k)
     criterion = METHODS[setting.method]((dataset.train_labels, d, k))
     ours = isinstance(criterion, vmcr2.VMCR2Loss)
-    objective = Variational(criterion, recipe.vmcr2) if ours else Rival(criterion, k)
+    objective = Variational(criterion, latch_every=recipe.vmcr2.latch_every) if ours else Rival(criterion, k)
     parameters = [*model.parameters(), *criterion.parameters()]
     optimizer = torch.optim.SGD(parameters, setting.lr, recipe.momentum, weight_decay=recipe.weight_decay)
     given = dataset

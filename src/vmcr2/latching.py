@@ -94,7 +94,7 @@ class MomentStream:
         self.features: list[Tensor] = []
         self.memberships: list[Tensor] = []  # labels or soft rows of each
         self.kept = 0
-        # Of what is kept, as `Membership` has them of labels.
+        # Class sizes of the rows that are kept.
         self.sizes = torch.zeros(num_classes, dtype=torch.long, device="cpu")
         self.sums: Tensor | None = None
         self.counts = torch.zeros(num_classes, dtype=dtype, device=device)
@@ -194,9 +194,9 @@ def batch_statistics(model: Callable[[Tensor], Tensor]) -> Iterator[Callable[[Te
 
     Normalisation layers that would use batch statistics in training use them here, and leave their running ones alone;
     one that is frozen (in eval mode while something else of the model is in training mode) stays frozen. Everything
-    else, dropout say, is in eval mode. Of a Module, or a method of one, the modules are known; those that any other
-    function calls are met on its first batch, which therefore runs once more, in eval mode, before it counts. So it
-    does where lazy modules have still to take their shapes from it.
+    else, dropout say, is in eval mode. If `model` is a Module or a method of one, its submodules are known. Those that
+    any other function calls are found by running the first batch once in eval mode; that batch then runs again for its
+    features. The same is done where a lazy module has yet to infer its shapes.
 
     Args:
         model: a Module, or any function that calls some, however they are wrapped.

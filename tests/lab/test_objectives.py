@@ -47,7 +47,7 @@ def test_collapse_is_said_and_what_to_change(tmp_path):
 def test_a_collapse_names_the_balance_of_the_loss_itself_also_on_resuming():
     """Whatever its settings say, which another loss may be given with; before a batch was seen, too."""
     loss = vmcr2.VMCR2Loss(4, 16, mu=1.0)
-    objective = objectives.Variational(loss, VMCR2Settings())
+    objective = objectives.Variational(loss)
     with pytest.raises(NumericalError, match=r"feature_dim is 3.1"):
         objective.check(lines([1.0] + [0.01] * 60, [1.0] * 61))
     assert objective.describe()["mu"] == 1.0

@@ -251,7 +251,7 @@ def own_loop(rank, world):
     loader = torch.utils.data.DataLoader(pairs, batch_sampler=sampler)
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(64, 16), networks.Normalize())
-    objective = objectives.Variational(vmcr2.VMCR2Loss(10, 16), recipes.VMCR2Settings())
+    objective = objectives.Variational(vmcr2.VMCR2Loss(10, 16))
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     lines = []
     wrapped = DistributedDataParallel(model) if world > 1 else model

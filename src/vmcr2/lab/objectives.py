@@ -14,9 +14,10 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 from torch.nn import functional
 
+from vmcr2.checks import check_count
 from vmcr2.distributed import agree, gather_rows
 from vmcr2.errors import NumericalError
-from vmcr2.lab.recipes import Recipe, VMCR2Settings
+from vmcr2.lab.recipes import Recipe
 from vmcr2.losses import MCR2Loss, VMCR2Loss, balance_at
 from vmcr2.rates import rate_reduction
 
@@ -126,25 +127,36 @@ class Variational(Objective):
 
     Args:
         criterion: the loss, which has its own µ, ρ, pull and the like.
-        settings: of these count `latch_every`, `gradient_clip` and `stop_on_collapse`.
+        latch_every: epochs between latchings; the first is before the first epoch.
+        gradient_clip: the largest norm that a step's gradient in the network's weights may have; None for any.
+        stop_on_collapse: whether `check` raises.
     """
 
-    def __init__(self, criterion: VMCR2Loss, settings: VMCR2Settings) -> None:
+    def __init__(
+        self,
+        criterion: VMCR2Loss,
+        *,
+        latch_every: int = 50,
+        gradient_clip: float | None = None,
+        stop_on_collapse: bool = True,
+    ) -> None:
+        check_count("latch_every", latch_every)
         rivals = "vmcr2.lr or vmcr2.mu" if criterion.mu is not None else "vmcr2.lr or vmcr2.balance"
-        clip = "" if settings.gradient_clip else ", or set vmcr2.gradient_clip to 0.02"
+        clip = "" if gradient_clip else ", or set vmcr2.gradient_clip to 0.02"
         super().__init__(
             criterion,
             criterion.num_classes,
             eps_sq=criterion.eps_sq,
-            gradient_clip=settings.gradient_clip,
+            gradient_clip=gradient_clip,
             cure=f"Lower {rivals}{clip}",
         )
         self.loss = criterion
-        self.settings = settings
+        self.latch_every = latch_every
+        self.stop_on_collapse = stop_on_collapse
 
     def before_epoch(self, epoch: int, model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
         """Latches in the first epoch and every `latch_every` after it."""
-        if (epoch - 1) % self.settings.latch_every == 0:
+        if (epoch - 1) % self.latch_every == 0:
             self.loss.latch_from(model, batches)
 
     def log(self, features: Float[Tensor, "m d"], labels: Int[Tensor, " m"]) -> dict[str, float | int]:
@@ -163,7 +175,7 @@ class Variational(Objective):
         features instead of leading them. A healthy run may start with a dip, deep where epochs are short, but not so
         long. ΔR is compared with that after the first epoch, not with a fresh network's.
         """
-        if not self.settings.stop_on_collapse or len(history) <= _PATIENCE:
+        if not self.stop_on_collapse or len(history) <= _PATIENCE:
             return
         reductions = [line["batch_expansion"] - line["batch_compression"] for line in history]
         # Dropout makes noise that passes for ΔR in a batch; the whole training set, where it was measured, has none.
@@ -213,11 +225,8 @@ def build(recipe: Recipe, num_classes: int) -> Objective:
                 MCR2Loss(num_classes, eps_sq=recipe.eps_sq), num_classes, eps_sq=recipe.eps_sq, cure="Lower mcr2.lr"
             )
         case "vmcr2":
-            return Variational(_vmcr2_loss(recipe, num_classes), recipe.vmcr2)
-
-
-def _vmcr2_loss(recipe: Recipe, num_classes: int) -> VMCR2Loss:
-    settings = recipe.vmcr2
-    names = ("reduction", "mu", "balance", "atoms_per_class", "structure", "energy", "pull", "expand")
-    given = {name: getattr(settings, name) for name in (*names, "step", "step_atoms", "step_codes")}
-    return VMCR2Loss(num_classes, recipe.feature_dim, eps_sq=recipe.eps_sq, **given)
+            settings = dict(vars(recipe.vmcr2))
+            del settings["lr"]
+            around = {name: settings.pop(name) for name in ("latch_every", "gradient_clip", "stop_on_collapse")}
+            loss = VMCR2Loss(num_classes, recipe.feature_dim, eps_sq=recipe.eps_sq, **settings)
+            return Variational(loss, **around)

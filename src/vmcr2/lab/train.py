@@ -37,7 +37,7 @@ from vmcr2.subspaces import nearest_subspace
 Batches = Iterable[tuple[Tensor, Tensor]]
 OnEpoch = Callable[[dict[str, Any]], None]
 
-_LITTLE = 0.02  # of the ΔR of classes on orthogonal lines: less tells no class from another
+_LITTLE = 0.02  # of the ΔR of classes on orthogonal lines: below this share classes are not told apart
 
 
 def fit(
