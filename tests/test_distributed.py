@@ -425,6 +425,10 @@ def disagreement(rank, what):
         return said_by([lambda: vmcr2.VMCR2Loss(K, D, atoms_per_class=1 + odd).double()(z, labels)])
     if what == "settings":
         return said_by([lambda: vmcr2.VMCR2Loss(K, D, eps_sq=0.5 + 0.1 * odd).double()(z, labels)])
+    if what == "settings, exact":
+        return said_by([lambda: vmcr2.MCR2Loss(K, eps_sq=0.5 + odd)(z, labels)])
+    if what == "settings, alone":
+        return said_by([lambda: vmcr2.TotalCodingRateLoss(0.2 + odd)(z)])
     loss = losses_of("block" if what.endswith("block") else "shared")
     if what == "dtype":
         return said_by([lambda: loss(z.float() if odd else z, labels)])
@@ -450,6 +454,8 @@ DISAGREEMENTS = {
     "d": f"feature_dim: {D} on ranks 0, 2; {D + 1} on rank 1",
     "atoms": "atoms_per_class: 1 on ranks 0, 2; 2 on rank 1",
     "settings": "settings of the loss, see repr(loss)",
+    "settings, exact": "settings of the loss, see repr(loss)",
+    "settings, alone": "settings of the loss, see repr(loss)",
     "dtype": "the dtype of features: torch.float64 on ranks 0, 2; torch.float32 on rank 1",
     "kind": "the kind of membership: labels on ranks 0, 2; soft rows on rank 1",
     "gradient": "gradients: without gradient on ranks 0, 2; with gradient on rank 1",

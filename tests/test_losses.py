@@ -263,6 +263,26 @@ def test_torch_func_grad_hessian_and_jvp_equal_autograd(structure, kind):
         torch.testing.assert_close(torch.func.jvp(value, (z,), (along,))[1], (expected * along).sum())
 
 
+def test_a_training_step_within_torch_func_is_refused():
+    loss = vmcr2.VMCR2Loss(3, 4)
+    z, labels = unit_rows(7, 4), random_labels(7, 3)
+    loss(z, labels)
+    before = loss.dictionary.atoms.clone()
+    with pytest.raises(vmcr2.InputError, match=r"within torch.func.* loss.eval\(\)"):
+        torch.func.grad(loss)(z, labels)
+    assert torch.equal(loss.dictionary.atoms, before)
+    assert torch.func.grad(loss.eval())(z, labels).isfinite().all()
+
+
+def test_rates_of_a_spoilt_dictionary_say_so():
+    loss = vmcr2.VMCR2Loss(3, 4)
+    z, labels = unit_rows(7, 4), random_labels(7, 3)
+    loss.latch(z, labels)
+    loss.dictionary.codes.fill_(torch.nan)
+    with pytest.raises(vmcr2.NumericalError, match="the dictionary holds NaN"):
+        loss.rates(z, labels)
+
+
 @each_structure
 def test_torch_vmap_is_a_loop(structure):
     z = torch.stack([unit_rows(7, 4, seed=seed) for seed in range(3)])

@@ -122,6 +122,45 @@ def test_a_stream_of_batches_gives_the_subspaces_of_the_whole():
     assert np.isfinite(again.predict_proba(z)).all()
 
 
+def test_a_partial_fit_that_fails_changes_nothing():
+    z, labels = unit_rows(60, 6).numpy(), np.arange(60) % 3
+    found = vmcr2.CodingRateClassifier(8, hidden=8, epochs=2, random_state=0).fit(z, labels)
+    before, lines, mean = found.transform(z), list(found.history_), found.scaler_.mean_.copy()
+    with pytest.raises(vmcr2.NumericalError, match="training diverged"):
+        found.set_params(learning_rate=1e29).partial_fit(z + 50, labels)
+    np.testing.assert_array_equal(found.transform(z), before)
+    np.testing.assert_array_equal(found.scaler_.mean_, mean)
+    assert found.history_ == lines
+    assert np.isfinite(found.set_params(learning_rate=1e-3).partial_fit(z, labels).transform(z)).all()
+
+
+@pytest.mark.parametrize("scale", [1e-25, 1e25])
+def test_the_temperature_of_float32_whose_squares_overflow_is_that_of_float64(scale):
+    z, labels = unit_rows(40, 4).numpy() * scale, np.arange(40) % 2
+    z[labels == 1, 0] += 4 * scale
+    found, expected = (vmcr2.NearestSubspaceClassifier(1).fit(z.astype(kind), labels) for kind in ("f4", "f8"))
+    np.testing.assert_allclose(found.temperature_, expected.temperature_, rtol=1e-4)
+
+
+def test_a_warning_points_at_the_users_line():
+    z, labels = unit_rows(20, 3).numpy(), np.arange(20) % 2
+    for call in (
+        lambda: vmcr2.label_quality(z, labels, 3),
+        lambda: vmcr2.NearestSubspaceClassifier(3).fit(z, labels),
+        lambda: vmcr2.NearestSubspaceClassifier(3).partial_fit(z, labels, [0, 1]),
+    ):
+        with pytest.warns(UserWarning, match="n_components = 3 is the number") as seen:
+            call()
+        assert (seen[0].filename, seen[0].lineno) == (__file__, call.__code__.co_firstlineno)
+
+
+def test_a_device_that_is_gone_is_named():
+    z, labels = unit_rows(20, 3).numpy(), np.arange(20) % 2
+    found = vmcr2.CodingRateTransformer(4, hidden=4, epochs=1).fit(z, labels)
+    with pytest.raises(vmcr2.InputError, match="device must be one that torch can use here, got 'nope'"):
+        found.set_params(device="nope").transform(z)
+
+
 def test_a_last_small_batch_leaves_probabilities_honest(digits):
     train, test, labels, expected = digits
     streamed = vmcr2.NearestSubspaceClassifier()
@@ -295,6 +334,7 @@ def test_a_network_of_ones_own(digits):
         ({"device": "nowhere"}, "device"),
         ({"energy": 0.0}, "energy"),
         ({"pull": 1.5}, "pull"),
+        ({"learning_rate": 1e39}, "learning_rate"),
         ({"expand": -1.0}, "expand"),
         ({"atoms_per_class": 0}, "atoms_per_class"),
         ({"atoms_per_class": 9, "feature_dim": 8}, "atoms_per_class"),

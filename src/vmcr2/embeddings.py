@@ -19,7 +19,7 @@ from vmcr2.checks import UNIT_NORM_TOLERANCE, check_number
 from vmcr2.errors import InputError, NumericalError
 from vmcr2.linalg import require_finite
 from vmcr2.membership import as_membership
-from vmcr2.rates import checked_rates, reduction_of_lines, transrate
+from vmcr2.rates import checked_rates, transrate
 from vmcr2.subspaces import check_components, class_subspaces, default_components, subspace_energies
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ class Report:
         compression: R_c.
         reduction: ΔR = R − R_c.
         maximum: the largest ΔR at these class sizes, as `largest_reduction` has it: of orthogonal classes with equal
-            energy in each of their directions.
+            energy in each of their directions, small classes sharing some where dimensions are few.
         effective_rank: of all features, from 1 to d: e to the entropy of the eigenvalues of their second moment.
         class_ranks: (k,), of each class.
         centre: norm of the mean of all features, from 0 to 1.
@@ -101,7 +101,7 @@ class Report:
             f"{self.num_samples} samples, {k} classes ({self.class_counts.min()} to {self.class_counts.max()} samples "
             f"each), {self.feature_dim} dimensions" + (", rows scaled to norm 1" if self.normalized else ""),
             f"ΔR {self.reduction:.2f} = R {self.expansion:.2f} − R_c {self.compression:.2f} nats (eps_sq {self.eps_sq})"
-            f"; {share:.0%} of the largest there can be, {self.maximum:.2f} (orthogonal classes)",
+            f"; {share:.0%} of the largest there can be, {self.maximum:.2f}",
             f"effective rank {self.effective_rank:.1f} of {self.feature_dim}; of a class {np.median(ranks):.1f} "
             f"(median), from {ranks[lowest]:.1f} ({self.class_names[lowest]}) to {ranks[highest]:.1f} "
             f"({self.class_names[highest]})",
@@ -275,7 +275,7 @@ def report(
     centre = float(unit.mean(0).norm())
     pairs = _worst_pairs(overlap, names)
     rank = float(effective_rank(spectrum[None])[0])
-    reduction = float(rates.reduction)
+    reduction = max(0.0, float(rates.reduction))
     warnings = _warnings(d, counts, reduction / maximum if maximum > 0 else None, rank, ranks, centre, pairs)
     transferable = _transrate(given, places)
     if transferable is None:
@@ -358,12 +358,16 @@ def _warnings(
 def largest_reduction(feature_dim: int, class_counts: Int[np.ndarray, " k"], eps_sq: float) -> float:
     """Returns the largest ΔR that unit features in classes of such sizes can have.
 
-    It is that of orthogonal classes, class j with r_j directions of equal energy (Yu et al., 2020, Theorem 1), r_j real
-    and at most n_j: Σ_j r_j/2 [log(1 + β γ_j/r_j) − γ_j log(1 + β/r_j)], at the best r_j that sum to d at most. With
-    balanced classes it is d/2 [log(1 + 1/ε²) − log(1 + k/ε²)/k]. With as many classes as dimensions or more it is that
-    of one line per class, spread as evenly as their sizes allow: for balanced classes the bound
-    d/2 log(1 + 1/ε²) − ½ log(1 + d/ε²); where sizes differ much and there are more classes than dimensions, a few per
-    cent more can be reached.
+    Class j has r_j directions of equal energy, r_j real and from 1 to n_j. Where d dimensions are enough for all they
+    are orthogonal (Yu et al., 2020, Theorem 1). Where they are not, classes so small that a direction of their own
+    would hold less energy than the others' give theirs up: each is a line, and together these are spread evenly over
+    what dimensions are left. ΔR is then
+
+    Σ_j r_j/2 [log(1 + β γ_j/r_j) − γ_j log(1 + β/r_j)] + D/2 log(1 + β γ_s/D) − γ_s/2 log(1 + β)
+
+    over the classes with directions of their own, D = d − Σ_j r_j dimensions and the share γ_s of the samples being
+    left to the others. At the best r_j one more dimension is worth the same everywhere. With balanced classes that is
+    d/2 [log(1 + 1/ε²) − log(1 + k/ε²)/k] for k ≤ d, and d/2 log(1 + 1/ε²) − ½ log(1 + d/ε²) for more.
 
     Args:
         feature_dim: d.
@@ -371,35 +375,50 @@ def largest_reduction(feature_dim: int, class_counts: Int[np.ndarray, " k"], eps
         eps_sq: ε².
     """
     d, beta = feature_dim, feature_dim / eps_sq
-    counts = np.asarray(class_counts, dtype=np.float64)
-    weights = counts / counts.sum()
-    if len(counts) >= d:
-        return max(0.0, reduction_of_lines(torch.from_numpy(counts), d, eps_sq))
+    counts, alike = np.unique(np.asarray(class_counts, dtype=np.float64), return_counts=True)
+    weights = counts / (counts @ alike)
     most = np.minimum(counts, d)
 
-    def gain(r: np.ndarray) -> np.ndarray:
-        """The derivative in r_j of its part of ΔR, up to ½."""
-        a, b = beta * weights / r, beta / r
-        return np.log1p(a) - a / (1 + a) - weights * (np.log1p(b) - b / (1 + b))
+    def worth(energy: Any) -> Any:
+        """What one more dimension adds to R, up to ½, for a class with so much energy in each of its own."""
+        return np.log1p(beta * energy) - beta * energy / (1 + beta * energy)
 
-    def dimensions(price: float) -> np.ndarray:
-        """The r_j from 1 to `most` at which one more direction gains no more than its price."""
+    def directions(price: float) -> np.ndarray:
+        """The r_j from 1 to `most` at which one more direction adds no more to ΔR than its price."""
         low, high = np.ones_like(most), most.copy()
         for _ in range(50):
             middle = 0.5 * (low + high)
-            worth = gain(middle) > price
-            low, high = np.where(worth, middle, low), np.where(worth, high, middle)
+            more = worth(weights / middle) - weights * worth(1 / middle) > price
+            low, high = np.where(more, middle, low), np.where(more, high, middle)
         return low
 
-    low, high = 0.0, float(gain(np.ones_like(most)).max()) + 1e-12
-    if dimensions(low).sum() > d:
+    def level(price: float) -> float:
+        """The energy of a direction at which one more dimension is worth the price."""
+        low, high = 0.0, 1.0
+        for _ in range(60):
+            middle = 0.5 * (low + high)
+            low, high = (low, middle) if worth(middle) > price else (middle, high)
+        return high
+
+    def allotted(price: float) -> tuple[np.ndarray, np.ndarray, float]:
+        """Returns r_j, how many classes of a size have directions of their own, the dimensions the others take."""
+        even = level(price) if price > 0 else 0.0
+        own = weights > even
+        return directions(price), alike * own, float(weights @ (alike * ~own)) / even if even else 0.0
+
+    low, high = 0.0, float(worth(1.0))
+    r, own, _ = allotted(low)
+    if r @ own > d:
         for _ in range(60):
             price = 0.5 * (low + high)
-            low, high = (price, high) if dimensions(price).sum() > d else (low, price)
-        r = dimensions(high)
-    else:
-        r = dimensions(low)
-    return float((0.5 * r * (np.log1p(beta * weights / r) - weights * np.log1p(beta / r))).sum())
+            r, own, left = allotted(price)
+            low, high = (price, high) if r @ own + left > d else (low, price)
+        r, own, _ = allotted(high)
+    value = (r * (np.log1p(beta * weights / r) - weights * np.log1p(beta / r))) @ own
+    shared, left = 1 - weights @ own, d - r @ own
+    if (own == 0).any():
+        value += left * np.log1p(beta * shared / left) - shared * np.log1p(beta)
+    return 0.5 * float(value) if value > 1e-9 else 0.0  # of one dimension, but for rounding
 
 
 def effective_rank(eigenvalues: Float[Tensor, "k d"]) -> Float[Tensor, " k"]:
@@ -514,7 +533,7 @@ def label_quality(
     if n_components is None:
         median = int(torch.bincount(places).double().quantile(0.5))
         n_components = max(1, min(default_components(d, k), median // _SAMPLES_A_DIRECTION))
-    check_components(n_components, d, stacklevel=3)
+    check_components(n_components, d, stacklevel=2)
     folds = places_in_class(places) % _FOLDS
     kept = torch.ones_like(places, dtype=torch.bool)
     own, best, other = _judged(unit, places, k, n_components, folds, kept)

@@ -86,6 +86,10 @@ class _OverRanks(nn.Module):
         check = self._checks.get(name)
         super().__setattr__(name, value if check is None else check(name, value))
 
+    def _settings(self) -> dict[str, int | str]:
+        """Returns what ranks' losses must have alike."""
+        return {"settings of the loss, see repr(loss), by a checksum": zlib.crc32(self.extra_repr().encode())}
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         memo[id(self.process_group)] = self.process_group
         copied = type(self).__new__(type(self))
@@ -145,7 +149,7 @@ class MCR2Loss(_OverRanks):
             return as_membership(features, membership, self.num_classes, unit=True)[0], [len(features)]
 
         def facts(checked: Membership) -> dict[str, int | str]:
-            return {"num_classes": self.num_classes} | _facts(features, checked)
+            return {"num_classes": self.num_classes} | self._settings() | _facts(features, checked)
 
         checked, brought = agree(prepare, facts, "MCR2Loss", self.process_group)
         gathered, rows_or_labels = gather_rows(
@@ -194,7 +198,12 @@ class TotalCodingRateLoss(_OverRanks):
             InputError: a wrong argument (a ValueError).
             NumericalError: the factorisation failed.
         """
-        views, brought = agree(lambda: _checked_views(features), _view_facts, "TotalCodingRateLoss", self.process_group)
+        views, brought = agree(
+            lambda: _checked_views(features),
+            lambda views: self._settings() | _view_facts(views),
+            "TotalCodingRateLoss",
+            self.process_group,
+        )
         if len(brought) > 1:
             sizes = torch.tensor([len(view) for view in views], device=views[0].device)
             rows, sizes = gather_rows(
@@ -355,7 +364,7 @@ class VMCR2Loss(_OverRanks):
         balance: ρ = µ m ε²/d > 0, what the residual weighs in the dictionary's step against the rates. Not used where
             mu is given. The first 60 training steps use up to 6 times as much, so that features that are still all
             alike are not left behind.
-        energy: what the codes of every class sum to, from the first step on; 1 is the trace of C_j. What is latched is
+        energy: what the codes of a class sum to, from its first step on; 1 is the trace of C_j. What is latched is
             Algorithm 2's, whatever this is: its codes sum to what s directions hold of that trace. None lets the sum
             run free, as the paper does: it grows (the more, the smaller ρ), and presses each class together.
         pull: exponent in (0, 1] of how a sample is pulled into its class. 1 is eq. (7), in which the pull vanishes for
@@ -542,7 +551,7 @@ class VMCR2Loss(_OverRanks):
             "num_classes": self.num_classes,
             "feature_dim": self.feature_dim,
             "atoms_per_class": self.atoms_per_class,
-            "settings of the loss, see repr(loss), by a checksum": zlib.crc32(self.extra_repr().encode()),
+            **super()._settings(),
         }
 
     def forward(
@@ -561,6 +570,11 @@ class VMCR2Loss(_OverRanks):
                 or, without a step, the value is not finite.
         """
         moving = self.training and torch.is_grad_enabled()
+        if moving and torch._C._functorch.maybe_current_level() is not None:
+            raise InputError(
+                "a training step must not be taken within torch.func's grad, jvp, vmap and the like: it changes the "
+                "dictionary. Call loss.eval() before, under which that stays as it is"
+            )
         if moving and torch._C._current_graph_task_id() != -1:
             raise InputError(
                 "a training step must not be taken within backward, where torch.utils.checkpoint runs its function "
@@ -686,7 +700,10 @@ class VMCR2Loss(_OverRanks):
             among, dictionary = self._part_for(batch)
             mu = self.mu_at(batch.membership.num_samples)
             rates = objective(batch.features, among, dictionary, mu=mu, eps_sq=self.eps_sq)
-        require_finite(*rates)
+        try:
+            require_finite(*rates)
+        except NumericalError as error:
+            raise (NumericalError(_SPOILT) if _is_spoilt(self.dictionary) else error) from None
         return rates
 
     @torch.no_grad()
@@ -898,8 +915,12 @@ class VMCR2Loss(_OverRanks):
         )
 
 
+def _is_spoilt(dictionary: Dictionary) -> bool:
+    return not bool(dictionary.atoms.isfinite().all() & dictionary.codes.isfinite().all())
+
+
 def _step_failed(dictionary: Dictionary) -> NumericalError:
-    if not bool(dictionary.atoms.isfinite().all() & dictionary.codes.isfinite().all()):
+    if _is_spoilt(dictionary):
         return NumericalError(_SPOILT)
     return NumericalError(
         "the dictionary's step failed: I + β Γ Diag(Ã γ) Γᵀ could not be factorised, or a gradient overflowed; lower "

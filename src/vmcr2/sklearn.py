@@ -7,7 +7,7 @@ import inspect
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Literal, TypeVar, get_args
@@ -46,6 +46,7 @@ _KEPT = 4096  # samples that partial_fit remembers, about
 _KEPT_A_CLASS = 16  # and of every class, at least
 _GENERATORS = threading.RLock()  # held while torch's global random generators are seeded
 _SAY_SECONDS = 10.0
+_LARGEST_RATE = 1e30  # float32 holds it
 _LARGEST = 1e150  # squares of larger entries overflow float64, of ones below its inverse underflow
 
 Objective = Literal["vmcr2", "mcr2"]
@@ -150,7 +151,7 @@ class NearestSubspaceClassifier(ClassifierMixin, BaseEstimator):
         self.n_components_ = (
             default_components(d, len(self.classes_)) if self.n_components is None else self.n_components
         )
-        check_components(self.n_components_, d, stacklevel=4)
+        check_components(self.n_components_, d, stacklevel=3)
 
     def _energies(self, X: Any) -> tuple[np.ndarray, np.ndarray]:
         """Returns ‖V^(j)ᵀ z‖² (m, k), −∞ for a class that has had no sample, and ‖z‖² (m, 1)."""
@@ -313,7 +314,7 @@ class CodingRateTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
             NumericalError: training diverged.
         """
         self._check_parameters()
-        with _all_or_nothing(self):
+        with _all_or_nothing(self, changed=("network_", "loss_", "_optimizer", "scaler_", "history_")):
             first = not hasattr(self, "classes_")
             X, y = validate_data(self, X, y, dtype=_FLOATS, reset=first)
             labels = _enter_classes(self, y, np.unique(y) if first and classes is None else classes, first)
@@ -353,20 +354,15 @@ class CodingRateTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
         ):
             if value is not None:
                 check_count(name, value)
-        check_number("learning_rate", self.learning_rate)
-        check_number("weight_decay", self.weight_decay, positive=False)
+        check_number("learning_rate", self.learning_rate, at_most=_LARGEST_RATE)
+        check_number("weight_decay", self.weight_decay, positive=False, at_most=_LARGEST_RATE)
         check_number("eps_sq", self.eps_sq)
         if self.energy is not None:
             check_number("energy", self.energy)
         check_number("pull", self.pull, at_most=1.0)
         check_number("expand", self.expand, positive=False)
         check_choice("objective", self.objective, get_args(Objective))
-        try:
-            if self._device().type == "meta":
-                raise RuntimeError("meta holds no values")
-            torch.empty(0, device=self._device())
-        except (RuntimeError, TypeError, AssertionError) as error:
-            raise InputError(f"device must be one that torch can use here, got {self.device!r}: {error}") from error
+        self._device()
         if self.network is not None and (isinstance(self.network, nn.Module) or not _takes_two(self.network)):
             got = type(self.network).__name__ if isinstance(self.network, nn.Module) else repr(self.network)
             raise InputError(
@@ -378,9 +374,14 @@ class CodingRateTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
         return min(512, max(64, 2 * k)) if self.feature_dim is None else self.feature_dim
 
     def _device(self) -> torch.device:
-        if self.device is not None:
+        if self.device is None:
+            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            if torch.empty(0, device=self.device).is_meta:
+                raise RuntimeError("meta holds no values")
             return torch.device(self.device)
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        except (RuntimeError, TypeError, AssertionError) as error:
+            raise InputError(f"device must be one that torch can use here, got {self.device!r}: {error}") from error
 
     def _begin(self, columns: int) -> None:
         """Builds what is trained, for so many columns and `classes_`."""
@@ -754,13 +755,13 @@ def _fold_energies(features: Tensor, labels: np.ndarray, k: int, n_components: i
     folds = places_in_class(places) % _FOLDS
     judged = torch.zeros(len(features), dtype=torch.bool, device="cpu")
     judged[_spread(len(features), k)] = True
-    tables, owners = [features.new_zeros(0, k)], [places[:0]]
+    tables, owners = [features.new_zeros(0, k, dtype=torch.float64)], [places[:0]]
     for fold in folds.unique().tolist():
         inside = folds == fold
         if inside.all():
             break
         bases = class_subspaces(features[~inside], places[~inside], k, n_components)
-        tables.append(subspace_energies(features[inside & judged], bases.to(features.dtype)))
+        tables.append(subspace_energies(features[inside & judged], bases.double()))
         owners.append(places[inside & judged])
     return torch.cat(tables), torch.cat(owners)
 
@@ -834,12 +835,16 @@ def _check_trained(features: Tensor) -> None:
 
 
 @contextmanager
-def _all_or_nothing(estimator: BaseEstimator) -> Iterator[None]:
+def _all_or_nothing(estimator: BaseEstimator, changed: Sequence[str] = ()) -> Iterator[None]:
     """Puts the estimator's attributes back where a fit fails or is stopped: no new labels beside old subspaces.
 
-    What a later `partial_fit` has changed within them, a network's weights say, stays changed.
+    Args:
+        estimator: whose attributes.
+        changed: those that are changed within, not replaced: they are copied beforehand, together.
     """
     before = dict(vars(estimator))
+    names = [name for name in changed if name in before]
+    before.update(zip(names, copy.deepcopy([before[name] for name in names]), strict=True))
     try:
         with torch.inference_mode(False), torch.enable_grad():  # wherever it is called
             yield
