@@ -266,13 +266,16 @@ class Shards:
     group: Any = None
 
     @property
-    def each(self) -> int:
+    def classes_per_rank(self) -> int:
         """How many classes a rank holds, but for the last ranks, which may hold fewer or none."""
         return -(-self.num_classes // world_size(self.group))
 
     def range_of(self, rank: int) -> range:
         """Returns the classes that a rank holds."""
-        return range(min(self.num_classes, rank * self.each), min(self.num_classes, (rank + 1) * self.each))
+        return range(
+            min(self.num_classes, rank * self.classes_per_rank),
+            min(self.num_classes, (rank + 1) * self.classes_per_rank),
+        )
 
     @property
     def own(self) -> range:

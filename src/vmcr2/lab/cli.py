@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 import tyro
 from rich.console import Console
 
+from vmcr2.checks import did_you_mean
 from vmcr2.distributed import world_size
 from vmcr2.errors import InputError, NumericalError
 from vmcr2.lab import processes
-from vmcr2.lab.recipes import CHOSEN_FOR, OBJECTIVES, RECIPES, ObjectiveName, Recipe, find, named, nearest, to_json
+from vmcr2.lab.recipes import CHOSEN_FOR, OBJECTIVES, RECIPES, ObjectiveName, Recipe, find, named, to_json
 
 if TYPE_CHECKING:
     from vmcr2.lab.run import RunFolder
@@ -367,7 +368,7 @@ def _reproduce(arguments: list[str]) -> None:
         _say(f"TABLE is one of {', '.join(reproduce.TARGETS)}.\n")
         tyro.cli(reproduce.Request, args=["--help"], prog="vmcr2 reproduce TABLE")
     if name not in reproduce.TARGETS:
-        hint = nearest(name, reproduce.TARGETS)
+        hint = did_you_mean(name, reproduce.TARGETS)
         raise InputError(f"reproduce takes one of {', '.join(reproduce.TARGETS)}, got {name or 'nothing'}{hint}")
     request = tyro.cli(reproduce.Request, args=flags, prog=f"vmcr2 reproduce {name}")
     for path in reproduce.TARGETS[name](request, _console()):
@@ -503,7 +504,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
                     print(__version__)
                 elif given[0] not in _COMMANDS:
-                    hint = nearest(given[0], _COMMANDS)
+                    hint = did_you_mean(given[0], _COMMANDS)
                     raise InputError(f"command must be one of {', '.join(_COMMANDS)}, got {given[0]!r}{hint}")
                 elif given[0] != "train" and world_size() > 1:
                     raise InputError(

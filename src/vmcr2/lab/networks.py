@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from itertools import pairwise
 
@@ -15,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.parallel import DistributedDataParallel
 
+from vmcr2.checks import did_you_mean
 from vmcr2.distributed import process_rank, sum_over_ranks, total_over_ranks, world_size
 from vmcr2.errors import InputError
 from vmcr2.lab._torchvision import import_torchvision
@@ -181,8 +181,7 @@ def _timm(name: str, input_shape: tuple[int, ...], feature_dim: int) -> nn.Modul
     except ModuleNotFoundError as error:
         raise InputError(f"network {TIMM}{name} needs the package timm: pip install timm") from error
     if not timm.is_model(name):
-        near = difflib.get_close_matches(name, timm.list_models(), n=1)
-        hint = f"; did you mean {TIMM}{near[0]}?" if near else ""
+        hint = did_you_mean(f"{TIMM}{name}", [f"{TIMM}{known}" for known in timm.list_models()])
         raise InputError(f"network must be a name that timm.list_models() has, got {TIMM}{name}{hint}")
     given = {"pretrained": False, "in_chans": channels, "num_classes": 0}
     try:

@@ -6,16 +6,15 @@ A recipe is written to recipe.json in its run folder and read back strictly.
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from vmcr2.checks import check_count, check_number
+from vmcr2.checks import check_count, check_number, did_you_mean
 from vmcr2.dictionary import Structure
 from vmcr2.errors import InputError
 from vmcr2.lab import sources
@@ -264,12 +263,6 @@ def named() -> dict[str, Recipe]:
     return RECIPES | PAPER
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """Returns "; did you mean …?" for a name that is not known, nothing where no name is near."""
-    near = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {near[0]}?" if near else ""
-
-
 def find(name: str, image_size: int | None = None) -> Recipe:
     """Returns a recipe by name, from a .json file such as a run folder's recipe.json, or one chosen for data.
 
@@ -289,7 +282,7 @@ def find(name: str, image_size: int | None = None) -> Recipe:
         return for_data(Path(name), image_size)
     if Path(name).name != name:
         raise InputError(f"recipe or data must exist, got {name!r}: there is no such file or folder")
-    hint = nearest(name, known)
+    hint = did_you_mean(name, known)
     raise InputError(
         f"recipe must be one of {', '.join(known)}, a .json file, or data: a .npz file or a folder of images by class; "
         f"got {name!r}{hint}"
