@@ -330,6 +330,26 @@ class _Stepped(NamedTuple):
     flags: Bool[Tensor, " 3"]
 
 
+def _number_or_none(name: str, value: float | None) -> float | None:
+    return None if value is None else check_number(name, value)
+
+
+# Of `VMCR2Loss`, each with what returns it checked, given what to call it and the value.
+SETTINGS: dict[str, Callable[[str, Any], Any]] = {
+    "mu": _number_or_none,
+    "eps_sq": check_number,
+    "balance": check_number,
+    "energy": _number_or_none,
+    "pull": partial(check_number, at_most=1.0),
+    "expand": partial(check_number, positive=False),
+    "step_atoms": check_number,
+    "step_codes": check_number,
+    "reduction": partial(check_choice, choices=get_args(Reduction)),
+    "structure": partial(check_choice, choices=get_args(Structure)),
+    "step": partial(check_choice, choices=get_args(Step)),
+}
+
+
 class VMCR2Loss(_OverRanks):
     """The variational objective of eq. (7): a dictionary that leads the features, and features that follow it.
 
@@ -396,19 +416,7 @@ class VMCR2Loss(_OverRanks):
         InputError: a wrong argument (a ValueError).
     """
 
-    _checks: ClassVar[dict[str, Callable[[str, Any], Any]]] = {
-        "mu": lambda name, value: None if value is None else check_number(name, value),
-        "eps_sq": check_number,
-        "balance": check_number,
-        "energy": lambda name, value: None if value is None else check_number(name, value),
-        "pull": partial(check_number, at_most=1.0),
-        "expand": partial(check_number, positive=False),
-        "step_atoms": check_number,
-        "step_codes": check_number,
-        "reduction": partial(check_choice, choices=get_args(Reduction)),
-        "structure": partial(check_choice, choices=get_args(Structure)),
-        "step": partial(check_choice, choices=get_args(Step)),
-    }
+    _checks = SETTINGS
     _made_with = ("num_classes", "feature_dim", "atoms_per_class", "structure", "sharded", "process_group")
 
     def __init__(

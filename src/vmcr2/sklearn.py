@@ -31,7 +31,7 @@ from vmcr2.checks import check_choice, check_count, check_number
 from vmcr2.embeddings import LabelQuality, label_quality, places_in_class, sorted_classes
 from vmcr2.errors import InputError, NumericalError
 from vmcr2.latching import MomentStream
-from vmcr2.losses import MCR2Loss, VMCR2Loss
+from vmcr2.losses import SETTINGS, MCR2Loss, VMCR2Loss
 from vmcr2.membership import as_membership
 from vmcr2.subspaces import check_components, class_subspaces, default_components, spanned, subspace_energies
 
@@ -357,10 +357,8 @@ class CodingRateTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
         check_number("learning_rate", self.learning_rate, at_most=_LARGEST_RATE)
         check_number("weight_decay", self.weight_decay, positive=False, at_most=_LARGEST_RATE)
         check_number("eps_sq", self.eps_sq)
-        if self.energy is not None:
-            check_number("energy", self.energy)
-        check_number("pull", self.pull, at_most=1.0)
-        check_number("expand", self.expand, positive=False)
+        for name in ("energy", "pull", "expand"):
+            SETTINGS[name](name, getattr(self, name))
         check_choice("objective", self.objective, get_args(Objective))
         self._device()
         if self.network is not None and (isinstance(self.network, nn.Module) or not _takes_two(self.network)):

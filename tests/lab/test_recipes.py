@@ -72,7 +72,7 @@ def test_choices_are_checked_without_json_too():
         (name,) = change
         with pytest.raises(InputError, match=f"{name} must be one of"):
             replace(SMALL, **change)
-    with pytest.raises(InputError, match="vmcr2.reduction must be one of mean, sum, got 'none'"):
+    with pytest.raises(InputError, match="vmcr2.reduction must be one of 'mean', 'sum', got 'none'"):
         replace(SMALL.vmcr2, reduction="none")
 
 

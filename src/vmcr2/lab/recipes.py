@@ -14,25 +14,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from vmcr2.checks import check_count, check_number, did_you_mean
+from vmcr2.checks import check_choice, check_count, check_number, did_you_mean
 from vmcr2.dictionary import Structure
 from vmcr2.errors import InputError
 from vmcr2.lab import sources
 from vmcr2.lab.augmentation import Augmentation
 from vmcr2.lab.networks import check_network
 from vmcr2.lab.sources import DataSettings
-from vmcr2.losses import Reduction, Step
+from vmcr2.losses import SETTINGS, Reduction, Step
 
 ObjectiveName = Literal["vmcr2", "mcr2", "ce"]
 OBJECTIVES: dict[ObjectiveName, str] = {"vmcr2": "V-MCR²", "mcr2": "MCR²", "ce": "cross-entropy"}
-
-
-def _check_choices(prefix: str, settings: VMCR2Settings | Recipe) -> None:
-    """Raises InputError unless every field with a Literal type holds one of its values."""
-    for name, kind in get_type_hints(type(settings)).items():
-        value = getattr(settings, name)
-        if get_origin(kind) is Literal and value not in get_args(kind):
-            raise InputError(f"{prefix}{name} must be one of {', '.join(get_args(kind))}, got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -81,17 +73,15 @@ class VMCR2Settings:
     stop_on_collapse: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("lr", "balance", "step_atoms", "step_codes"):
-            check_number(f"vmcr2.{name}", getattr(self, name))
-        check_number("vmcr2.pull", self.pull, at_most=1.0)
-        check_number("vmcr2.expand", self.expand, positive=False)
-        for name in ("mu", "energy", "gradient_clip"):
-            if getattr(self, name) is not None:
-                check_number(f"vmcr2.{name}", getattr(self, name))
+        for name, value in vars(self).items():
+            if name in SETTINGS:
+                SETTINGS[name](f"vmcr2.{name}", value)
+        check_number("vmcr2.lr", self.lr)
+        if self.gradient_clip is not None:
+            check_number("vmcr2.gradient_clip", self.gradient_clip)
         if self.atoms_per_class is not None:
             check_count("vmcr2.atoms_per_class", self.atoms_per_class)
         check_count("vmcr2.latch_every", self.latch_every)
-        _check_choices("vmcr2.", self)
 
 
 @dataclass(frozen=True)
@@ -187,7 +177,9 @@ class Recipe:
     ce: CESettings = field(default_factory=CESettings)
 
     def __post_init__(self) -> None:
-        _check_choices("", self)
+        for name, kind in get_type_hints(type(self)).items():
+            if get_origin(kind) is Literal:
+                check_choice(name, getattr(self, name), get_args(kind))
         check_network(self.network)
         check_count("seed", self.seed, at_least=0, at_most=2**40)
         if not self.name or not self.name.replace("-", "").replace("_", "").replace(".", "").isalnum():
