@@ -28,7 +28,7 @@ def check_number(name: str, value: float, *, positive: bool = True, at_most: flo
     """Returns the value as the float to compute with: torch takes neither fractions nor integers beyond 64 bits.
 
     Raises:
-        InputError: it is no finite number above 0 (at least 0 where positive is false), or beyond `at_most`.
+        InputError: it is not a finite number above 0 (at least 0 where positive is false), or beyond `at_most`.
     """
     is_number = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
     try:
@@ -84,7 +84,7 @@ def pair_of(batch: Any, second: str = "membership") -> tuple[Tensor, Tensor]:
     """Returns a batch as (inputs, `second`), both of which can be moved to a device.
 
     Raises:
-        InputError: it is no pair (a dict of two would unpack into its keys), or not of tensors with values.
+        InputError: it is not a pair (a dict of two would unpack into its keys), or not of tensors with values.
     """
     if isinstance(batch, tuple | list) and len(batch) == 2:
         for name, value in zip(("inputs", second), batch, strict=True):
@@ -179,7 +179,7 @@ def feature_conditions(features: Tensor, *, feature_dim: int | None = None, unit
         unit: whether rows must have norm 1 (within 2 %, so that bf16 features pass).
 
     Raises:
-        InputError: features are no dense floating-point matrix, or not of dimension d.
+        InputError: features are not a dense floating-point matrix, or not of dimension d.
     """
     check_tensor("features", features, "of shape (m, d)")
     if features.ndim != 2 or 0 in features.shape:

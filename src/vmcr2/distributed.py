@@ -20,7 +20,7 @@ from vmcr2.errors import InputError
 
 _T = TypeVar("_T")
 
-# What ranks can differ in and that is no number, sent as an index into this.
+# What ranks can differ in and that is not a number, sent as an index into this.
 _WORDS = (
     *("a training step", "an evaluation", "rates", "latch", "latch_from", "nearest_class", "full_state_dict"),
     *("MCR2Loss", "TotalCodingRateLoss", "labels", "soft rows", "with gradient", "without gradient"),

@@ -602,7 +602,7 @@ def _checked(features: Any, labels: Any) -> tuple[Tensor, Tensor, np.ndarray]:
             array = np.asarray(features)
             numbers = array.dtype.kind in "fiubO"
             features = torch.from_numpy(np.array(array, dtype=np.float64)) if numbers else None
-        except (TypeError, ValueError) as error:  # rows of unequal length, or objects that are no numbers
+        except (TypeError, ValueError) as error:  # rows of unequal length, or objects that are not numbers
             raise InputError(f"features must hold real numbers, (m, d): {error}") from error
         if features is None:
             raise InputError(f"features must hold real numbers, got dtype {array.dtype}")
@@ -642,7 +642,7 @@ def sorted_classes(
     if array.shape != (m,):
         raise InputError(f"{name} must have shape ({m},) to match {beside}, got {array.shape}")
     if array.dtype.kind == "f" and not (np.isfinite(array).all() and (array == np.round(array)).all()):
-        raise InputError(f"{name} must name classes, got numbers that are no integers")
+        raise InputError(f"{name} must name classes, got numbers that are not integers")
     # NumPy makes strings of what is listed beside strings, and sorts NaN as if it were a label.
     listed = list(labels) if array.dtype.kind in "OU" else []
     missing = any(isinstance(label, float) and math.isnan(label) for label in listed)

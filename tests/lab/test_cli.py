@@ -342,9 +342,9 @@ def test_what_is_no_run_folder_is_named(leaves, tmp_path, capsys):
     (tmp_path / "both" / "ce-seed0" / "recipe.json").touch()
     (tmp_path / "both" / "comparison.json").touch()
     for folder, message in (
-        (leaves / "leaves", "is no run folder: it has no recipe.json"),
-        (tmp_path / "model", "is no run folder: it is an exported model, which vmcr2.load and vmcr2 predict take"),
-        (tmp_path / "both", "is no run folder: it is a comparison, of the runs ce-seed0 in it"),
+        (leaves / "leaves", "is not a run folder: it has no recipe.json"),
+        (tmp_path / "model", "is not a run folder: it is an exported model, which vmcr2.load and vmcr2 predict take"),
+        (tmp_path / "both", "is not a run folder: it is a comparison, of the runs ce-seed0 in it"),
     ):
         assert main(["evaluate", str(folder)]) == 2
         assert message in capsys.readouterr().err

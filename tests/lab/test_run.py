@@ -177,7 +177,7 @@ def test_checkpoints_that_do_not_belong(tmp_path):
     longer = replace(SMALL, epochs=4)
     good = run.checkpoint_file.read_bytes()
     torch.save({"hello": 1}, run.checkpoint_file)
-    with pytest.raises(InputError, match="is no checkpoint of this program"):
+    with pytest.raises(InputError, match="is not a checkpoint of this program"):
         train.resume(run, longer)
     torch.save(torch.load(io.BytesIO(good), weights_only=True) | {"recipe": "{}"}, run.checkpoint_file)
     with pytest.raises(InputError, match="belongs to another recipe than"):

@@ -162,7 +162,7 @@ def test_damaged_files_are_named_whatever_is_wrong_with_them(tmp_path):
 def test_a_truncated_npz(tmp_path):
     path = write_npz(tmp_path / "cut.npz")
     path.write_bytes(path.read_bytes()[:300])
-    with pytest.raises(InputError, match=r"cut\.npz is no readable \.npz file \(truncated"):
+    with pytest.raises(InputError, match=r"cut\.npz is not a readable \.npz file \(truncated"):
         sources.load(DataSettings(source=str(path)))
 
 
@@ -216,7 +216,7 @@ def test_wrong_folders(tmp_path):
         sources.load(DataSettings(source=str(root)))
     cut = root / "train" / "oak" / "large.png"
     cut.write_bytes(cut.read_bytes()[:40])
-    with pytest.raises(InputError, match=r"large\.png is no readable image"):
+    with pytest.raises(InputError, match=r"large\.png is not a readable image"):
         sources.load(DataSettings(source=str(root)))
     (root / "test" / "elm").mkdir()
     with pytest.raises(InputError, match=r"classes that train/ lacks: \['elm'\]"):
@@ -282,7 +282,7 @@ def test_tiny_imagenet_is_decoded_once_at_half_size(tmp_path):
             lambda folder: (folder / "val/images/val_1.JPEG").write_bytes(
                 (folder / "val/images/val_1.JPEG").read_bytes()[:300]
             ),
-            "val_1.JPEG is no readable image",
+            "val_1.JPEG is not a readable image",
         ),
     ],
 )

@@ -84,7 +84,7 @@ def test_files_and_images_are_read_as_the_arrays_are(run, tmp_path):
         (torch.zeros(2, 1, 8, 8), r"must be uint8 images \(m, 1, 8, 8\) as in training, got float32 \(2, 1, 8, 8\)"),
         (np.zeros((2, 3, 8, 8), np.uint8), r"got uint8 \(2, 3, 8, 8\)"),
         ([], "images must be at least one image, got none"),
-        ("nowhere.png", "nowhere.png is no readable image"),
+        ("nowhere.png", "nowhere.png is not a readable image"),
         (None, "images must be an array, a path, an image, .*got NoneType"),
         (3, "images must be an array, a path, an image, .*got int"),
         ([np.zeros((8, 8), np.uint8)] * 2, r"got a sequence of arrays: stack them \(numpy.stack, torch.stack\)$"),

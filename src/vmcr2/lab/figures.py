@@ -107,7 +107,7 @@ def draw_similarity(axes: Axes, features: np.ndarray, labels: np.ndarray, names:
 
 def _readable(name: str, width: int = 32) -> str:
     """Returns a class name for a figure: words apart, on as many lines as it needs."""
-    whole = str(name).encode("utf-8", "replace").decode()  # the name of a folder may be no valid text
+    whole = str(name).encode("utf-8", "replace").decode()  # the name of a folder may not be valid text
     words = whole.replace("/character", " ").replace("_", " ").replace("$", r"\$")
     return textwrap.fill(words, width)
 

@@ -226,7 +226,7 @@ class SyncBatchNorm(_BatchNorm):
     """BatchNorm with the statistics of all processes' batches together, wherever it takes those of a batch.
 
     torch's own refuses a CPU, and takes its own process's statistics in eval mode, in which a network is latched onto.
-    This is no subclass of it, since DistributedDataParallel refuses those on a CPU too.
+    This is not a subclass of it, since DistributedDataParallel refuses those on a CPU too.
     """
 
     process_group = None  # of torch's, whose methods serve here as well

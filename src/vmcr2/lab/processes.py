@@ -166,7 +166,7 @@ class Launch:
         # torchrun's store outlives a restart (--max-restarts), with the addresses of those who have died.
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         self.store = dist.PrefixStore(f"vmcr2/{attempt}", store)
-        # Tensors by the device that they are on; what is no tensor goes by gloo.
+        # Tensors by the device that they are on; what is not a tensor goes by gloo.
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, store=self.store, rank=rank, world_size=world)
         if threading.current_thread() is threading.main_thread():

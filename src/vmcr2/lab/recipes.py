@@ -328,14 +328,14 @@ def from_json(file: Path) -> Recipe:
     """Returns the recipe in a file.
 
     Raises:
-        InputError: the file is missing, is no JSON, or has an unknown key or a wrong value (a ValueError).
+        InputError: the file is missing, is not JSON, or has an unknown key or a wrong value (a ValueError).
     """
     try:
         fields = json.loads(file.read_text(encoding="utf-8", errors="surrogateescape"))
     except FileNotFoundError as error:
         raise InputError(f"there is no recipe file {file}") from error
     except (OSError, ValueError) as error:
-        raise InputError(f"{file} is no readable recipe: {error}") from error
+        raise InputError(f"{file} is not a readable recipe: {error}") from error
     return _structured(fields, str(file))
 
 
@@ -354,7 +354,7 @@ def _structured(fields: Any, name: str) -> Recipe:
         return check
 
     if not isinstance(fields, dict):
-        raise InputError(f"{name} is no valid recipe: it must hold an object, got {fields!r}")
+        raise InputError(f"{name} is not a valid recipe: it must hold an object, got {fields!r}")
     converter = cattrs.Converter(forbid_extra_keys=True)
     for kind, accepted in ((int, (int,)), (float, (int, float)), (bool, (bool,)), (str, (str,))):
         converter.register_structure_hook(kind, exactly(*accepted))
@@ -362,7 +362,7 @@ def _structured(fields: Any, name: str) -> Recipe:
         return converter.structure(fields, Recipe)
     except cattrs.BaseValidationError as error:
         lines = cattrs.transform_error(error, format_exception=say)
-        raise InputError(f"{name} is no valid recipe: {'; '.join(lines)}") from error
+        raise InputError(f"{name} is not a valid recipe: {'; '.join(lines)}") from error
 
 
 def differences(one: Recipe, other: Recipe) -> list[str]:

@@ -130,7 +130,7 @@ class RunFolder:
         """Opens a run folder that exists.
 
         Raises:
-            InputError: it is no path, the folder is missing, or has no recipe.json (a ValueError).
+            InputError: it is not a path, the folder is missing, or has no recipe.json (a ValueError).
         """
         if not isinstance(path, str | os.PathLike):
             raise InputError(f"path must be that of a run folder, got {type(path).__name__}")
@@ -145,7 +145,7 @@ class RunFolder:
                 what = f"it is a comparison, of the runs {', '.join(names)} in it"
             elif (path / "model.safetensors").is_file():
                 what = "it is an exported model, which vmcr2.load and vmcr2 predict take"
-            raise InputError(f"{path} is no run folder: {what}")
+            raise InputError(f"{path} is not a run folder: {what}")
         return run
 
     def write_recipe(self, recipe: Recipe) -> None:

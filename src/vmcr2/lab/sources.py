@@ -429,7 +429,7 @@ def read_npz(path: Path, *, needs_test: bool = True) -> Dataset:
     if not path.is_file():
         raise InputError(f"there is no file {path}")
     if not zipfile.is_zipfile(path):
-        raise InputError(f"{path} is no readable .npz file (truncated, or of another kind?)")
+        raise InputError(f"{path} is not a readable .npz file (truncated, or of another kind?)")
     arrays: dict[str, np.ndarray] = {}
     objects: list[str] = []
     try:
@@ -444,7 +444,7 @@ def read_npz(path: Path, *, needs_test: bool = True) -> Dataset:
                         raise
                     objects.append(name)
     except Exception as error:  # NumPy passes on whatever the zip, the header or the decompression stumbled over
-        raise InputError(f"{path} is no readable .npz file (truncated or damaged?): {error}") from error
+        raise InputError(f"{path} is not a readable .npz file (truncated or damaged?): {error}") from error
     if objects:
         raise InputError(
             f"{path} must hold arrays of numbers or text, got Python objects in {', '.join(sorted(objects))}; "
@@ -563,7 +563,7 @@ def outline(path: Path) -> Outline:
             with Image.open(file) as image:
                 shapes.setdefault((3, image.height, image.width), file)
         except Exception as error:  # Pillow's decoders raise what they like
-            raise InputError(f"{file} is no readable image (truncated or damaged?): {error}") from error
+            raise InputError(f"{file} is not a readable image (truncated or damaged?): {error}") from error
     smallest = shapes[min(shapes, key=lambda shape: min(shape[1:]))].relative_to(path).as_posix()
     return Outline(tuple(sorted(shapes)), len(names), len(parts["train"]), bool(parts["test"]), smallest)
 
@@ -579,12 +579,12 @@ def decode(source: Any, size: tuple[int, int] | None = None, mode: str = "RGB") 
     What is transparent becomes white; of 16 bits the upper eight are taken.
 
     Raises:
-        InputError: it is no readable image, or of 32 bits a channel, whose range is not known (a ValueError).
+        InputError: it is not a readable image, or of 32 bits a channel, whose range is not known (a ValueError).
     """
     from PIL import Image
 
     if isinstance(source, str | Path) and not Path(source).is_file():
-        raise InputError(f"{source} is no readable image: there is no such file")
+        raise InputError(f"{source} is not a readable image: there is no such file")
     try:
         with source if isinstance(source, Image.Image) else Image.open(source) as image:
             if size is not None and not isinstance(source, Image.Image):
@@ -592,7 +592,7 @@ def decode(source: Any, size: tuple[int, int] | None = None, mode: str = "RGB") 
             wide = image.mode == "F" or (image.mode == "I" and image.format != "PPM")
             read = _as_mode(image, mode)
     except Exception as error:  # Pillow's decoders raise what they like
-        raise InputError(f"{source} is no readable image (truncated or damaged?): {error}") from error
+        raise InputError(f"{source} is not a readable image (truncated or damaged?): {error}") from error
     if wide:
         raise InputError(f"{source} must have 8 or 16 bits a channel, it has 32, whose range is not known; convert it")
     return read if size is None or size == read.size else read.resize(size, Image.Resampling.BILINEAR)

@@ -74,7 +74,7 @@ def refuse_conflicts(planned: Sequence[tuple[Path, Recipe]], data_root: str | Pa
             run = RunFolder.open(path)
             train.refuse_other_recipe(run, run.recipe(), recipe, data_root)
         elif not is_free(path):
-            raise InputError(f"{path} exists and is no run folder; choose another --out")
+            raise InputError(f"{path} exists and is not a run folder; choose another --out")
 
 
 def completed(path: Path, recipe: Recipe, data_root: str | Path | None, console: Console | None) -> RunFolder:
@@ -94,7 +94,7 @@ def compared(out: Path) -> list[RunFolder]:
     try:
         names = [f"{summary['objective']}-seed{summary['seed']}" for summary in json.loads(file.read_text("utf-8"))]
     except (OSError, ValueError, LookupError, TypeError) as error:
-        raise InputError(f"{file} is no readable comparison: {error}") from error
+        raise InputError(f"{file} is not a readable comparison: {error}") from error
     return [RunFolder.open(out / name) for name in names]
 
 

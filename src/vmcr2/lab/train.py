@@ -75,8 +75,8 @@ def fit(
         history: their lines.
 
     Raises:
-        InputError: there is no batch, it is no pair, or has no length beside lr_at, or the objective refuses the first
-            one (a ValueError).
+        InputError: there is no batch, it is not a pair, or has no length beside lr_at, or the objective refuses the
+            first one (a ValueError).
         NumericalError: training diverged, or the objective saw no sense in going on.
     """
     lines = list(history)
@@ -467,7 +467,7 @@ def _check_state(run: RunFolder, state: Any, prepared: _Prepared) -> None:
     """Raises InputError unless a checkpoint has what it must, of this recipe and this data."""
     expected = {"epoch", "seconds", "model", "criterion", "optimizer", "rng", "recipe", "data", "trained"}
     if not isinstance(state, dict) or not expected <= state.keys():
-        raise InputError(f"{run.checkpoint_file} is no checkpoint of this program: it must hold {sorted(expected)}")
+        raise InputError(f"{run.checkpoint_file} is not a checkpoint of this program: it must hold {sorted(expected)}")
     if state["epoch"] > prepared.recipe.epochs:
         got = prepared.recipe.epochs
         raise InputError(f"epochs must be at least the {state['epoch']} that {run.path} has, got {got}")
