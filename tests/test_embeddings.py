@@ -146,10 +146,16 @@ def test_lines_of_fewer_classes_than_dimensions_are_orthogonal():
     np.testing.assert_allclose(reduction_of_lines(torch.tensor([4, 0, 9, 1]), z.shape[1], 0.5), expected)
 
 
+@pytest.mark.parametrize("sizes", [[27, 18, 1], [1] * 36, [3, 3, 2, 2, 1]])
+def test_classes_without_samples_add_no_lines(sizes):
+    alone = reduction_of_lines(torch.tensor(sizes), 40, 0.5)
+    np.testing.assert_allclose(reduction_of_lines(torch.tensor(sizes + [0] * 200), 40, 0.5), alone)
+
+
 def test_unbalanced_orthogonal_classes_are_not_called_collapsed():
     labels = np.repeat(np.arange(10), [2000] + [10] * 9)
     found = vmcr2.report(np.eye(10)[labels], labels)
-    np.testing.assert_allclose(found.reduction, found.maximum)
+    np.testing.assert_allclose(found.reduction, reduction_of_lines(torch.tensor([2000] + [10] * 9), 10, 0.5))
     assert found.warnings == ()
     same = vmcr2.report(np.ones((2090, 10)), labels)
     assert "collapsed" in same.warnings[0]

@@ -71,6 +71,22 @@ def test_only_the_commands_openmp_threads_spin_briefly_unless_told_otherwise(arg
     assert done.stdout.strip() == found
 
 
+@pytest.mark.parametrize("switch", [["-m", "vmcr2"], ["-um", "vmcr2"], ["-mvmcr2"]])
+def test_python_m_vmcr2_is_the_command(switch, tmp_path):
+    said = "import atexit, os; atexit.register(lambda: print(os.environ.get('GOMP_SPINCOUNT')))"
+    (tmp_path / "sitecustomize.py").write_text(said)
+    environment = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(tmp_path), *sys.path])
+    done = subprocess.run(
+        [sys.executable, *switch, "recipes"], capture_output=True, text=True, check=True, env=environment
+    )
+    assert done.stdout.splitlines()[-1] == "1000"
+
+
+def test_it_is_imported_where_there_are_no_arguments():
+    subprocess.run([sys.executable, "-c", "import sys; sys.argv = []; import vmcr2"], check=True)
+
+
 @pytest.mark.parametrize("name", ["NearestSubspaceClassifier", "CodingRateClassifier"])
 def test_the_estimator_names_the_extra_that_is_missing(name):
     done = run(f"import vmcr2\nvmcr2.{name}", missing=["sklearn"])

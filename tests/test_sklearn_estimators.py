@@ -122,6 +122,38 @@ def test_a_stream_of_batches_gives_the_subspaces_of_the_whole():
     assert np.isfinite(again.predict_proba(z)).all()
 
 
+@pytest.mark.parametrize("scale", [1e-4, 1e-2])
+def test_a_short_sample_leaves_a_streams_temperature(scale):
+    z, labels = unit_rows(500, 8).numpy(), np.arange(500) % 3
+    z[np.arange(500), labels] += 1
+    z /= np.linalg.norm(z, axis=1, keepdims=True)
+    found = vmcr2.NearestSubspaceClassifier(2).partial_fit(z, labels, classes=range(3))
+    before = found.temperature_
+    found.partial_fit(scale * z[:1], labels[:1])
+    assert 0.9 < found.temperature_ / before < 1.1
+
+
+def test_a_first_batch_has_the_temperature_of_fit():
+    random = np.random.default_rng(0)
+    labels = np.concatenate([np.arange(1200) % 2, np.repeat(np.arange(2, 40), 3)])  # rare classes, in few folds
+    z = np.eye(60)[labels] + random.normal(size=(len(labels), 60)) / 10
+    fitted = vmcr2.NearestSubspaceClassifier(1).fit(z, labels)
+    streamed = vmcr2.NearestSubspaceClassifier(1).partial_fit(z, labels, classes=np.unique(labels))
+    assert streamed.temperature_ == fitted.temperature_
+
+
+def test_a_stream_whose_batch_fails_has_not_taken_it_in(monkeypatch):
+    z, labels = unit_rows(60, 6).numpy(), np.arange(60) % 3
+    found = vmcr2.NearestSubspaceClassifier(2).partial_fit(z[:30], labels[:30], classes=range(3))
+    with monkeypatch.context() as patch:
+        patch.setattr("vmcr2.sklearn.spanned", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            found.partial_fit(z[30:], labels[30:])
+    assert found.class_count_.sum() == found._stream.counts.sum() == 30
+    expected = vmcr2.NearestSubspaceClassifier(2).fit(z, labels)
+    np.testing.assert_array_equal(found.partial_fit(z[30:], labels[30:]).predict(z), expected.predict(z))
+
+
 def test_a_partial_fit_that_fails_changes_nothing():
     z, labels = unit_rows(60, 6).numpy(), np.arange(60) % 3
     found = vmcr2.CodingRateClassifier(8, hidden=8, epochs=2, random_state=0).fit(z, labels)

@@ -17,7 +17,10 @@ from typing import TYPE_CHECKING, Any
 # OpenMP's threads spin while they wait for each other, and where other programs want the cores a step may take several
 # times as long (results/busy.md). GNU's reads this when torch is loaded, which is below: too early for `__main__.py`.
 # In a program of somebody else's the environment is theirs.
-if Path(sys.argv[0]).stem == "vmcr2" or ("-m", "vmcr2") in zip(sys.orig_argv, sys.orig_argv[1:], strict=False):
+# `argv` begins with "-m" while `python -m vmcr2` imports the package, and an embedded interpreter may have none.
+if Path((_argv := getattr(sys, "argv", None) or [""])[0]).stem == "vmcr2" or (
+    _argv[0] == "-m" and any(word.endswith("vmcr2") for word in sys.orig_argv)
+):
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 from vmcr2.errors import InputError, NotLatchedError, NumericalError

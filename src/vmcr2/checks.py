@@ -62,10 +62,16 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> str:
     return value
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Returns "; did you mean …?" for a name that is not known, nothing where no name is near."""
+def did_you_mean(name: str, known: Iterable[str], prefix: str = "") -> str:
+    """Returns "; did you mean …?" for a name that is not known, nothing where no name is near.
+
+    Args:
+        name: what was given.
+        known: what there is.
+        prefix: what the user writes before either.
+    """
     near = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {near[0]}?" if near else ""
+    return f"; did you mean {prefix}{near[0]}?" if near else ""
 
 
 def iterator_of(name: str, value: Any, form: str) -> Iterator[Any]:

@@ -386,7 +386,7 @@ def largest_reduction(feature_dim: int, class_counts: Int[np.ndarray, " k"], eps
     def directions(price: float) -> np.ndarray:
         """The r_j from 1 to `most` at which one more direction adds no more to ΔR than its price."""
         low, high = np.ones_like(most), most.copy()
-        for _ in range(50):
+        for _ in range(30):
             middle = 0.5 * (low + high)
             more = worth(weights / middle) - weights * worth(1 / middle) > price
             low, high = np.where(more, middle, low), np.where(more, high, middle)
@@ -409,7 +409,7 @@ def largest_reduction(feature_dim: int, class_counts: Int[np.ndarray, " k"], eps
     low, high = 0.0, float(worth(1.0))
     r, own, _ = allotted(low)
     if r @ own > d:
-        for _ in range(60):
+        for _ in range(40):
             price = 0.5 * (low + high)
             r, own, left = allotted(price)
             low, high = (price, high) if r @ own + left > d else (low, price)

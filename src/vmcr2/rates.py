@@ -188,10 +188,12 @@ def reduction_of_lines(sizes: Int[Tensor, " k"], feature_dim: int, eps_sq: float
         eps_sq: ε² > 0.
     """
     d, beta = feature_dim, feature_dim / eps_sq
-    spectrum = (sizes.double() / sizes.sum()).cpu().sort(descending=True).values[:d]
-    if len(sizes) > d:
+    shares = (sizes[sizes > 0].double() / sizes.sum()).cpu().sort(descending=True).values
+    spectrum = shares[:d]
+    if len(shares) > d:
         # The flattest keeps a line apart as long as it has more than an even share of what is left.
-        even = (1 - (spectrum.cumsum(0) - spectrum)) / torch.arange(d, 0, -1, device="cpu")
+        left = shares.flip(0).cumsum(0).flip(0)[:d]
+        even = left / torch.arange(d, 0, -1, device="cpu")
         apart = int((spectrum <= even * (1 + 1e-9)).to(torch.uint8).argmax())
         spectrum[apart:] = even[apart]
     return 0.5 * (float(torch.log1p(beta * spectrum).sum()) - math.log1p(beta))

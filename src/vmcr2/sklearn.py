@@ -96,7 +96,7 @@ class NearestSubspaceClassifier(ClassifierMixin, BaseEstimator):
             self._set_components(X.shape[1])
             features = _tensor(_with_squares(X))
             self.components_ = class_subspaces(features, torch.from_numpy(labels), k, self.n_components_).numpy()
-            self.temperature_ = _temperature(features, *_fold_energies(features, labels, k, self.n_components_))
+            self.temperature_ = _temperature(*_fold_energies(features, labels, k, self.n_components_))
             self.class_count_ = np.bincount(labels, minlength=k)
         return self
 
@@ -105,7 +105,7 @@ class NearestSubspaceClassifier(ClassifierMixin, BaseEstimator):
 
         What is kept of them takes k d² numbers at most. After `fit`, which keeps none, it starts afresh among the same
         classes, and warns of it. The temperature is that of the latest thousand samples (fewer of thousands of
-        classes), each judged before it was learned from.
+        classes), each judged before it was learned from; after the first batch, that of `fit`.
 
         Args:
             X: (m, d), as in `fit`.
@@ -116,7 +116,7 @@ class NearestSubspaceClassifier(ClassifierMixin, BaseEstimator):
             InputError: n_components is out of range, classes are missing or differ, or y holds another class (a
                 ValueError); ValueError for wrong X or y.
         """
-        with _all_or_nothing(self):
+        with _all_or_nothing(self, changed=("_stream",)):
             first = not hasattr(self, "classes_")
             X, y = validate_data(self, X, y, dtype=_FLOATS, reset=first)
             labels = _enter_classes(self, y, classes, first)
@@ -130,16 +130,18 @@ class NearestSubspaceClassifier(ClassifierMixin, BaseEstimator):
                 self._stream, self._recent = MomentStream(k, d, torch.float64, torch.device("cpu")), None
             assert self._stream is not None
             features, places = _tensor(_with_squares(X).astype(np.float64)), torch.from_numpy(labels)
-            if first:
-                judged = _fold_energies(features, labels, k, self.n_components_)
+            most = min(_RECENT, max(1, _LIKELIHOODS // k))
+            if self._recent is None:
+                energies, owners = _fold_energies(features, labels, k, self.n_components_)
+                self.temperature_ = _temperature(energies, owners)
+                spread = slice(None, None, max(1, -(-len(owners) // most)))  # it is in the order of folds
+                self._recent = energies[spread], owners[spread]
             else:
                 part = _spread(len(features), k)
                 judged = subspace_energies(features[part], _tensor(self.components_)), places[part]
-            before = self._recent or (judged[0][:0], judged[1][:0])
-            most = min(_RECENT, max(1, _LIKELIHOODS // k))
-            energies, owners = (torch.cat(parts)[-most:] for parts in zip(before, judged, strict=True))
-            self._recent = energies, owners
-            self.temperature_ = _temperature(features, energies, owners)
+                energies, owners = (torch.cat(parts)[-most:] for parts in zip(self._recent, judged, strict=True))
+                self._recent = energies, owners
+                self.temperature_ = _temperature(energies, owners)
             checked, _ = as_membership(features, places, k)
             self._stream.add(features, checked)
             blocks, energies, _ = self._stream.blocks(self.n_components_)
@@ -748,7 +750,7 @@ def _enter_classes(estimator: Any, y: Any, classes: Any, first: bool) -> np.ndar
 
 
 def _fold_energies(features: Tensor, labels: np.ndarray, k: int, n_components: int) -> tuple[Tensor, Tensor]:
-    """Returns the energies of samples in subspaces found without them, (n, k), and their labels (n,)."""
+    """Returns the energies of samples in subspaces found without them, (n, k), and their labels (n,), by folds."""
     places = torch.from_numpy(labels)
     folds = places_in_class(places) % _FOLDS
     judged = torch.zeros(len(features), dtype=torch.bool, device="cpu")
@@ -769,18 +771,17 @@ def _spread(m: int, k: int) -> slice:
     return slice(None, None, max(1, m * k // _LIKELIHOODS))
 
 
-def _temperature(features: Tensor, energies: Tensor, labels: Tensor) -> float:
+def _temperature(energies: Tensor, labels: Tensor) -> float:
     """Returns τ at which the labels are likeliest, p_j ∝ exp(‖V^(j)ᵀ z‖²/τ); their log-likelihood is concave in 1/τ.
 
     Args:
-        features: (m, d), of about the norm of those that were judged.
-        energies: ‖V^(j)ᵀ z‖² of the judged, (n, k).
+        energies: ‖V^(j)ᵀ z‖² of samples that were judged, (n, k).
         labels: theirs, (n,).
     """
-    scale = float(features.double().square().sum(1).mean()) or 1.0
     known = energies.gather(1, labels[:, None])[:, 0] > 0  # the others' class has no subspace yet
     if not known.any():
-        return 0.1 * scale
+        return 0.1
+    scale = float(energies[known].amax(1).mean())
     table, own = energies[known].double() / scale, labels[known, None]
     gains = table - table.gather(1, own)
     low, high = -2.0, 5.0  # of log10 1/τ

@@ -44,6 +44,14 @@ def test_collapse_is_said_and_what_to_change(tmp_path):
     assert metrics[-1]["train_reduction"] > 1.5 * metrics[0]["train_reduction"]
 
 
+@pytest.mark.parametrize(
+    ("name", "value"), [("gradient_clip", -1.0), ("gradient_clip", 0.0), ("latch_every", 0), ("stop_on_collapse", "no")]
+)
+def test_wrong_settings_of_the_variational_objective_are_named(name, value):
+    with pytest.raises(ValueError, match=f"^{name} must be"):
+        objectives.Variational(vmcr2.VMCR2Loss(4, 16), **{name: value})
+
+
 def test_a_collapse_names_the_balance_of_the_loss_itself_also_on_resuming():
     """Whatever its settings say, which another loss may be given with; before a batch was seen, too."""
     loss = vmcr2.VMCR2Loss(4, 16, mu=1.0)

@@ -181,7 +181,7 @@ def _timm(name: str, input_shape: tuple[int, ...], feature_dim: int) -> nn.Modul
     except ModuleNotFoundError as error:
         raise InputError(f"network {TIMM}{name} needs the package timm: pip install timm") from error
     if not timm.is_model(name):
-        hint = did_you_mean(f"{TIMM}{name}", [f"{TIMM}{known}" for known in timm.list_models()])
+        hint = did_you_mean(name, timm.list_models(), TIMM)
         raise InputError(f"network must be a name that timm.list_models() has, got {TIMM}{name}{hint}")
     given = {"pretrained": False, "in_chans": channels, "num_classes": 0}
     try:

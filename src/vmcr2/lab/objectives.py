@@ -14,7 +14,7 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 from torch.nn import functional
 
-from vmcr2.checks import check_count
+from vmcr2.checks import check_count, check_flag, check_number
 from vmcr2.distributed import agree, gather_rows
 from vmcr2.errors import NumericalError
 from vmcr2.lab.recipes import Recipe
@@ -83,7 +83,7 @@ class Objective:
         self.criterion = criterion
         self.num_classes = num_classes
         self.eps_sq = eps_sq
-        self.gradient_clip = gradient_clip
+        self.gradient_clip = None if gradient_clip is None else check_number("gradient_clip", gradient_clip)
         self.cure = cure
 
     def before_epoch(self, epoch: int, model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
@@ -141,8 +141,9 @@ class Variational(Objective):
         stop_on_collapse: bool = True,
     ) -> None:
         check_count("latch_every", latch_every)
+        check_flag("stop_on_collapse", stop_on_collapse)
         rivals = "vmcr2.lr or vmcr2.mu" if criterion.mu is not None else "vmcr2.lr or vmcr2.balance"
-        clip = "" if gradient_clip else ", or set vmcr2.gradient_clip to 0.02"
+        clip = ", or set vmcr2.gradient_clip to 0.02" if gradient_clip is None else ""
         super().__init__(
             criterion,
             criterion.num_classes,

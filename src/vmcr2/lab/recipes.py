@@ -263,7 +263,7 @@ def find(name: str, image_size: int | None = None) -> Recipe:
         image_size: as `for_data` takes it; known recipes have their own.
 
     Raises:
-        InputError: there is no such recipe, or the file is no recipe (a ValueError).
+        InputError: there is no such recipe, or the file is not a recipe (a ValueError).
     """
     known = named()
     if name in known:
