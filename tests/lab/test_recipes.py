@@ -61,7 +61,7 @@ def test_recipes_survive_json(tmp_path):
         assert recipes.find(str(file)) == recipe
         assert recipes.differences(recipe, replace(recipe, seed=3)) == ["seed: 0, 3"]
     (tmp_path / "cut.json").write_text("{")
-    with pytest.raises(InputError, match="no readable recipe"):
+    with pytest.raises(InputError, match="is not a readable recipe"):
         recipes.find(str(tmp_path / "cut.json"))
     with pytest.raises(InputError, match="did you mean omniglot100"):
         recipes.find("omniglot10")
