@@ -65,7 +65,7 @@ def grid(data: str) -> list[Setting]:
     """Returns what is compared on a data set; where a run takes minutes, what the others showed to matter."""
     if data not in ("digits", "omniglot100"):
         some = [Setting(data, energy, 0.3) for energy in (None, 1.0)]
-        return [Setting(data), *some, *[Setting(data, None, 0.3, expand) for expand in (0.2, 0.4, 0.6)]]
+        return [Setting(data), *some, *[Setting(data, None, 0.3, expand) for expand in (0.2, 0.4, 0.6, 0.8, 1.0)]]
     once = [Setting(data, energy, pull) for energy in (None, 2.0, 1.0) for pull in (1.0, 0.3, 0.1)]
     expanding = [Setting(data, None, pull, expand) for pull in (1.0, 0.3) for expand in (0.2, 0.4, 0.6, 1.0)]
     others = [
