@@ -133,6 +133,12 @@ def test_a_short_sample_leaves_a_streams_temperature(scale):
     assert 0.9 < found.temperature_ / before < 1.1
 
 
+def test_the_temperature_scales_with_features_of_which_none_can_be_judged():
+    z, labels = unit_rows(3, 4).numpy(), np.arange(3)  # one sample per class
+    fitted = [vmcr2.NearestSubspaceClassifier(1).fit(scale * z, labels).temperature_ for scale in (1, 1e3)]
+    np.testing.assert_allclose(fitted[1], 1e6 * fitted[0])
+
+
 def test_a_first_batch_has_the_temperature_of_fit():
     random = np.random.default_rng(0)
     labels = np.concatenate([np.arange(1200) % 2, np.repeat(np.arange(2, 40), 3)])  # rare classes, in few folds

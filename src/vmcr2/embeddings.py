@@ -355,6 +355,20 @@ def _warnings(
     return found
 
 
+def _worth(scaled: Any) -> Any:
+    """Returns what one more dimension adds to R, up to ½, where β times the energy in each of a class's own is this."""
+    return np.log1p(scaled) - scaled / (1 + scaled)
+
+
+def _energy_worth(price: float, beta: float) -> float:
+    """Returns the energy of a direction, at most 1, at which one more dimension is worth the price."""
+    low, high = 0.0, 1.0
+    for _ in range(60):
+        middle = 0.5 * (low + high)
+        low, high = (low, middle) if _worth(beta * middle) > price else (middle, high)
+    return high
+
+
 def largest_reduction(feature_dim: int, class_counts: Int[np.ndarray, " k"], eps_sq: float) -> float:
     """Returns the largest ΔR that unit features in classes of such sizes can have.
 
@@ -379,34 +393,22 @@ def largest_reduction(feature_dim: int, class_counts: Int[np.ndarray, " k"], eps
     weights = counts / (counts @ alike)
     most = np.minimum(counts, d)
 
-    def worth(energy: Any) -> Any:
-        """What one more dimension adds to R, up to ½, for a class with so much energy in each of its own."""
-        return np.log1p(beta * energy) - beta * energy / (1 + beta * energy)
-
     def directions(price: float) -> np.ndarray:
         """The r_j from 1 to `most` at which one more direction adds no more to ΔR than its price."""
         low, high = np.ones_like(most), most.copy()
         for _ in range(30):
             middle = 0.5 * (low + high)
-            more = worth(weights / middle) - weights * worth(1 / middle) > price
+            more = _worth(beta * weights / middle) - weights * _worth(beta / middle) > price
             low, high = np.where(more, middle, low), np.where(more, high, middle)
         return low
 
-    def level(price: float) -> float:
-        """The energy of a direction at which one more dimension is worth the price."""
-        low, high = 0.0, 1.0
-        for _ in range(60):
-            middle = 0.5 * (low + high)
-            low, high = (low, middle) if worth(middle) > price else (middle, high)
-        return high
-
     def allotted(price: float) -> tuple[np.ndarray, np.ndarray, float]:
         """Returns r_j, how many classes of a size have directions of their own, the dimensions the others take."""
-        even = level(price) if price > 0 else 0.0
+        even = _energy_worth(price, beta) if price > 0 else 0.0
         own = weights > even
         return directions(price), alike * own, float(weights @ (alike * ~own)) / even if even else 0.0
 
-    low, high = 0.0, float(worth(1.0))
+    low, high = 0.0, float(_worth(beta))
     r, own, _ = allotted(low)
     if r @ own > d:
         for _ in range(40):

@@ -123,7 +123,7 @@ class MCR2Loss(_OverRanks):
         InputError: a wrong argument (a ValueError).
     """
 
-    _made_with = ("num_classes", "process_group")
+    _made_with = (*_OverRanks._made_with, "num_classes")
 
     def __init__(self, num_classes: int, *, eps_sq: float = 0.5, process_group: Any = None) -> None:
         super().__init__(process_group)
@@ -334,8 +334,9 @@ def _number_or_none(name: str, value: float | None) -> float | None:
     return None if value is None else check_number(name, value)
 
 
-# Of `VMCR2Loss`, each with what returns it checked, given what to call it and the value.
-SETTINGS: dict[str, Callable[[str, Any], Any]] = {
+# Checks of `VMCR2Loss`'s settings, by name; recipes and estimators call them under names of their own. Each takes what
+# to call the setting and its value, and returns the value to keep.
+SETTING_CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "mu": _number_or_none,
     "eps_sq": check_number,
     "balance": check_number,
@@ -416,8 +417,8 @@ class VMCR2Loss(_OverRanks):
         InputError: a wrong argument (a ValueError).
     """
 
-    _checks = SETTINGS
-    _made_with = ("num_classes", "feature_dim", "atoms_per_class", "structure", "sharded", "process_group")
+    _checks = SETTING_CHECKS
+    _made_with = (*_OverRanks._made_with, "num_classes", "feature_dim", "atoms_per_class", "structure", "sharded")
 
     def __init__(
         self,

@@ -31,7 +31,7 @@ from vmcr2.checks import check_choice, check_count, check_number
 from vmcr2.embeddings import LabelQuality, label_quality, places_in_class, sorted_classes
 from vmcr2.errors import InputError, NumericalError
 from vmcr2.latching import MomentStream
-from vmcr2.losses import SETTINGS, MCR2Loss, VMCR2Loss
+from vmcr2.losses import SETTING_CHECKS, MCR2Loss, VMCR2Loss
 from vmcr2.membership import as_membership
 from vmcr2.subspaces import check_components, class_subspaces, default_components, spanned, subspace_energies
 
@@ -96,7 +96,7 @@ class NearestSubspaceClassifier(ClassifierMixin, BaseEstimator):
             self._set_components(X.shape[1])
             features = _tensor(_with_squares(X))
             self.components_ = class_subspaces(features, torch.from_numpy(labels), k, self.n_components_).numpy()
-            self.temperature_ = _temperature(*_fold_energies(features, labels, k, self.n_components_))
+            self.temperature_ = _temperature(features, *_fold_energies(features, labels, k, self.n_components_))
             self.class_count_ = np.bincount(labels, minlength=k)
         return self
 
@@ -133,7 +133,7 @@ class NearestSubspaceClassifier(ClassifierMixin, BaseEstimator):
             most = min(_RECENT, max(1, _LIKELIHOODS // k))
             if self._recent is None:
                 energies, owners = _fold_energies(features, labels, k, self.n_components_)
-                self.temperature_ = _temperature(energies, owners)
+                self.temperature_ = _temperature(features, energies, owners)
                 spread = slice(None, None, max(1, -(-len(owners) // most)))  # it is in the order of folds
                 self._recent = energies[spread], owners[spread]
             else:
@@ -141,7 +141,7 @@ class NearestSubspaceClassifier(ClassifierMixin, BaseEstimator):
                 judged = subspace_energies(features[part], _tensor(self.components_)), places[part]
                 energies, owners = (torch.cat(parts)[-most:] for parts in zip(self._recent, judged, strict=True))
                 self._recent = energies, owners
-                self.temperature_ = _temperature(energies, owners)
+                self.temperature_ = _temperature(features, energies, owners)
             checked, _ = as_membership(features, places, k)
             self._stream.add(features, checked)
             blocks, energies, _ = self._stream.blocks(self.n_components_)
@@ -360,7 +360,7 @@ class CodingRateTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
         check_number("weight_decay", self.weight_decay, positive=False, at_most=_LARGEST_RATE)
         check_number("eps_sq", self.eps_sq)
         for name in ("energy", "pull", "expand"):
-            SETTINGS[name](name, getattr(self, name))
+            SETTING_CHECKS[name](name, getattr(self, name))
         check_choice("objective", self.objective, get_args(Objective))
         self._device()
         if self.network is not None and (isinstance(self.network, nn.Module) or not _takes_two(self.network)):
@@ -771,16 +771,17 @@ def _spread(m: int, k: int) -> slice:
     return slice(None, None, max(1, m * k // _LIKELIHOODS))
 
 
-def _temperature(energies: Tensor, labels: Tensor) -> float:
+def _temperature(features: Tensor, energies: Tensor, labels: Tensor) -> float:
     """Returns τ at which the labels are likeliest, p_j ∝ exp(‖V^(j)ᵀ z‖²/τ); their log-likelihood is concave in 1/τ.
 
     Args:
+        features: (m, d), whose scale is gone by where nothing could be judged.
         energies: ‖V^(j)ᵀ z‖² of samples that were judged, (n, k).
         labels: theirs, (n,).
     """
     known = energies.gather(1, labels[:, None])[:, 0] > 0  # the others' class has no subspace yet
     if not known.any():
-        return 0.1
+        return 0.1 * (float(features.double().square().sum(1).mean()) or 1.0)
     scale = float(energies[known].amax(1).mean())
     table, own = energies[known].double() / scale, labels[known, None]
     gains = table - table.gather(1, own)

@@ -21,7 +21,7 @@ from vmcr2.lab import sources
 from vmcr2.lab.augmentation import Augmentation
 from vmcr2.lab.networks import check_network
 from vmcr2.lab.sources import DataSettings
-from vmcr2.losses import SETTINGS, Reduction, Step
+from vmcr2.losses import SETTING_CHECKS, Reduction, Step
 
 ObjectiveName = Literal["vmcr2", "mcr2", "ce"]
 OBJECTIVES: dict[ObjectiveName, str] = {"vmcr2": "V-MCR²", "mcr2": "MCR²", "ce": "cross-entropy"}
@@ -74,8 +74,8 @@ class VMCR2Settings:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if name in SETTINGS:
-                SETTINGS[name](f"vmcr2.{name}", value)
+            if name in SETTING_CHECKS:
+                SETTING_CHECKS[name](f"vmcr2.{name}", value)
         check_number("vmcr2.lr", self.lr)
         if self.gradient_clip is not None:
             check_number("vmcr2.gradient_clip", self.gradient_clip)
