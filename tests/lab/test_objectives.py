@@ -45,7 +45,14 @@ def test_collapse_is_said_and_what_to_change(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("gradient_clip", -1.0), ("gradient_clip", 0.0), ("latch_every", 0), ("stop_on_collapse", "no")]
+    ("name", "value"),
+    [
+        ("gradient_clip", -1.0),
+        ("gradient_clip", 0.0),
+        ("latch_every", 0),
+        ("expand_epochs", 0),
+        ("stop_on_collapse", "no"),
+    ],
 )
 def test_wrong_settings_of_the_variational_objective_are_named(name, value):
     with pytest.raises(ValueError, match=f"^{name} must be"):
@@ -119,3 +126,42 @@ def test_latching_is_due_in_the_first_epoch_and_every_so_many(tmp_path, monkeypa
     run = train.start(replace(SMALL, epochs=6), tmp_path / "run", on_epoch=lambda _: latched.append(0))
     assert latched == [1, 0, 0, 0, 0, 1, 0, 0]  # latch_every is 4
     assert run.is_complete()
+
+
+def test_expansion_ends_at_its_share_of_the_epochs_also_on_resuming(tmp_path, monkeypatch):
+    expand = []
+    forward = vmcr2.VMCR2Loss.forward
+    monkeypatch.setattr(
+        vmcr2.VMCR2Loss, "forward", lambda loss, *given: (expand.append(loss.expand), forward(loss, *given))[1]
+    )
+    recipe = replace(SMALL, epochs=4, vmcr2=replace(SMALL.vmcr2, expand=0.3, expand_until=0.5))
+    whole = train.start(recipe, tmp_path / "whole")
+    steps = len(expand) // 4
+    assert expand == 2 * steps * [0.3] + 2 * steps * [0.0]
+    expand.clear()
+
+    def stop(line):
+        if line["epoch"] == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train.start(recipe, tmp_path / "broken", on_epoch=stop)
+    resumed = train.resume(RunFolder(tmp_path / "broken"))
+    assert expand == 2 * steps * [0.3] + 2 * steps * [0.0]
+    assert resumed.summary()["train_reduction"] == whole.summary()["train_reduction"]
+    with pytest.raises(ValueError, match="epochs must stay 4 for"):
+        train.resume(whole, replace(recipe, epochs=8))
+    assert recipe.expand_epochs == 2
+    assert replace(recipe, vmcr2=replace(recipe.vmcr2, expand_until=0.01)).expand_epochs == 1
+    assert replace(recipe, vmcr2=replace(recipe.vmcr2, expand_until=1.0)).expand_epochs is None
+
+
+def test_an_objective_trained_twice_expands_at_first_both_times():
+    objective = objectives.Variational(vmcr2.VMCR2Loss(4, 16, expand=0.2), latch_every=9, expand_epochs=1)
+    z = torch.nn.functional.normalize(torch.randn(8, 16), dim=1)
+    batches = [(z, torch.arange(8) % 4)]
+    seen = []
+    for epoch in (1, 2, 1):
+        objective.before_epoch(epoch, torch.nn.Identity(), batches)
+        seen.append(objective.loss.expand)
+    assert seen == [0.2, 0.0, 0.2]

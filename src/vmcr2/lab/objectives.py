@@ -128,6 +128,7 @@ class Variational(Objective):
     Args:
         criterion: the loss, which has its own µ, ρ, pull and the like.
         latch_every: epochs between latchings; the first is before the first epoch.
+        expand_epochs: the criterion's `expand` counts in so many epochs, then it is set to 0; None leaves it alone.
         gradient_clip: the largest norm that a step's gradient in the network's weights may have; None for any.
         stop_on_collapse: whether `check` raises.
     """
@@ -137,10 +138,13 @@ class Variational(Objective):
         criterion: VMCR2Loss,
         *,
         latch_every: int = 50,
+        expand_epochs: int | None = None,
         gradient_clip: float | None = None,
         stop_on_collapse: bool = True,
     ) -> None:
         check_count("latch_every", latch_every)
+        if expand_epochs is not None:
+            check_count("expand_epochs", expand_epochs)
         check_flag("stop_on_collapse", stop_on_collapse)
         rivals = "vmcr2.lr or vmcr2.mu" if criterion.mu is not None else "vmcr2.lr or vmcr2.balance"
         clip = ", or set vmcr2.gradient_clip to 0.02" if gradient_clip is None else ""
@@ -153,10 +157,14 @@ class Variational(Objective):
         )
         self.loss = criterion
         self.latch_every = latch_every
+        self.expand_epochs = expand_epochs
+        self.expand = criterion.expand
         self.stop_on_collapse = stop_on_collapse
 
     def before_epoch(self, epoch: int, model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
-        """Latches in the first epoch and every `latch_every` after it."""
+        """Latches in the first epoch and every `latch_every` after it, and ends the expansion when it is time."""
+        if self.expand_epochs is not None:
+            self.loss.expand = self.expand if epoch <= self.expand_epochs else 0.0
         if (epoch - 1) % self.latch_every == 0:
             self.loss.latch_from(model, batches)
 
@@ -227,7 +235,7 @@ def build(recipe: Recipe, num_classes: int) -> Objective:
             )
         case "vmcr2":
             settings = dict(vars(recipe.vmcr2))
-            del settings["lr"]
+            del settings["lr"], settings["expand_until"]
             around = {name: settings.pop(name) for name in ("latch_every", "gradient_clip", "stop_on_collapse")}
             loss = VMCR2Loss(num_classes, recipe.feature_dim, eps_sq=recipe.eps_sq, **settings)
-            return Variational(loss, **around)
+            return Variational(loss, expand_epochs=recipe.expand_epochs, **around)

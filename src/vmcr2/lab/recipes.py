@@ -45,6 +45,8 @@ class VMCR2Settings:
             images faster.
         expand: λ ≥ 0, what the features' own R weighs beside the residual: 0.2 to 0.6, with `pull` 0.3, for more
             variety within a class.
+        expand_until: share of the epochs after which `expand` no longer counts, 1 for all of them. A class once pressed
+            onto a line is not spread again; spread at first, it keeps much of its variety, and its accuracy is better.
         step: how the dictionary moves: ascent needs no step size; paper takes the paper's bounds, the codes at the
             moved atoms; simultaneous takes both steps at the old point.
         step_atoms: ν_Γ, in units of the inverse Lipschitz bound. Not used by ascent.
@@ -65,6 +67,7 @@ class VMCR2Settings:
     energy: float | None = None
     pull: float = 1.0
     expand: float = 0.0
+    expand_until: float = 1.0
     step: Step = "ascent"
     step_atoms: float = 5.0
     step_codes: float = 5.0
@@ -81,6 +84,7 @@ class VMCR2Settings:
             check_number("vmcr2.gradient_clip", self.gradient_clip)
         if self.atoms_per_class is not None:
             check_count("vmcr2.atoms_per_class", self.atoms_per_class)
+        check_number("vmcr2.expand_until", self.expand_until, at_most=1.0)
         check_count("vmcr2.latch_every", self.latch_every)
 
 
@@ -210,9 +214,17 @@ class Recipe:
         return settings.lr
 
     @property
-    def lr_needs_epochs(self) -> bool:
-        """Whether the learning rate of an early epoch depends on how many are to follow."""
-        return self.schedule == "cosine" or bool(self.lr_drops)
+    def expand_epochs(self) -> int | None:
+        """Epochs in which `vmcr2.expand` counts; None for all, however many they become."""
+        if not self.vmcr2.expand or self.vmcr2.expand_until == 1:
+            return None
+        return max(1, round(self.vmcr2.expand_until * self.epochs))
+
+    @property
+    def needs_epochs(self) -> bool:
+        """Whether what an early epoch does depends on how many are to follow."""
+        expanding = self.objective == "vmcr2" and self.expand_epochs is not None
+        return self.schedule == "cosine" or bool(self.lr_drops) or expanding
 
     def lr_at(self, epoch: float) -> float:
         """Returns the learning rate at a moment: 1.5 is half-way through the second epoch."""
