@@ -29,7 +29,8 @@ from vmcr2.lab.sweep import completed
 
 RESULTS = Path(__file__).parent.parent / "results"
 RUNS = Runs(
-    RESULTS / "variety.jsonl", ("data", "energy", "pull", "expand", "balance", "atoms", "longer", "seed", "held")
+    RESULTS / "variety.jsonl",
+    ("data", "energy", "pull", "expand", "until", "balance", "atoms", "longer", "seed", "held"),
 )
 DATA = ("digits", "omniglot100", "omniglot200", "cifar100-20")
 SEEDS = (0, 1, 2)  # of the runs measured on the test set
@@ -44,6 +45,7 @@ class Setting:
     energy: float | None = None
     pull: float = 1.0
     expand: float = 0.0
+    until: float = 1.0
     balance: float = 0.05
     atoms: int | None = None
     longer: int = 1
@@ -54,8 +56,8 @@ class Setting:
         base = BASES[self.data]
         epochs = self.longer * base.epochs
         settings = replace(
-            base.vmcr2, energy=self.energy, pull=self.pull, expand=self.expand, balance=self.balance,
-            atoms_per_class=self.atoms,
+            base.vmcr2, energy=self.energy, pull=self.pull, expand=self.expand, expand_until=self.until,
+            balance=self.balance, atoms_per_class=self.atoms,
         )  # fmt: skip
         data = replace(base.data, validation=0.2 if self.held else 0.0)
         return replace(base, seed=self.seed, epochs=epochs, evaluate_every=epochs, vmcr2=settings, data=data)
@@ -65,7 +67,8 @@ def grid(data: str) -> list[Setting]:
     """Returns what is compared on a data set; where a run takes minutes, what the others showed to matter."""
     if data not in ("digits", "omniglot100"):
         some = [Setting(data, energy, 0.3) for energy in (None, 1.0)]
-        return [Setting(data), *some, *[Setting(data, None, 0.3, expand) for expand in (0.2, 0.4, 0.6, 0.8, 1.0)]]
+        some += [Setting(data, None, 0.3, expand) for expand in (0.2, 0.4, 0.6, 0.8, 1.0)]
+        return [Setting(data), *some, *[Setting(data, None, 0.3, *how, longer=4) for how in ((0.0,), (0.3, 0.5))]]
     once = [Setting(data, energy, pull) for energy in (None, 2.0, 1.0) for pull in (1.0, 0.3, 0.1)]
     expanding = [Setting(data, None, pull, expand) for pull in (1.0, 0.3) for expand in (0.2, 0.4, 0.6, 1.0)]
     others = [
@@ -75,7 +78,10 @@ def grid(data: str) -> list[Setting]:
         Setting(data, None, 0.3, balance=0.5),
     ]
     longer = [Setting(data, None, 0.3, expand, longer=4) for expand in (0.0, 0.15, 0.2, 0.3, 0.4, 0.6)]
-    return once + expanding + others + longer
+    ending = [
+        Setting(data, None, 0.3, expand, until, longer=4) for expand, until in ((0.3, 0.25), (0.3, 0.5), (0.4, 0.5))
+    ]
+    return once + expanding + others + longer + ending
 
 
 def trained(setting: Setting, root: Path | None) -> Line:
@@ -133,6 +139,7 @@ def row(setting: Setting, lines: list[Line]) -> list[str]:
         "free" if setting.energy is None else f"{setting.energy:g}",
         f"{setting.pull:g}",
         f"{setting.expand:g}",
+        f"{setting.until:g}",
         f"{setting.balance:g}",
         "⌊d/k⌋" if setting.atoms is None else str(setting.atoms),
         str(setting.recipe().epochs),
@@ -150,6 +157,7 @@ COLUMNS = (
     "energy",
     "pull",
     "expand",
+    "until",
     "ρ",
     "s",
     "epochs",
@@ -167,11 +175,12 @@ def table() -> None:
     """Writes results/variety.md."""
     text = (
         f"# Variety within a class, and accuracy\n\nMade by `python benchmarks/variety.py`, {RUNS.where()}. `energy`: "
-        "what a class's codes sum to; `expand`: what R of the features weighs; `of the most`: ΔR as a share of the "
-        "largest there is, orthogonal subspaces of d/k equal directions; class rank: effective rank of the median "
-        "class. Accuracy of subspaces of ⌊d/k⌋ components and of one: in the first table of a data set on a validation "
-        "split, a fifth of the training set, seed 0; in the second on the test set, of the most accurate setting of a "
-        "length and the most accurate with at least 0.8 of the most ΔR, both by the first table, three seeds.\n"
+        "what a class's codes sum to; `expand`: what R of the features weighs, over the first epochs up to the share "
+        "`until`; `of the most`: ΔR as a share of the largest there is, orthogonal subspaces of d/k equal directions; "
+        "class rank: effective rank of the median class. Accuracy of subspaces of ⌊d/k⌋ components and of one: in the "
+        "first table of a data set on a validation split, a fifth of the training set, seed 0; in the second on the "
+        "test set, of the most accurate setting of a length and the most accurate with at least 0.8 of the most ΔR, "
+        "both by the first table, three seeds.\n"
     )
     for data in DATA:
         rows = []
