@@ -21,7 +21,7 @@ from torch import Tensor
 import vmcr2
 from vmcr2.dictionary import ascending_step, paper_step, scaled_to
 from vmcr2.lab import networks, sources
-from vmcr2.lab.report import describe_device, markdown_table
+from vmcr2.lab.terminal import describe_device, markdown_table
 from vmcr2.latching import latched_blocks
 from vmcr2.membership import Membership, as_membership
 from vmcr2.mismatch import BlockCodes, Codes, SharedCodes

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 import vmcr2
 from vmcr2.lab import networks, sources
-from vmcr2.lab.report import markdown_table
+from vmcr2.lab.terminal import markdown_table
 from vmcr2.subspaces import class_subspaces, nearest_subspace
 
 RESULTS = Path(__file__).parent.parent / "results"

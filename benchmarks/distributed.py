@@ -33,7 +33,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 
 import vmcr2
-from vmcr2.lab.report import device_name, markdown_table
+from vmcr2.lab.terminal import device_name, markdown_table
 
 RESULTS = Path(__file__).parent.parent / "results"
 WORLD, K, D, S, M = 4, 1_000_000, 128, 1, 4096

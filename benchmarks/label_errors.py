@@ -23,8 +23,8 @@ import vmcr2
 from vmcr2.lab import sources
 from vmcr2.lab.evaluate import extract
 from vmcr2.lab.objectives import CrossEntropyHead
-from vmcr2.lab.report import describe_device, markdown_table
 from vmcr2.lab.run import RunFolder
+from vmcr2.lab.terminal import describe_device, markdown_table
 from vmcr2.lab.trained import load, load_objective
 from vmcr2.subspaces import class_subspaces, subspace_energies
 

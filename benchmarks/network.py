@@ -15,7 +15,7 @@ from torch import nn
 
 from vmcr2.lab import networks
 from vmcr2.lab.processes import keep_freed_memory
-from vmcr2.lab.report import describe_device, markdown_table
+from vmcr2.lab.terminal import describe_device, markdown_table
 
 ROUNDS = 7
 CASES = (

@@ -34,8 +34,8 @@ from vmcr2.lab.augmentation import Augmentation, plain
 from vmcr2.lab.evaluate import Features, accuracy, extract, subspaces
 from vmcr2.lab.objectives import Objective, Variational
 from vmcr2.lab.recipes import RECIPES, Recipe
-from vmcr2.lab.report import markdown_table, mean_and_spread
 from vmcr2.lab.sources import Dataset
+from vmcr2.lab.terminal import markdown_table, mean_and_spread
 from vmcr2.subspaces import class_subspaces, nearest_subspace, subspace_energies
 
 RESULTS = Path(__file__).parent.parent / "results"

@@ -28,7 +28,7 @@ import vmcr2
 from vmcr2 import linalg, rates
 from vmcr2.dictionary import Dictionary
 from vmcr2.lab.bench import Timing, timed
-from vmcr2.lab.report import describe_device, markdown_table
+from vmcr2.lab.terminal import describe_device, markdown_table
 from vmcr2.subspaces import class_subspaces, nearest_subspace
 
 CPU = torch.device("cpu")

@@ -30,7 +30,7 @@ from torch.nn import functional
 import vmcr2
 from vmcr2.lab import networks, sources
 from vmcr2.lab.augmentation import Augmentation, augmented, plain
-from vmcr2.lab.report import markdown_table, mean_and_spread
+from vmcr2.lab.terminal import markdown_table, mean_and_spread
 from vmcr2.subspaces import class_subspaces, subspace_energies
 
 RESULTS = Path(__file__).parent.parent / "results"

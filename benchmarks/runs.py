@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from vmcr2.lab.report import describe_device
+from vmcr2.lab.terminal import describe_device
 
 Line = dict[str, Any]
 

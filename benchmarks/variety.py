@@ -24,8 +24,8 @@ from vmcr2.embeddings import largest_reduction
 from vmcr2.errors import NumericalError
 from vmcr2.lab import sources
 from vmcr2.lab.recipes import Recipe
-from vmcr2.lab.report import markdown_table, mean_and_spread
 from vmcr2.lab.sweep import completed
+from vmcr2.lab.terminal import markdown_table, mean_and_spread
 
 RESULTS = Path(__file__).parent.parent / "results"
 RUNS = Runs(

@@ -160,8 +160,8 @@ def evaluate(run: _Run, data_root: Path | None = None, components: tuple[int, ..
     """
     from vmcr2.checks import check_count
     from vmcr2.lab.evaluate import accuracy_by_components, extract, measure, subspaces
-    from vmcr2.lab.report import table
     from vmcr2.lab.run import RunFolder, write_json
+    from vmcr2.lab.terminal import table
     from vmcr2.lab.trained import data_of, load, load_objective
     from vmcr2.subspaces import default_components
 
@@ -254,8 +254,8 @@ def audit(run: _Run, data_root: Path | None = None, top: int = 20) -> None:
     """
     from vmcr2.checks import check_count
     from vmcr2.lab import audit
-    from vmcr2.lab.report import table
     from vmcr2.lab.run import RunFolder
+    from vmcr2.lab.terminal import table
 
     check_count("top", top)
     suspects, written = audit.audit(RunFolder.open(run), data_root)
@@ -329,8 +329,8 @@ def bench(
     """
     from vmcr2.checks import check_number
     from vmcr2.lab import bench
-    from vmcr2.lab.report import describe_device, table
     from vmcr2.lab.run import write_json
+    from vmcr2.lab.terminal import describe_device, table
     from vmcr2.lab.train import chosen_device
 
     check_number("seconds", seconds)
@@ -349,7 +349,7 @@ def recipes(recipe: tyro.conf.Positional[str | None] = None) -> None:
     Args:
         recipe: the one to show.
     """
-    from vmcr2.lab.report import table
+    from vmcr2.lab.terminal import table
 
     if recipe is not None:
         print(to_json(find(recipe)), end="")
@@ -430,8 +430,8 @@ def _parse(command: str, default: Recipe, kind: type[_Given], flags: list[str]) 
 
 
 def _show(title: str, summaries: Sequence[dict]) -> None:
-    from vmcr2.lab.report import table
     from vmcr2.lab.sweep import COLUMNS, measured_on, rows
+    from vmcr2.lab.terminal import table
 
     _console().print(table(f"{title}, {measured_on(summaries[0])}", COLUMNS, rows(summaries)))
 

@@ -13,8 +13,8 @@ from rich.console import Console
 from vmcr2.errors import InputError
 from vmcr2.lab import figures, report, sources, train
 from vmcr2.lab.recipes import OBJECTIVES, ObjectiveName, Recipe
-from vmcr2.lab.report import markdown_table, mean_and_spread
 from vmcr2.lab.run import RunFolder, is_free, write_atomically, write_json
+from vmcr2.lab.terminal import markdown_table, mean_and_spread
 
 COLUMNS = ("objective", "R", "R_c", "ΔR", "test accuracy", "own head", "s/epoch")
 

@@ -28,9 +28,9 @@ from vmcr2.lab.augmentation import augmented, plain, warn_of_lost_borders
 from vmcr2.lab.evaluate import Features, Measures, accuracy, extract, for_figures, measure, subspaces
 from vmcr2.lab.objectives import Objective
 from vmcr2.lab.recipes import OBJECTIVES, Recipe
-from vmcr2.lab.report import EpochProgress, device_name
 from vmcr2.lab.run import RunFolder
 from vmcr2.lab.sources import Dataset
+from vmcr2.lab.terminal import EpochProgress, device_name
 from vmcr2.rates import reduction_of_lines
 from vmcr2.subspaces import nearest_subspace
 

@@ -4,7 +4,7 @@ import io
 
 from rich.console import Console
 
-from vmcr2.lab.report import EpochProgress, table
+from vmcr2.lab.terminal import EpochProgress, table
 
 
 def test_figures_of_an_earlier_epoch_say_so():
