@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 
 from vmcr2.errors import InputError
-from vmcr2.lab import figures, report, sources, train
+from vmcr2.lab import figures, sources, terminal, train
 from vmcr2.lab.recipes import OBJECTIVES, ObjectiveName, Recipe
 from vmcr2.lab.run import RunFolder, is_free, write_atomically, write_json
 from vmcr2.lab.terminal import markdown_table, mean_and_spread
@@ -107,7 +107,7 @@ def heading(summaries: Sequence[dict[str, Any]]) -> str:
 def measured_on(summary: dict[str, Any]) -> str:
     """Returns what a run ran on, in words, and what it was measured on where that is not the test set."""
     held_out = ", measured on a validation share" if summary.get("evaluated_on") == "validation" else ""
-    return report.hardware(summary["device"], summary["threads"], summary["torch"]) + held_out
+    return terminal.hardware(summary["device"], summary["threads"], summary["torch"]) + held_out
 
 
 def rows(summaries: Sequence[dict[str, Any]]) -> list[list[str]]:
