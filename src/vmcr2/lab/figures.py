@@ -353,11 +353,13 @@ def draw_convergence(runs: Mapping[tuple[str, ObjectiveName], RunFolder], path: 
                     continue
                 measured = [line for line in run.metrics() if "train_reduction" in line]
                 epochs, colour = [line["epoch"] for line in measured], _COLOURS[objective]
-                marker = "o" if len(epochs) < 2 else None
+                lone = len(epochs) < 2  # a single measurement makes no line
                 reduction = [line["train_reduction"] for line in measured]
-                axes.plot(epochs, reduction, color=colour, label=f"ΔR, {OBJECTIVES[objective]}", marker=marker)
-                for key, style in (("train_expansion", "--"), ("train_compression", ":")):
-                    axes.plot(epochs, [line[key] for line in measured], style, color=colour, linewidth=0.8)
+                label = f"ΔR, {OBJECTIVES[objective]}"
+                axes.plot(epochs, reduction, color=colour, label=label, marker="o" if lone else None)
+                for key, style, letter in (("train_expansion", "--", "$R$"), ("train_compression", ":", "$R_c$")):
+                    values, marker = [line[key] for line in measured], letter if lone else None
+                    axes.plot(epochs, values, style, color=colour, linewidth=0.8, marker=marker, markersize=9)
             axes.set_title(name, loc="left")
             _count_epochs(axes)
             axes.set_ylim(bottom=0)
