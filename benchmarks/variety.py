@@ -68,7 +68,7 @@ def grid(data: str) -> list[Setting]:
     if data not in ("digits", "omniglot100"):
         some = [Setting(data, energy, 0.3) for energy in (None, 1.0)]
         some += [Setting(data, None, 0.3, expand) for expand in (0.2, 0.4, 0.6, 0.8, 1.0)]
-        return [Setting(data), *some, *[Setting(data, None, 0.3, *how, longer=4) for how in ((0.0,), (0.3, 0.5))]]
+        return [Setting(data), *some, *[Setting(data, None, 0.3, expand, 0.5) for expand in (0.8, 1.0)]]
     once = [Setting(data, energy, pull) for energy in (None, 2.0, 1.0) for pull in (1.0, 0.3, 0.1)]
     expanding = [Setting(data, None, pull, expand) for pull in (1.0, 0.3) for expand in (0.2, 0.4, 0.6, 1.0)]
     others = [
