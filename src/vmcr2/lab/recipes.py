@@ -45,8 +45,8 @@ class VMCR2Settings:
             images faster.
         expand: λ ≥ 0, what the features' own R weighs beside the residual: 0.2 to 0.6, with `pull` 0.3, for more
             variety within a class.
-        expand_until: share of the epochs after which `expand` no longer counts, 1 for all of them. A class once pressed
-            onto a line is not spread again; spread at first, it keeps much of its variety, and its accuracy is better.
+        expand_until: share of the epochs after which `expand` no longer counts, 1 for all of them. In long runs 0.5 keeps
+            most of the variety and is more accurate.
         step: how the dictionary moves: ascent needs no step size; paper takes the paper's bounds, the codes at the
             moved atoms; simultaneous takes both steps at the old point.
         step_atoms: ν_Γ, in units of the inverse Lipschitz bound. Not used by ascent.
