@@ -1,4 +1,4 @@
-"""Variety within a class beside accuracy: by `energy`, `pull` and `expand` of `VMCR2Loss`.
+"""Variety within a class beside accuracy: by `energy`, `pull` and `expand` of `VMCR2Loss`, and when expansion ends.
 
     python benchmarks/variety.py run [--data-root DIR] [--only omniglot100 ...]    runs what is missing, a line per run
     python benchmarks/variety.py table                                            results/variety.md from the lines
@@ -175,8 +175,8 @@ def table() -> None:
     """Writes results/variety.md."""
     text = (
         f"# Variety within a class, and accuracy\n\nMade by `python benchmarks/variety.py`, {RUNS.where()}. `energy`: "
-        "what a class's codes sum to; `expand`: what R of the features weighs, over the first epochs up to the share "
-        "`until`; `of the most`: ΔR as a share of the largest there is, orthogonal subspaces of d/k equal directions; "
+        "what a class's codes sum to; `expand`: the weight of R of the features, in the first share `until` of the "
+        "epochs; `of the most`: ΔR as a share of the largest there is, orthogonal subspaces of d/k equal directions; "
         "class rank: effective rank of the median class. Accuracy of subspaces of ⌊d/k⌋ components and of one: in the "
         "first table of a data set on a validation split, a fifth of the training set, seed 0; in the second on the "
         "test set, of the most accurate setting of a length and the most accurate with at least 0.8 of the most ΔR, "

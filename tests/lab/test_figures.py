@@ -47,3 +47,22 @@ def test_epochs_are_whole(last):
     assert all(tick == int(tick) for tick in axes.get_xticks())
     assert axes.get_ylabel() == "validation accuracy"
     assert len(axes.lines) == 1  # no head, no line for it
+
+
+def test_a_run_measured_once_shows_all_its_rates_in_figure_1(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(figures, "_save", lambda figure, path, note: drawn.append(figure) or path)
+
+    class Run:
+        def __init__(self, epochs):
+            self.epochs = epochs
+
+        def metrics(self):
+            rates = {"train_reduction": 2.0, "train_expansion": 9.0, "train_compression": 7.0}
+            return [{"epoch": 1}] + [{"epoch": epoch, **rates} for epoch in self.epochs]
+
+    runs = {("digits", "mcr2"): Run([5]), ("digits", "vmcr2"): Run([5, 10])}
+    figures.draw_convergence(runs, tmp_path / "figure1.png", "ΔR")
+    lines = [line for line in drawn[0].axes[0].lines if len(line.get_xdata())]
+    assert [line.get_marker() for line in lines] == ["o", "$R$", "$R_c$", "None", "None", "None"]
+    assert [list(line.get_ydata()) for line in lines[:3]] == [[2.0], [9.0], [7.0]]

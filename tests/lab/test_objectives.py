@@ -153,15 +153,19 @@ def test_expansion_ends_at_its_share_of_the_epochs_also_on_resuming(tmp_path, mo
         train.resume(whole, replace(recipe, epochs=8))
     assert recipe.expand_epochs == 2
     assert replace(recipe, vmcr2=replace(recipe.vmcr2, expand_until=0.01)).expand_epochs == 1
-    assert replace(recipe, vmcr2=replace(recipe.vmcr2, expand_until=1.0)).expand_epochs is None
+    assert replace(recipe, epochs=5).expand_epochs == 3
+    for objective, expand, until in (("vmcr2", 0.3, 1), ("vmcr2", 0.0, 0.5), ("ce", 0.3, 0.5)):
+        settings = replace(recipe.vmcr2, expand=expand, expand_until=until)
+        assert not replace(recipe, objective=objective, vmcr2=settings).needs_epochs  # more may be given later
 
 
-def test_an_objective_trained_twice_expands_at_first_both_times():
-    objective = objectives.Variational(vmcr2.VMCR2Loss(4, 16, expand=0.2), latch_every=9, expand_epochs=1)
-    z = torch.nn.functional.normalize(torch.randn(8, 16), dim=1)
-    batches = [(z, torch.arange(8) % 4)]
+def test_expansion_assigned_during_training_counts_until_its_end():
+    objective = objectives.Variational(vmcr2.VMCR2Loss(4, 16, expand=0.2), latch_every=9, expand_epochs=2)
+    batches = [(torch.nn.functional.normalize(torch.randn(8, 16), dim=1), torch.arange(8) % 4)]
     seen = []
-    for epoch in (1, 2, 1):
+    for epoch in (1, 2, 3):
         objective.before_epoch(epoch, torch.nn.Identity(), batches)
         seen.append(objective.loss.expand)
-    assert seen == [0.2, 0.0, 0.2]
+        if epoch == 1:
+            objective.loss.expand = 0.4
+    assert seen == [0.2, 0.4, 0.0]

@@ -38,3 +38,7 @@ def test_our_recipes_keep_the_papers_network_images_and_dimension():
         ours, papers = PAPER[f"{name}-ours"], PAPER[name]
         for kept in ("network", "data", "augmentation", "feature_dim", "eps_sq", "momentum"):
             assert getattr(ours, kept) == getattr(papers, kept)
+
+
+def test_our_recipes_expand_on_mnist_alone_as_results_paper_says():
+    assert [PAPER[f"{name}-ours"].vmcr2.expand for name in TABLE2] == [0.2, 0.0, 0.0, 0.0]

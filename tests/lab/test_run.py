@@ -172,6 +172,21 @@ def test_a_damaged_checkpoint_is_refused(tmp_path):
     assert without_times([run.summary()]) == without_times([unbroken.summary()])
 
 
+def test_a_run_from_before_a_setting_was_there_goes_on_with_its_default(tmp_path):
+    run, other = (train.start(replace(SMALL, epochs=2), tmp_path / name) for name in ("run", "other"))
+    state = torch.load(run.checkpoint_file, weights_only=True)
+    for text, write in (
+        (run.recipe_file.read_text(), run.recipe_file.write_text),
+        (state["recipe"], lambda text: torch.save(state | {"recipe": text}, run.checkpoint_file)),
+    ):
+        fields = json.loads(text)
+        del fields["vmcr2"]["expand_until"]
+        write(json.dumps(fields))
+    for each in (run, other):
+        train.resume(each, replace(SMALL, epochs=3))
+    assert without_times([run.summary()]) == without_times([other.summary()])
+
+
 def test_checkpoints_that_do_not_belong(tmp_path):
     run = train.start(replace(SMALL, epochs=2), tmp_path / "run")
     longer = replace(SMALL, epochs=4)
@@ -181,6 +196,9 @@ def test_checkpoints_that_do_not_belong(tmp_path):
         train.resume(run, longer)
     torch.save(torch.load(io.BytesIO(good), weights_only=True) | {"recipe": "{}"}, run.checkpoint_file)
     with pytest.raises(InputError, match="belongs to another recipe than"):
+        train.resume(run, longer)
+    torch.save(torch.load(io.BytesIO(good), weights_only=True) | {"recipe": "{"}, run.checkpoint_file)
+    with pytest.raises(InputError, match=r"checkpoint\.pt is not a readable recipe"):
         train.resume(run, longer)
     torch.save(torch.load(io.BytesIO(good), weights_only=True) | {"data": "other"}, run.checkpoint_file)
     with pytest.raises(InputError, match="was trained on data that differs"):
@@ -242,7 +260,7 @@ def test_resuming_with_more_epochs_and_with_another_recipe(tmp_path):
 
 def test_a_run_is_not_shortened_nor_its_schedule_stretched(tmp_path):
     run = train.start(replace(SMALL, objective="ce", epochs=4, lr_drops=(0.5,)), tmp_path / "run")
-    with pytest.raises(InputError, match="epochs must stay 4 .* got 8: its learning rate follows"):
+    with pytest.raises(InputError, match="epochs must stay 4 .* got 8: its learning rate, or"):
         train.resume(run, replace(run.recipe(), epochs=8))
     run.summary_file.unlink()
     with pytest.raises(InputError, match="epochs must be at least the 4 .* got 2"):

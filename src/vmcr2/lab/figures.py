@@ -362,13 +362,13 @@ def draw_convergence(runs: Mapping[tuple[str, ObjectiveName], RunFolder], path: 
                     axes.plot(epochs, values, style, color=colour, linewidth=0.8, marker=marker, markersize=9)
             axes.set_title(name, loc="left")
             _count_epochs(axes)
-            axes.set_ylim(bottom=0)
+            axes.set_ylim(0, (1.4 if axes is panels[0] else 1.05) * axes.dataLim.ymax)  # room for the legend
         for axes in panels[len(names) :]:
             axes.set_visible(False)
         panels[0].set_ylabel("nats")
         panels[0].plot([], [], "--", color="black", linewidth=0.8, label="R")
         panels[0].plot([], [], ":", color="black", linewidth=0.8, label="$R_c$")
-        panels[0].legend(loc="best", fontsize=7)
+        panels[0].legend(loc="upper right", fontsize=7, ncols=2)
         _title(figure, title)
         return _save(figure, path, "Good: ΔR rises and levels off, and $R_c$ stays far below R.")
 

@@ -128,7 +128,7 @@ class Variational(Objective):
     Args:
         criterion: the loss, which has its own µ, ρ, pull and the like.
         latch_every: epochs between latchings; the first is before the first epoch.
-        expand_epochs: the criterion's `expand` counts in so many epochs, then it is set to 0; None leaves it alone.
+        expand_epochs: after so many epochs the criterion's `expand` is set to 0, for good; None leaves it alone.
         gradient_clip: the largest norm that a step's gradient in the network's weights may have; None for any.
         stop_on_collapse: whether `check` raises.
     """
@@ -158,13 +158,12 @@ class Variational(Objective):
         self.loss = criterion
         self.latch_every = latch_every
         self.expand_epochs = expand_epochs
-        self.expand = criterion.expand
         self.stop_on_collapse = stop_on_collapse
 
     def before_epoch(self, epoch: int, model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
         """Latches in the first epoch and every `latch_every` after it, and ends the expansion when it is time."""
-        if self.expand_epochs is not None:
-            self.loss.expand = self.expand if epoch <= self.expand_epochs else 0.0
+        if self.expand_epochs is not None and epoch > self.expand_epochs:
+            self.loss.expand = 0.0
         if (epoch - 1) % self.latch_every == 0:
             self.loss.latch_from(model, batches)
 

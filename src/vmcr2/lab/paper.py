@@ -75,8 +75,8 @@ def _strong(base: Recipe) -> Recipe:
 # small here (the dictionary remembers what a batch lacks), and learning rates fall along a cosine. `pull` and the rates
 # were compared on validation splits of CIFAR-100's first 20 classes and of MNIST, cross-entropy's scale and rate on one
 # of all of CIFAR-100 and of MNIST; the weight decay is the usual one. On natural images one atom per class learns
-# faster than ⌊d/k⌋ (compared on all of CIFAR-100 and on 20,000 images of CIFAR-10). On MNIST, with a network without
-# BatchNorm, the features' own R at a weight of 0.2 gains most of what V-MCR² lacks there.
+# faster than ⌊d/k⌋ (compared on all of CIFAR-100 and on 20,000 images of CIFAR-10). On MNIST the features'
+# own R, at a weight of 0.2, raises ΔR and the accuracy on a validation split.
 _EPOCHS = {"mnist": 12, "cifar10": 30, "cifar100": 60, "tiny-imagenet": 30}
 
 

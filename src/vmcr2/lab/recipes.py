@@ -45,8 +45,8 @@ class VMCR2Settings:
             images faster.
         expand: λ ≥ 0, what the features' own R weighs beside the residual: 0.2 to 0.6, with `pull` 0.3, for more
             variety within a class.
-        expand_until: share of the epochs after which `expand` no longer counts, 1 for all of them. In long runs 0.5 keeps
-            most of the variety and is more accurate.
+        expand_until: `expand` counts only in this share of the epochs, in (0, 1], from the start; 1 means all. With
+            many classes and a long run 0.5 keeps most of the variety and is more accurate.
         step: how the dictionary moves: ascent needs no step size; paper takes the paper's bounds, the codes at the
             moved atoms; simultaneous takes both steps at the old point.
         step_atoms: ν_Γ, in units of the inverse Lipschitz bound. Not used by ascent.
@@ -129,7 +129,8 @@ class Recipe:
         about: one line on what it is for.
         objective: vmcr2, mcr2 or ce.
         seed: of the initial weights, the order of the data, augmentation and dropout.
-        epochs: passes over the training set. More may be given later, unless a schedule sets the learning rate.
+        epochs: passes over the training set. More may be given later, unless a schedule sets the learning rate,
+            or `vmcr2.expand_until` ends the expansion.
         batch_size: at most so many samples per step, of all processes together; the batches of an epoch are as equal as
             can be. One more where a single sample would be left over, which BatchNorm does not take.
         network: mlp, conv4, cnn, resnet18, preact_resnet18, or timm:NAME for one of the package timm.
@@ -216,9 +217,9 @@ class Recipe:
     @property
     def expand_epochs(self) -> int | None:
         """Epochs in which `vmcr2.expand` counts; None for all, however many they become."""
-        if not self.vmcr2.expand or self.vmcr2.expand_until == 1:
+        if self.vmcr2.expand == 0 or self.vmcr2.expand_until == 1:
             return None
-        return max(1, round(self.vmcr2.expand_until * self.epochs))
+        return math.ceil(self.vmcr2.expand_until * self.epochs)
 
     @property
     def needs_epochs(self) -> bool:
@@ -343,12 +344,29 @@ def from_json(file: Path) -> Recipe:
         InputError: the file is missing, is not JSON, or has an unknown key or a wrong value (a ValueError).
     """
     try:
-        fields = json.loads(file.read_text(encoding="utf-8", errors="surrogateescape"))
+        text = file.read_text(encoding="utf-8", errors="surrogateescape")
     except FileNotFoundError as error:
         raise InputError(f"there is no recipe file {file}") from error
     except (OSError, ValueError) as error:
         raise InputError(f"{file} is not a readable recipe: {error}") from error
-    return _structured(fields, str(file))
+    return from_text(text, str(file))
+
+
+def from_text(text: str, name: str) -> Recipe:
+    """Returns the recipe in a text, in which settings that it lacks have their defaults.
+
+    Args:
+        text: what `to_json` returns, or part of it.
+        name: of where it stood, for errors.
+
+    Raises:
+        InputError: it is not JSON, or has an unknown key or a wrong value (a ValueError).
+    """
+    try:
+        fields = json.loads(text)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{name} is not a readable recipe: {error}") from error
+    return _structured(fields, name)
 
 
 def _structured(fields: Any, name: str) -> Recipe:

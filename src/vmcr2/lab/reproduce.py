@@ -26,14 +26,15 @@ Rows = dict[str, dict[ObjectiveName, Printed]]
 class Request:
     """Makes the runs that a table or figure of the paper takes, and writes it beside the paper's numbers.
 
-    Runs that are there already are shown, or continued where more epochs are asked for; a figure shows complete ones at
-    the length they have, unless `epochs` or `evaluate_every` is given.
+    Runs that are there already are shown, or continued where more epochs are asked for. Those whose learning rate
+    follows the share of the epochs, as in our own recipes, cannot be: take another `out`. A figure shows complete ones
+    at the length they have, unless `epochs` or `evaluate_every` is given.
 
     Attributes:
         rows: which rows of the table, or data sets of the figure; all by default.
         objectives: which to run; all of the table's by default.
         seeds: which to run each with.
-        epochs: instead of the recipe's; more of them later go on with the runs.
+        epochs: instead of the recipe's.
         train_size: train on the first so many samples only. The title says so.
         test_size: test on the first so many samples only. The title says so.
         evaluate_every: epochs between measurements, the points of figure1; by default the recipe's.
@@ -306,8 +307,10 @@ def noise(request: Request, console: Console) -> list[Path]:
 
 
 def figure1(request: Request, console: Console) -> list[Path]:
-    """Draws ΔR of the training set over epochs, from the runs of table 2 and of the other feature dimensions."""
-    return _figure(request, FIGURE1, "figure1", "ΔR of the training set", figures.draw_convergence, console)
+    """Draws ΔR, R and R_c of the training set over epochs, from the runs of table 2 and of other feature dimensions."""
+    return _figure(
+        request, FIGURE1, "figure1", "ΔR, R and $R_c$ of the training set", figures.draw_convergence, console
+    )
 
 
 def figure2(request: Request, console: Console) -> list[Path]:

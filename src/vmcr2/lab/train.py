@@ -287,8 +287,9 @@ def refuse_other_recipe(run: RunFolder, stored: Recipe, recipe: Recipe, data_roo
         raise InputError(f"epochs must be at least the {stored.epochs} that {run.path} is to have, got {recipe.epochs}")
     if recipe.epochs > stored.epochs and recipe.needs_epochs:
         raise InputError(
-            f"epochs must stay {stored.epochs} for {run.path}, got {recipe.epochs}: its settings follow the share "
-            "of the epochs that has passed, so a longer run is another one; start it in a folder of its own"
+            f"epochs must stay {stored.epochs} for {run.path}, got {recipe.epochs}: its learning rate, or the end of "
+            "its expansion, follows the share of the epochs that has passed, so a longer run is another one; start it "
+            "in a folder of its own"
         )
 
 
@@ -471,18 +472,19 @@ def _check_state(run: RunFolder, state: Any, prepared: _Prepared) -> None:
     if state["epoch"] > prepared.recipe.epochs:
         got = prepared.recipe.epochs
         raise InputError(f"epochs must be at least the {state['epoch']} that {run.path} has, got {got}")
-    if state["recipe"] != _identity(prepared.recipe):
+    # Read as recipes, so that a setting that is newer than the checkpoint has its default in both.
+    if recipes.from_text(state["recipe"], str(run.checkpoint_file)) != _identity(prepared.recipe):
         raise InputError(f"{run.checkpoint_file} belongs to another recipe than {run.recipe_file}")
     classes = state["trained"].get("config", {}).get("classes")
     if state["data"] != prepared.fingerprint or classes != list(prepared.dataset.class_names):
         raise InputError(f"{run.checkpoint_file} was trained on data that differs from what is there now")
 
 
-def _identity(recipe: Recipe) -> str:
-    """Returns the recipe as text, but for the number of epochs, which may grow, and for where data lies."""
+def _identity(recipe: Recipe) -> Recipe:
+    """Returns the recipe but for the number of epochs, which may grow, and for where data lies."""
     if not recipe.needs_epochs:
         recipe = replace(recipe, epochs=max(1, recipe.warmup_epochs))
-    return recipes.to_json(replace(recipe, data=sources.without_place(recipe.data)))
+    return replace(recipe, data=sources.without_place(recipe.data))
 
 
 @dataclass(frozen=True)
@@ -575,7 +577,7 @@ class _Run:
             "criterion": self.prepared.objective.criterion.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "rng": torch.get_rng_state(),
-            "recipe": _identity(self.prepared.recipe),
+            "recipe": recipes.to_json(_identity(self.prepared.recipe)),
             "data": self.prepared.fingerprint,
             "trained": self.trained,
         }
