@@ -100,8 +100,8 @@ def test_no_features_exceed_the_maximum_and_some_come_near_it(counts, d, share):
     """Found by gradient ascent on ΔR; with classes so small that they share directions, too."""
     rows = torch.from_numpy(np.repeat(np.arange(len(counts)), counts))
     features = unit_rows(len(rows), d).requires_grad_()
-    optimizer = torch.optim.Adam([features], 0.1)
-    for _ in range(200):
+    optimizer = torch.optim.Adam([features], 0.05)
+    for _ in range(400):
         value = -vmcr2.rate_reduction(torch.nn.functional.normalize(features, dim=1), rows).reduction
         optimizer.zero_grad()
         value.backward()
@@ -128,10 +128,10 @@ def test_lines_of_as_many_classes_as_dimensions_are_spread_as_evenly_as_they_can
     """The best lines are found by gradient ascent on ΔR."""
     d, rows = 4, torch.from_numpy(np.repeat(np.arange(len(counts)), counts))
     best = 0.0
-    for seed in range(2):
+    for seed in range(3):
         lines = unit_rows(len(counts), d, seed=seed).requires_grad_()
-        optimizer = torch.optim.Adam([lines], 0.1)
-        for _ in range(200):
+        optimizer = torch.optim.Adam([lines], 0.05)
+        for _ in range(300):
             value = -vmcr2.rate_reduction(torch.nn.functional.normalize(lines, dim=1)[rows], rows).reduction
             optimizer.zero_grad()
             value.backward()

@@ -71,7 +71,7 @@ def test_only_the_commands_openmp_threads_spin_briefly_unless_told_otherwise(arg
     assert done.stdout.strip() == found
 
 
-@pytest.mark.parametrize("switch", [["-um", "vmcr2"], ["-mvmcr2"]])
+@pytest.mark.parametrize("switch", [["-m", "vmcr2"], ["-um", "vmcr2"], ["-mvmcr2"]])
 def test_python_m_vmcr2_is_the_command(switch, tmp_path):
     said = "import atexit, os; atexit.register(lambda: print(os.environ.get('GOMP_SPINCOUNT')))"
     (tmp_path / "sitecustomize.py").write_text(said)

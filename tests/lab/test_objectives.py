@@ -149,14 +149,14 @@ def test_expansion_ends_at_its_share_of_the_epochs_also_on_resuming(tmp_path, mo
     resumed = train.resume(RunFolder(tmp_path / "broken"))
     assert expand == 2 * steps * [0.3] + 2 * steps * [0.0]
     assert resumed.summary()["train_reduction"] == whole.summary()["train_reduction"]
-    with pytest.raises(ValueError, match="epochs must stay 4 for"):
+    with pytest.raises(ValueError, match="epochs must stay 4 for .* got 8: its expansion follows"):
         train.resume(whole, replace(recipe, epochs=8))
     assert recipe.expand_epochs == 2
     assert replace(recipe, vmcr2=replace(recipe.vmcr2, expand_until=0.01)).expand_epochs == 1
     assert replace(recipe, epochs=5).expand_epochs == 3
     for objective, expand, until in (("vmcr2", 0.3, 1), ("vmcr2", 0.0, 0.5), ("ce", 0.3, 0.5)):
         settings = replace(recipe.vmcr2, expand=expand, expand_until=until)
-        assert not replace(recipe, objective=objective, vmcr2=settings).needs_epochs  # more may be given later
+        assert not replace(recipe, objective=objective, vmcr2=settings).tied_to_epochs  # more may be given later
 
 
 def test_expansion_assigned_during_training_counts_until_its_end():

@@ -260,7 +260,7 @@ def test_resuming_with_more_epochs_and_with_another_recipe(tmp_path):
 
 def test_a_run_is_not_shortened_nor_its_schedule_stretched(tmp_path):
     run = train.start(replace(SMALL, objective="ce", epochs=4, lr_drops=(0.5,)), tmp_path / "run")
-    with pytest.raises(InputError, match="epochs must stay 4 .* got 8: its learning rate, or"):
+    with pytest.raises(InputError, match="epochs must stay 4 .* got 8: its learning rate follows"):
         train.resume(run, replace(run.recipe(), epochs=8))
     run.summary_file.unlink()
     with pytest.raises(InputError, match="epochs must be at least the 4 .* got 2"):

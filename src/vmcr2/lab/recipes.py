@@ -222,10 +222,11 @@ class Recipe:
         return math.ceil(self.vmcr2.expand_until * self.epochs)
 
     @property
-    def needs_epochs(self) -> bool:
-        """Whether what an early epoch does depends on how many are to follow."""
-        expanding = self.objective == "vmcr2" and self.expand_epochs is not None
-        return self.schedule == "cosine" or bool(self.lr_drops) or expanding
+    def tied_to_epochs(self) -> str | None:
+        """What of an early epoch depends on how many are to follow, in words; None where nothing does."""
+        if self.schedule == "cosine" or self.lr_drops:
+            return "learning rate"
+        return "expansion" if self.objective == "vmcr2" and self.expand_epochs is not None else None
 
     def lr_at(self, epoch: float) -> float:
         """Returns the learning rate at a moment: 1.5 is half-way through the second epoch."""

@@ -285,11 +285,11 @@ def refuse_other_recipe(run: RunFolder, stored: Recipe, recipe: Recipe, data_roo
         )
     if recipe.epochs < stored.epochs and not run.is_complete():
         raise InputError(f"epochs must be at least the {stored.epochs} that {run.path} is to have, got {recipe.epochs}")
-    if recipe.epochs > stored.epochs and recipe.needs_epochs:
+    if recipe.epochs > stored.epochs and recipe.tied_to_epochs:
         raise InputError(
-            f"epochs must stay {stored.epochs} for {run.path}, got {recipe.epochs}: its learning rate, or the end of "
-            "its expansion, follows the share of the epochs that has passed, so a longer run is another one; start it "
-            "in a folder of its own"
+            f"epochs must stay {stored.epochs} for {run.path}, got {recipe.epochs}: its {recipe.tied_to_epochs} "
+            "follows the share of the epochs that has passed, so a longer run is another one; start it in a folder of "
+            "its own"
         )
 
 
@@ -482,7 +482,7 @@ def _check_state(run: RunFolder, state: Any, prepared: _Prepared) -> None:
 
 def _identity(recipe: Recipe) -> Recipe:
     """Returns the recipe but for the number of epochs, which may grow, and for where data lies."""
-    if not recipe.needs_epochs:
+    if not recipe.tied_to_epochs:
         recipe = replace(recipe, epochs=max(1, recipe.warmup_epochs))
     return replace(recipe, data=sources.without_place(recipe.data))
 
