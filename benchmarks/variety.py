@@ -39,7 +39,11 @@ ENOUGH = 0.8  # of the ΔR there can be
 
 @dataclass(frozen=True)
 class Setting:
-    """One run. Expansion ends after the share `until` of the epochs; `longer` multiplies the recipe's epochs; `held` keeps a validation split out and measures on it."""
+    """One run.
+
+    Expansion ends after the share `until` of the epochs; `longer` multiplies the recipe's epochs; `held` keeps a
+    validation split out and measures on it.
+    """
 
     data: str
     energy: float | None = None

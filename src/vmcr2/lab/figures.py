@@ -362,7 +362,7 @@ def draw_convergence(runs: Mapping[tuple[str, ObjectiveName], RunFolder], path: 
                     axes.plot(epochs, values, style, color=colour, linewidth=0.8, marker=marker, markersize=9)
             axes.set_title(name, loc="left")
             _count_epochs(axes)
-            axes.set_ylim(0, (1.4 if axes is panels[0] else 1.05) * axes.dataLim.ymax)  # room for the legend
+            axes.set_ylim(0, axes.get_ylim()[1] * (1.3 if axes is panels[0] else 1))  # room for the legend
         for axes in panels[len(names) :]:
             axes.set_visible(False)
         panels[0].set_ylabel("nats")
