@@ -33,6 +33,7 @@ from vmcr2.lab import sources, train
 from vmcr2.lab.augmentation import Augmentation, plain
 from vmcr2.lab.evaluate import Features, accuracy, extract, subspaces
 from vmcr2.lab.objectives import Objective, Variational
+from vmcr2.lab.processes import keep_freed_memory
 from vmcr2.lab.recipes import RECIPES, Recipe
 from vmcr2.lab.sources import Dataset
 from vmcr2.lab.terminal import markdown_table, mean_and_spread
@@ -158,6 +159,7 @@ Given = tuple[Tensor, int, int]  # labels to train on, d, k
 METHODS: dict[str, Callable[[Given], nn.Module]] = {
     "vmcr2": lambda g: vmcr2.VMCR2Loss(g[2], g[1]),
     "vmcr2-1": lambda g: vmcr2.VMCR2Loss(g[2], g[1], atoms_per_class=1),
+    "vmcr2-1-pull": lambda g: vmcr2.VMCR2Loss(g[2], g[1], atoms_per_class=1, pull=0.3),
     "ce": lambda g: Head(functional.cross_entropy, g[1], g[2]),
     "ce-10": lambda g: Head(functional.cross_entropy, g[1], g[2], scale=10.0),
     "ce-stopped": lambda g: Head(functional.cross_entropy, g[1], g[2]),
@@ -175,6 +177,7 @@ METHODS |= {method: METHODS[base] for method, (base, _) in TWICE.items()}
 NAMES = {
     "vmcr2": "V-MCR²",
     "vmcr2-1": "V-MCR², s = 1",
+    "vmcr2-1-pull": "V-MCR², s = 1, pull 0.3",
     "ce": "cross-entropy",
     "ce-10": "cross-entropy, features times 10",
     "ce-stopped": "cross-entropy, stopped early",
@@ -617,6 +620,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2, 3, 4])
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    keep_freed_memory()
     if arguments.command == "table":
         table()
     elif arguments.command == "influence":

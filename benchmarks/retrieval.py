@@ -30,6 +30,7 @@ from torch.nn import functional
 import vmcr2
 from vmcr2.lab import networks, sources
 from vmcr2.lab.augmentation import Augmentation, augmented, plain
+from vmcr2.lab.processes import keep_freed_memory
 from vmcr2.lab.terminal import markdown_table, mean_and_spread
 from vmcr2.subspaces import class_subspaces, subspace_energies
 
@@ -251,6 +252,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    keep_freed_memory()
     if arguments.command == "table":
         table()
     else:

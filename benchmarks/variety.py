@@ -23,6 +23,7 @@ from runs import Line, MissingRunError, Runs
 from vmcr2.embeddings import largest_reduction
 from vmcr2.errors import NumericalError
 from vmcr2.lab import sources
+from vmcr2.lab.processes import keep_freed_memory
 from vmcr2.lab.recipes import Recipe
 from vmcr2.lab.sweep import completed
 from vmcr2.lab.terminal import markdown_table, mean_and_spread
@@ -72,7 +73,9 @@ def grid(data: str) -> list[Setting]:
     if data not in ("digits", "omniglot100"):
         some = [Setting(data, energy, 0.3) for energy in (None, 1.0)]
         some += [Setting(data, None, 0.3, expand) for expand in (0.2, 0.4, 0.6, 0.8, 1.0)]
-        return [Setting(data), *some, *[Setting(data, None, 0.3, expand, 0.5) for expand in (0.8, 1.0)]]
+        some += [Setting(data, None, 0.3, expand, 0.5) for expand in (0.8, 1.0)]
+        longer = [(0.0, 1.0), (0.3, 0.5), (0.4, 0.5), (0.6, 0.5)] if data == "omniglot200" else []
+        return [Setting(data), *some, *[Setting(data, None, 0.3, expand, until, longer=4) for expand, until in longer]]
     once = [Setting(data, energy, pull) for energy in (None, 2.0, 1.0) for pull in (1.0, 0.3, 0.1)]
     expanding = [Setting(data, None, pull, expand) for pull in (1.0, 0.3) for expand in (0.2, 0.4, 0.6, 1.0)]
     others = [
@@ -222,6 +225,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", choices=DATA, default=["digits", "omniglot100", "omniglot200"])
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    keep_freed_memory()
     if arguments.command == "run":
         run(arguments.only, arguments.data_root)
     table()
