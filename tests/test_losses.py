@@ -177,10 +177,11 @@ def test_a_loss_never_latched_says_so_where_it_takes_no_step(structure):
 
 def test_a_check_that_raises_leaves_modes_whole():
     parent = torch.nn.Sequential(torch.nn.Linear(2, 2), vmcr2.VMCR2Loss(3, 6), torch.nn.Dropout())
-    with pytest.raises(ValueError, match="norm 1"):
-        parent[1](2 * unit_rows(12, 6, dtype=torch.float32), random_labels(12, 3))
-    parent.eval()
-    assert not any(module.training for module in parent.modules())
+    for parent[1].training in (True, False):
+        before = [module.training for module in parent.modules()]
+        with pytest.raises(ValueError, match="norm 1"):
+            parent[1](2 * unit_rows(12, 6, dtype=torch.float32), random_labels(12, 3))
+        assert [module.training for module in parent.modules()] == before
 
 
 # Gradients.

@@ -21,7 +21,7 @@ from torch.nn.parameter import is_lazy
 
 from vmcr2.distributed import gather_rows, sum_over_ranks
 from vmcr2.errors import InputError, NumericalError
-from vmcr2.membership import Membership, shared_in
+from vmcr2.membership import Membership, as_rows, moments, shared_in
 
 _EIGH_ELEMENTS = 2**24  # entries of the d×d matrices decomposed at once
 _FOLDED = 8192  # rows folded into the moments at once: they cost memory, a product of few rows costs time
@@ -47,18 +47,19 @@ def latched_blocks(
     blocks = features.new_zeros(membership.num_classes, d, s)
     energies = features.new_zeros(membership.num_classes, s)
     for group in membership.groups(_COPIES * d):
-        rows, shares = group.take(features), group.shares.mT[..., None]  # (b, n, d), (b, c, n, 1)
+        rows = group.take(features)
         n = rows.shape[1]
-        at_once = max(1, _EIGH_ELEMENTS // (rows.shape[0] * max(n, d) * d))
-        for part, classes in zip(shares.split(at_once, 1), group.classes.split(at_once, 1), strict=True):
+        for part in group.split(d):
             if n < d:
                 # Rows of zeros let the SVD complete a class of fewer than s samples to s orthonormal directions.
-                weighted = nn.functional.pad(rows[:, None] * part.sqrt(), (0, 0, 0, max(0, s - n)))
-                _, values, vectors = _decomposed(torch.linalg.svd, weighted.flatten(0, 1), full_matrices=False)
-                found = vectors[:, :s].mT, values[:, :s].square()
+                weighted = rows[:, None] * part.shares.mT[..., None].sqrt()
+                padded = nn.functional.pad(weighted, (0, 0, 0, max(0, s - n))).flatten(0, 1)
+                _, values, vectors = _decomposed(torch.linalg.svd, padded, full_matrices=False)
+                top = vectors[:, :s].mT, values[:, :s].square()
             else:
-                found = _top_eigen((rows.mT[:, None] @ (rows[:, None] * part)).flatten(0, 1), s)
-            blocks[classes.flatten()], energies[classes.flatten()] = found
+                top = _top_eigen(moments(rows, part.shares).flatten(0, 1), s)
+            classes = part.classes.flatten()
+            blocks[classes], energies[classes] = top
     return blocks, energies
 
 
@@ -140,12 +141,7 @@ class MomentStream:
         self.features = [features]  # not twice
         if not soft:
             return features, torch.cat([torch.zeros(0, dtype=torch.long, device=features.device), *self.memberships])
-        rows = [
-            each.to(features.dtype)
-            if each.ndim == 2
-            else nn.functional.one_hot(each, self.num_classes).to(features.dtype)
-            for each in self.memberships
-        ]
+        rows = [as_rows(each, self.num_classes, features.dtype) for each in self.memberships]
         return features, torch.cat([self.empty.new_zeros(0, self.num_classes), *rows])
 
     def _gathered(self) -> tuple[Tensor, Membership]:
@@ -166,11 +162,9 @@ class MomentStream:
             self.sums = self.empty.new_zeros(self.num_classes, self.feature_dim, self.feature_dim)
         features, membership = self._gathered()
         for group in membership.groups(self.feature_dim) if self.kept else []:
-            rows, weights = group.take(features), group.weights.mT[..., None]
-            at_once = max(1, _EIGH_ELEMENTS // (rows.shape[0] * max(rows.shape[1:]) * rows.shape[2]))
-            for part, classes in zip(weights.split(at_once, 1), group.classes.split(at_once, 1), strict=True):
-                moments = (rows.mT[:, None] @ (rows[:, None] * part)).flatten(0, 1)
-                self.sums.index_add_(0, classes.flatten(), moments)
+            rows = group.take(features)
+            for part in group.split(self.feature_dim):
+                self.sums.index_add_(0, part.classes.flatten(), moments(rows, part.weights).flatten(0, 1))
         self._forget()
 
     def blocks(self, atoms_per_class: int) -> tuple[Float[Tensor, "k d s"], Float[Tensor, "k s"], Float[Tensor, " k"]]:

@@ -38,7 +38,7 @@ from vmcr2.distributed import Shards, agree, broadcast, check_group, gather_rows
 from vmcr2.errors import InputError, NotLatchedError, NumericalError
 from vmcr2.latching import MomentStream, batch_statistics, latched_blocks
 from vmcr2.linalg import is_batched, rate_dtype, require_finite, wide_dtype
-from vmcr2.membership import Membership, as_membership, part_of
+from vmcr2.membership import Membership, as_membership, as_rows, part_of
 from vmcr2.mismatch import Codes, mismatch, precise_mismatch
 from vmcr2.rates import checked_rates, expansion_rate, largest_norm, reduction_of_lines
 from vmcr2.sampling import position_kept
@@ -828,11 +828,7 @@ class VMCR2Loss(_OverRanks):
                 break
             rounds += 1
             if any(soft):  # where one rank has soft rows, all do
-                rows_or_labels = (
-                    rows_or_labels.to(dtype)
-                    if rows_or_labels.ndim == 2
-                    else nn.functional.one_hot(rows_or_labels, self.num_classes).to(dtype)
-                )
+                rows_or_labels = as_rows(rows_or_labels, self.num_classes, dtype)
             gathered, rows_or_labels = gather_rows(
                 features, rows_or_labels, shares=list(shares), group=self.process_group
             )

@@ -13,7 +13,7 @@ from functools import cached_property
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from vmcr2.checks import Condition, check_count, check_tensor, feature_conditions, read_conditions
 from vmcr2.errors import InputError
@@ -22,6 +22,7 @@ from vmcr2.linalg import is_batched, is_tracked, product, wide_dtype
 _ABSENT = 1e-15  # a class with a smaller share of the samples counts as absent: its part in any rate is below rounding
 _LARGEST_LABEL = 10_000_000  # beyond this a forgotten num_classes is likelier than so many classes
 _GROUP_ELEMENTS = 2**25  # entries of the largest padded tensor a group may give rise to
+_MOMENT_ELEMENTS = 2**24  # entries of the moments, or of the rows they are made of, held at once
 _TOLERANCE_16_BITS = 1e-2  # of the sums of rows that 16 bits hold
 _DENSE = 0.125  # from this share of entries above 0, soft rows are taken whole
 
@@ -55,6 +56,28 @@ class ClassGroup:
         if self.rows is None:
             return values[None]
         return values.index_select(0, self.rows.flatten()).view(*self.rows.shape, values.shape[1])
+
+    def split(self, width: int) -> Iterator[ClassGroup]:
+        """Yields the group a few classes at a time, so that their moments of (width, width) fit in memory."""
+        b, n, _ = self.weights.shape
+        at_once = max(1, _MOMENT_ELEMENTS // (b * max(n, width) * width))
+        parts = (self.classes.split(at_once, 1), self.weights.split(at_once, 2), self.counts.split(at_once, 1))
+        for classes, weights, counts in zip(*parts, strict=True):
+            yield ClassGroup(classes, self.rows, weights, counts)
+
+
+def moments(rows: Float[Tensor, "b n d"], weights: Float[Tensor, "b n c"]) -> Float[Tensor, "b c d d"]:
+    """Returns Σ_i w_ij z_i z_iᵀ: C_j where the weights are a group's `shares`, n_j C_j where they are its `weights`.
+
+    Args:
+        rows: what `ClassGroup.take` gives of the features Z.
+        weights: w, of each of the c classes of a set.
+
+    Returns:
+        A d×d matrix of each class. Differentiable, and linear in the weights.
+    """
+    each = rows[:, None].expand(-1, weights.shape[2], -1, -1)
+    return product(each.mT, each * weights.mT[..., None])
 
 
 @dataclass(frozen=True)
@@ -364,6 +387,13 @@ def _counted(rows: Float[Tensor, "m k"]) -> tuple[Float[Tensor, " k"], Int[Tenso
     counts = rows.sum(0)
     counts = torch.where(counts > _ABSENT * len(rows), counts, 0)
     return counts, shared_in(rows, counts).sum(0)
+
+
+def as_rows(rows_or_labels: Tensor, num_classes: int, dtype: torch.dtype) -> Float[Tensor, "m k"]:
+    """Returns soft rows in a dtype: those given, or those of labels."""
+    if rows_or_labels.ndim == 1:
+        rows_or_labels = nn.functional.one_hot(rows_or_labels, num_classes)
+    return rows_or_labels.to(dtype)
 
 
 def shared_in(rows: Float[Tensor, "m k"], counts: Float[Tensor, " k"]) -> Bool[Tensor, "m k"]:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from vmcr2.distributed import Shards
 from vmcr2.linalg import gram, product
-from vmcr2.membership import Membership
+from vmcr2.membership import Membership, moments
 
 _PAIRS = 2**25  # inner products of samples held at once
 
@@ -224,7 +224,7 @@ def squared_moment_norms(features: Float[Tensor, "m d"], membership: Membership)
         rows, shares = group.take(features), group.shares
         b, n, c = shares.shape
         if c == 1 and n > rows.shape[2]:
-            found = product(rows.mT, rows * shares).square().sum((1, 2))
+            found = moments(rows, shares).square().sum((2, 3))
         else:
             found = torch.zeros_like(group.counts)
             at_once = max(1, _PAIRS // (b * n))

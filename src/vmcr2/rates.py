@@ -16,10 +16,8 @@ from torch import Tensor
 
 from vmcr2.checks import check_number, check_tensor, feature_conditions, read_conditions
 from vmcr2.errors import InputError
-from vmcr2.linalg import FLOAT64_RANGE, gram, half_logdet, is_batched, product, rate_dtype, require_finite
-from vmcr2.membership import Membership, as_membership
-
-_MOMENT_ELEMENTS = 2**25  # entries of the moments, or of the rows they are made of, held at once
+from vmcr2.linalg import FLOAT64_RANGE, gram, half_logdet, is_batched, rate_dtype, require_finite
+from vmcr2.membership import Membership, as_membership, moments
 
 
 class RateReduction(NamedTuple):
@@ -163,16 +161,13 @@ def compression_rate(features: Float[Tensor, "m d"], membership: Membership, eps
     total = features.new_zeros(())
     for group in membership.groups(d):
         rows = group.take(features)
-        at_once = max(1, _MOMENT_ELEMENTS // (rows.shape[0] * max(rows.shape[1], d) * d))
-        for shares, counts in zip(group.shares.split(at_once, 2), group.counts.split(at_once, 1), strict=True):
-            weights = shares.mT[..., None]  # (b, c, n, 1)
+        for part in group.split(d):
             # √w has no gradient at w = 0, so a membership that is being learned stays on the d side, linear in w.
             if rows.shape[1] < d and not membership.is_learned:
-                moments = gram(rows[:, None] * weights.sqrt())
+                matrices = gram(rows[:, None] * part.shares.mT[..., None].sqrt())
             else:
-                each = rows[:, None].expand(-1, shares.shape[2], -1, -1)
-                moments = product(each.mT, each * weights)
-            total = total + (counts / m * half_logdet(moments * (d / eps_sq))).sum()
+                matrices = moments(rows, part.shares)
+            total = total + (part.counts / m * half_logdet(matrices * (d / eps_sq))).sum()
     return total
 
 
