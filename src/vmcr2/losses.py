@@ -8,8 +8,6 @@ with DistributedDataParallel's mean over ranks the gradients are those of a sing
 from __future__ import annotations
 
 import copy
-import math
-import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -33,6 +31,7 @@ from vmcr2.checks import (
     pair_of,
     read_conditions,
 )
+from vmcr2.collapse import CollapseWatch
 from vmcr2.dictionary import Dictionary, Structure, ascending_step, paper_step
 from vmcr2.distributed import Shards, agree, broadcast, check_group, gather_rows, process_rank, require_equal
 from vmcr2.errors import InputError, NotLatchedError, NumericalError
@@ -40,7 +39,7 @@ from vmcr2.latching import MomentStream, batch_statistics, latched_blocks
 from vmcr2.linalg import is_batched, rate_dtype, require_finite, wide_dtype
 from vmcr2.membership import Membership, as_membership, as_rows, part_of
 from vmcr2.mismatch import Codes, mismatch, precise_mismatch
-from vmcr2.rates import checked_rates, expansion_rate, largest_norm, reduction_of_lines
+from vmcr2.rates import checked_rates, expansion_rate, largest_norm
 from vmcr2.sampling import position_kept
 from vmcr2.subspaces import default_components, nearest_in_dictionary
 from vmcr2.variational import VariationalRates, objective
@@ -55,7 +54,6 @@ _CANCELLED = 0.05  # below this share of its terms a float32 mismatch is worked 
 # of it would push them all together, and at a high learning rate they would never part (results/defaults.md).
 _FIRST_BALANCE = 6.0
 _BALANCE_DECAY = 0.97
-_WATCH_EVERY = 20  # training steps between looks at ΔR: seldom enough to cost little
 _LARGEST_MOMENT = 1.05  # ‖C_j‖ of unit rows, with the tolerance of their norms
 _HEAVIEST = 1e30  # weight of R: float32 holds the loss and its gradient
 _SPOILT = (
@@ -468,7 +466,7 @@ class VMCR2Loss(_OverRanks):
         self.atoms_per_class = atoms_per_class
         shards = Shards(num_classes, process_group) if sharded else None
         self.dictionary = Dictionary(num_classes, feature_dim, atoms_per_class, structure, shards)
-        self._watch = _CollapseWatch()
+        self._watch = CollapseWatch()
 
     def mu_at(self, batch_size: int) -> float:
         """Returns µ at a batch of so many samples: `mu`, or what `balance` makes of it."""
@@ -601,7 +599,9 @@ class VMCR2Loss(_OverRanks):
             new = (batch.membership.sizes > 0) & ~self.dictionary.known()
             with self.dictionary.restored_on_error(new):  # what is latched for a step that fails is not kept
                 self._latch(batch.features.detach(), batch.membership.detach(), new)
-                self._watch.look(self, batch)
+                if self._watch.is_due():
+                    balance = balance_at(self.mu_at(m), self.feature_dim, m, self.eps_sq)
+                    self._watch.look(batch.whole.detach(), batch.rows_or_labels.detach(), self.eps_sq, balance)
                 value = self._step(batch)
         else:
             value = precise_mismatch(batch.features, *self._part_for(batch), self.pull)
@@ -954,75 +954,3 @@ def _pieces(features: Any, membership: Any) -> Iterator[tuple[Tensor, Tensor]]:
         yield from zip(features.split(_ROWS), membership.split(_ROWS), strict=True)
     else:
         yield features, membership
-
-
-class _Low(NamedTuple):
-    """How low ΔR must be, and for how long, before features count as collapsed.
-
-    Attributes:
-        of_best: ΔR is below this share of the best so far, as the watch measures it,
-        of_expansion: and below this share of R,
-        looks: so many times in a row.
-    """
-
-    of_best: float
-    of_expansion: float
-    looks: int
-
-
-# A fresh network's features of natural images have a high ΔR in a small batch without knowing a class. As they learn it
-# may fall below a fifth for long, and is then a quarter of R; that of collapsed features is next to nothing.
-_COLLAPSED = (_Low(of_best=0.05, of_expansion=math.inf, looks=3), _Low(of_best=0.2, of_expansion=0.1, looks=10))
-
-
-class _CollapseWatch:
-    """Warns once when the features have collapsed: ΔR of several batches in a row far below the best there was.
-
-    The loss's value alone does not show it: features that all coincide match a dictionary that followed them. A batch
-    nearly all of one class can have little ΔR, so each is measured by what one orthogonal line per class would have.
-    """
-
-    def __init__(self) -> None:
-        self.steps = 0
-        self.best = 0.0
-        self.low = [0] * len(_COLLAPSED)
-        self.warned = False
-
-    def look(self, loss: VMCR2Loss, batch: _Batch) -> None:
-        """Looks at ΔR of every so many batches."""
-        self.steps += 1
-        if self.warned or self.steps % _WATCH_EVERY != 1:
-            return
-        features, membership = batch.whole.detach(), batch.membership.detach()
-        if batch.rows_or_labels.ndim == 2:
-            # By the largest entry: with a share of every class in every sample there were k determinants of d×d.
-            membership, _ = as_membership(features, batch.rows_or_labels.detach().argmax(1), loss.num_classes)
-        elif loss.sharded:
-            membership, _ = as_membership(features, batch.rows_or_labels.unique(return_inverse=True)[1], None)
-        if int((membership.sizes > 0).sum()) < 2:
-            return  # ΔR of one class is 0 whatever its features
-        rates = checked_rates(features, membership, loss.eps_sq)
-        reduction, expansion = torch.stack([rates.reduction, rates.expansion]).tolist()
-        of_lines = reduction_of_lines(membership.sizes, loss.feature_dim, loss.eps_sq)
-        if of_lines < 1e-6:
-            return  # in one dimension there is no ΔR
-        self.best = max(self.best, reduction / of_lines)
-        # Of features that are all alike from the start ΔR is 0 but for rounding.
-        for place, bound in enumerate(_COLLAPSED):
-            limit = min(bound.of_best * self.best * of_lines, bound.of_expansion * expansion)
-            self.low[place] = self.low[place] + 1 if self.best > 1e-3 and reduction < limit else 0
-        if all(low < bound.looks for low, bound in zip(self.low, _COLLAPSED, strict=True)):
-            return
-        self.warned = True
-        balance = balance_at(loss.mu_at(len(features)), loss.feature_dim, len(features), loss.eps_sq)
-        warnings.warn(
-            f"the features have collapsed: ΔR of a batch is {reduction:.3g}, where the best so far would have been "
-            f"{self.best * of_lines:.3g}. Lower the learning rate, or clip the network's gradients"
-            + (
-                f"; and lower mu: mu * m * eps_sq / feature_dim is {balance:.2g}, from about 1 the dictionary cannot "
-                "lead the features (mu=None takes 0.05)"
-                if balance > 0.5
-                else ""
-            ),
-            stacklevel=5,  # the call of the loss, past Module's own two
-        )

@@ -15,13 +15,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from vmcr2.checks import check_count, check_flag, check_number
+from vmcr2.collapse import has_collapsed, of_balance
 from vmcr2.distributed import agree, gather_rows
 from vmcr2.errors import NumericalError
 from vmcr2.lab.recipes import Recipe
 from vmcr2.losses import MCR2Loss, VMCR2Loss, balance_at
 from vmcr2.rates import rate_reduction
-
-_PATIENCE = 10  # epochs that ΔR may stay low
 
 
 class CrossEntropyHead(nn.Module):
@@ -177,28 +176,25 @@ class Variational(Objective):
         }
 
     def check(self, history: Sequence[dict[str, Any]]) -> None:
-        """Raises NumericalError after a collapse: ΔR of the batches fell to a fifth, or of the set to a tenth.
+        """Raises NumericalError where ΔR has stayed low for long, of the batches or of the training set.
 
         It happens where the penalty outweighs the rates, ρ = µ m ε²/d well above 1: the dictionary then follows the
-        features instead of leading them. A healthy run may start with a dip, deep where epochs are short, but not so
-        long. ΔR is compared with that after the first epoch, not with a fresh network's.
+        features instead of leading them; or where the learning rate is too high.
         """
-        if not self.stop_on_collapse or len(history) <= _PATIENCE:
+        if not self.stop_on_collapse:
             return
-        reductions = [line["batch_expansion"] - line["batch_compression"] for line in history]
-        # Dropout makes noise that passes for ΔR in a batch; the whole training set, where it was measured, has none.
-        measured = [line["train_reduction"] for line in history if "train_reduction" in line]
-        flat = len(measured) > 5 and max(measured[-5:]) < 0.1 * measured[0]
-        if max(reductions[-_PATIENCE:]) >= 0.2 * reductions[0] and not flat:
-            return
-        shown, of = (measured, "training set") if flat else (reductions, "batch")
         m, d = history[-1]["batch_size"], self.loss.feature_dim
         balance = self.loss.balance if self.loss.mu is None else balance_at(self.loss.mu, d, m, self.eps_sq)
-        raise NumericalError(
-            f"the features have collapsed: ΔR of the {of} fell from {shown[0]:.3g} to {shown[-1]:.3g} for good, the "
-            f"residual is {history[-1]['residual']:.3g}. ρ = mu * batch_size * eps_sq / feature_dim is {balance:.2g}; "
-            "above about 1 the dictionary cannot lead the features"
-        )
+        # Dropout makes noise that passes for ΔR in a batch; the whole training set, where it was measured, has none.
+        for kind, of in (("batch", "the batches"), ("train", "the training set")):
+            measured = [line for line in history if f"{kind}_expansion" in line]
+            reductions = [line[f"{kind}_expansion"] - line[f"{kind}_compression"] for line in measured]
+            if has_collapsed(reductions):
+                said = (
+                    f"the features have collapsed: ΔR of {of} fell from {reductions[0]:.3g} to {reductions[-1]:.3g} for "
+                    f"good, the residual is {history[-1]['residual']:.3g}.{of_balance(balance)}"
+                )
+                raise NumericalError(said.removesuffix("."))  # the cure follows
 
     def describe(self) -> dict[str, Any]:
         """Returns µ, where it was chosen rather than ρ, and the atoms of each class."""

@@ -54,8 +54,8 @@ class VMCR2Settings:
         latch_every: epochs between latchings; the first is before the first epoch.
         gradient_clip: the largest norm a step's gradient may have, None for any. 0.02 keeps networks without BatchNorm,
             whose first gradients are long, from collapsing.
-        stop_on_collapse: stop, with a reason, once ΔR of the batches has been down for ten epochs. A later
-            latching may bring it back, slowly.
+        stop_on_collapse: stop, with a reason, once ΔR of the batches, or of the training set, has been below a fifth
+            of what it was after the first epoch ten times in a row. A later latching may bring it back, slowly.
     """
 
     lr: float = 0.5

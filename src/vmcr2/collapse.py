@@ -1,0 +1,120 @@
+"""Collapse: all features come to lie alike, and ΔR falls to next to nothing. The loss warns of it, a run ends by it.
+
+The loss's value does not show it: features that all coincide match a dictionary that followed them.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from jaxtyping import Float
+from torch import Tensor
+
+from vmcr2.membership import as_membership
+from vmcr2.rates import checked_rates, reduction_of_lines
+
+_WATCH_EVERY = 20  # training steps between looks at ΔR: seldom enough to cost little
+_HEAVY = 0.5  # ρ from which it may be what makes features collapse
+
+
+@dataclass(frozen=True)
+class _Low:
+    """How low ΔR must be, and for how long, before features count as collapsed.
+
+    Attributes:
+        of_best: ΔR is below this share of the best so far,
+        of_expansion: and below this share of R,
+        looks: so many times in a row.
+    """
+
+    of_best: float
+    of_expansion: float
+    looks: int
+
+    def holds(self, reduction: float, expansion: float, best: float) -> bool:
+        """Whether it is so low at one look."""
+        return reduction < min(self.of_best * best, self.of_expansion * expansion)
+
+
+# A fresh network's features of natural images have a high ΔR in a small batch without knowing a class. As they learn it
+# may fall below a fifth for long, and is then a quarter of R; that of collapsed features is next to nothing.
+_LASTING = _Low(of_best=0.2, of_expansion=0.1, looks=10)
+_DEEP = _Low(of_best=0.05, of_expansion=math.inf, looks=3)
+
+
+def has_collapsed(reductions: Sequence[float]) -> bool:
+    """Whether ΔR of a run has stayed below a fifth of what it was after the first epoch, ten times in a row.
+
+    A healthy run may start with a dip, deep where its epochs are short, but recovers sooner. R plays no part here:
+    after an epoch ΔR is no longer that of a fresh network, which may be high by chance.
+
+    Args:
+        reductions: ΔR after each epoch, or whenever it was measured.
+    """
+    looks = _LASTING.looks
+    return len(reductions) > looks and max(reductions[-looks:]) < _LASTING.of_best * reductions[0]
+
+
+def of_balance(balance: float) -> str:
+    """Returns a sentence on ρ for a message of a collapse; empty unless ρ is high enough to be the reason."""
+    if balance <= _HEAVY:
+        return ""
+    return (
+        f" ρ = mu * m * eps_sq / feature_dim is {balance:.2g}: from about 1 the dictionary cannot lead the features, "
+        "so lower mu (mu=None takes ρ = 0.05)."
+    )
+
+
+class CollapseWatch:
+    """Warns once when the features of a loss's batches have collapsed.
+
+    A batch nearly all of one class can have little ΔR, so each is measured by what one orthogonal line per class would
+    have.
+    """
+
+    def __init__(self) -> None:
+        self.steps = 0
+        self.best = 0.0
+        self.low = {_DEEP: 0, _LASTING: 0}  # looks in a row
+        self.warned = False
+
+    def is_due(self) -> bool:
+        """Counts a training step, and tells whether it is one to look at."""
+        self.steps += 1
+        return not self.warned and self.steps % _WATCH_EVERY == 1
+
+    def look(self, features: Float[Tensor, "m d"], rows_or_labels: Tensor, eps_sq: float, balance: float) -> None:
+        """Looks at ΔR of a batch.
+
+        Args:
+            features: Z, checked.
+            rows_or_labels: labels (m,), or soft rows (m, k), of which each counts by its largest entry: with a share
+                of every class in every sample there would be k determinants of d×d.
+            eps_sq: ε².
+            balance: ρ, for the warning.
+        """
+        labels = rows_or_labels.argmax(1) if rows_or_labels.ndim == 2 else rows_or_labels
+        membership, _ = as_membership(features, labels.unique(return_inverse=True)[1], None)
+        if membership.num_classes < 2:
+            return  # ΔR of one class is 0 whatever its features
+        rates = checked_rates(features, membership, eps_sq)
+        reduction, expansion = float(rates.reduction), float(rates.expansion)
+        of_lines = reduction_of_lines(membership.sizes, features.shape[1], eps_sq)
+        if of_lines < 1e-6:
+            return  # in one dimension there is no ΔR
+        self.best = max(self.best, reduction / of_lines)
+        best = self.best * of_lines
+        # Of features that are all alike from the start ΔR is 0 but for rounding.
+        for low in self.low:
+            self.low[low] = self.low[low] + 1 if self.best > 1e-3 and low.holds(reduction, expansion, best) else 0
+        if all(count < low.looks for low, count in self.low.items()):
+            return
+        self.warned = True
+        warnings.warn(
+            f"the features have collapsed: ΔR of a batch is {reduction:.3g}, where the best so far would have been "
+            f"{best:.3g}.{of_balance(balance)} Lower the learning rate, or clip the network's gradients",
+            stacklevel=5,  # the call of the loss, past its `forward` and Module's own two
+        )
