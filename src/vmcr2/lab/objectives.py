@@ -191,8 +191,8 @@ class Variational(Objective):
             reductions = [line[f"{kind}_expansion"] - line[f"{kind}_compression"] for line in measured]
             if has_collapsed(reductions):
                 said = (
-                    f"the features have collapsed: ΔR of {of} fell from {reductions[0]:.3g} to {reductions[-1]:.3g} for "
-                    f"good, the residual is {history[-1]['residual']:.3g}.{of_balance(balance)}"
+                    f"the features have collapsed: ΔR of {of} fell from {reductions[0]:.3g} to {reductions[-1]:.3g} "
+                    f"for good, the residual is {history[-1]['residual']:.3g}.{of_balance(balance)}"
                 )
                 raise NumericalError(said.removesuffix("."))  # the cure follows
 
