@@ -42,19 +42,6 @@ def variational(z, pi, gamma, a, mu, eps_sq):
     return expansion, compression, mu / (2 * m) * penalty
 
 
-def shortfall(z, pi, gamma, a, mu, pull):
-    """What a pull below 1 adds to (µ/2m) M: (1 − uᵠ)/q in place of 1 − u of each sample, times its largest code."""
-    d, m = z.shape
-    total = 0.0
-    for j in range(pi.shape[1]):
-        codes = a[:, j] / max(pi[:, j].sum(), 1e-300)
-        for i in range(m):
-            if pi[i, j] > 0 and codes.max() > 0:
-                u = z[:, i] @ gamma @ np.diag(codes) @ gamma.T @ z[:, i] / codes.max() + 1 / d
-                total += pi[i, j] * codes.max() * ((1 - u**pull) / pull - (1 - u))
-    return mu * total
-
-
 def lipschitz(z, pi, gamma, a, mu):
     """L_Γ and L_A of eqs. (17) and (19), which the paper states for balanced classes."""
     m, k = pi.shape

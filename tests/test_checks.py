@@ -44,7 +44,7 @@ BATCHES = [
 
 
 @pytest.mark.parametrize(("message", "features", "membership"), BATCHES)
-def test_batches(message, features, membership):
+def test_wrong_batches_are_refused_and_change_nothing(message, features, membership):
     variational = vmcr2.VMCR2Loss(3, 6, atoms_per_class=2).double()
     variational.latch(Z, LABELS)
     state = snapshot(variational)
@@ -168,7 +168,7 @@ def test_step_sizes_and_penalty(name, value):
         ("expand must be a finite number >= 0, got -1", {"expand": -1}),
     ],
 )
-def test_sizes(message, arguments):
+def test_wrong_settings_are_named(message, arguments):
     with pytest.raises(ValueError, match=message):
         vmcr2.VMCR2Loss(**({"num_classes": 3, "feature_dim": 6, "atoms_per_class": 2} | arguments))
 
@@ -194,7 +194,7 @@ def test_features_and_membership_on_different_devices():
         vmcr2.VMCR2Loss(3, 6)(Z.to("meta"), LABELS.to("meta"))
 
 
-def test_balanced_mu():
+def test_wrong_arguments_of_balanced_mu_are_named():
     for wrong in ({"feature_dim": 0}, {"batch_size": 2.5}, {"eps_sq": -1.0}, {"balance": 0.0}):
         with pytest.raises(vmcr2.InputError, match=next(iter(wrong))):
             vmcr2.balanced_mu(**({"feature_dim": 8, "batch_size": 4} | wrong))
@@ -219,14 +219,14 @@ def test_all_conditions_are_read_in_one_transfer_and_the_first_that_fails_is_nam
 
 
 @pytest.mark.parametrize("r", [0, -1, 7, 2.0])
-def test_components(r):
+def test_wrong_numbers_of_components_are_named(r):
     with pytest.raises(ValueError, match="n_components must be"):
         vmcr2.NearestSubspaceClassifier(r).fit(Z.numpy(), LABELS.numpy())
     with pytest.raises(ValueError, match="n_components must be"):
         class_subspaces(Z, LABELS, 3, r)
 
 
-def test_estimator_inputs():
+def test_wrong_arrays_are_refused_by_the_classifier():
     estimator = vmcr2.NearestSubspaceClassifier()
     with pytest.raises(ValueError, match="NaN"):
         estimator.fit(NAN.numpy(), LABELS.numpy())

@@ -358,7 +358,10 @@ def test_the_example_finds_wrong_labels(capsys):
 
 def test_class_names_with_dollar_signs_are_drawn_as_they_are(tmp_path):
     names = np.array(["$\\foo$", "costs $5", "b", "c"])
-    vmcr2.report(unit_rows(40, 8), names[np.arange(40) % 4]).figure().savefig(tmp_path / "report.png")
+    figure = vmcr2.report(unit_rows(40, 8), names[np.arange(40) % 4]).figure()
+    figure.savefig(tmp_path / "report.png")
+    shown = [label.get_text() for axes in figure.axes for label in axes.get_yticklabels() + axes.get_xticklabels()]
+    assert any(r"costs \$5" in text for text in shown)
 
 
 @pytest.mark.parametrize("features", [unit_rows(20, 4).to_sparse(), torch.empty(20, 4, device="meta")])

@@ -38,7 +38,6 @@ def fitted(digits):
 
 @parametrize_with_checks(
     [
-        vmcr2.NearestSubspaceClassifier(),
         vmcr2.CodingRateTransformer(hidden=16, epochs=2),
         vmcr2.CodingRateTransformer(hidden=16, epochs=2, objective="mcr2"),
         vmcr2.CodingRateClassifier(hidden=32, epochs=12, feature_dim=16),
@@ -544,7 +543,7 @@ def test_a_function_of_one_argument_is_no_network():
         vmcr2.CodingRateTransformer(network=lambda columns: None).fit(unit_rows(20, 4).numpy(), np.arange(20) % 2)
 
 
-def test_classes_may_be_a_set_and_must_be_a_list():
+def test_classes_may_be_a_set_but_not_a_number():
     z, y = unit_rows(20, 4).numpy(), np.arange(20) % 2
     assert vmcr2.NearestSubspaceClassifier().partial_fit(z, y, classes={0, 1}).classes_.tolist() == [0, 1]
     with pytest.raises(vmcr2.InputError, match=r"classes must be a list or an array \(k,\) of labels, got shape \(\)"):

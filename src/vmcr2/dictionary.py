@@ -30,8 +30,8 @@ from vmcr2.variational import (
 Structure = Literal["shared", "block"]
 
 # What a step takes of the way to the best codes of its bound. Less than all of it leaves the atoms time to turn away
-# from each other before codes that compete are pressed to zero. With soft membership it ends higher; elsewhere mostly
-# alike, and at small ρ now and then lower.
+# from each other before codes that compete are pressed to zero. With soft membership eq. (7) ends higher by it;
+# otherwise about the same, at small ρ sometimes lower.
 _CODE_SHARE = 0.5
 _NEGLIGIBLE = 1e-6  # of the shift: codes that add so little to R^v and R_c^v are 0
 _COPIED = 2**22  # entries of the atoms that are written at once

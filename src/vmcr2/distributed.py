@@ -1,8 +1,9 @@
 """Many processes, one loss: what ranks must agree on, the batch gathered over them, a dictionary sharded by class.
 
 A call of a loss begins with one all-gather of a few integers, in which every rank says what it brings. Whatever is
-wrong on one rank, or differs between ranks, is so found on all of them before anything else is sent. Then the rows are
-gathered, and every rank computes the loss of the whole batch, or, where the dictionary is sharded, its classes' part.
+wrong on one rank, or differs between ranks, is therefore known on all of them before anything else is sent. Then the
+rows are gathered, and every rank computes the loss of the whole batch, or, where the dictionary is sharded, its
+classes' part.
 """
 
 from __future__ import annotations
@@ -321,5 +322,5 @@ class Shards:
 
 def full_tensor(value: Tensor) -> Tensor:
     """Returns the whole of a DTensor, a collective of its ranks; any other tensor as it is."""
-    # Known by its method: importing DTensor takes a second, which who has none need not wait.
+    # Known by its method: importing DTensor takes a second, which nobody without one should pay.
     return value.full_tensor() if hasattr(value, "full_tensor") else value  # pyrefly: ignore[missing-attribute]

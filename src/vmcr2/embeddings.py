@@ -675,7 +675,7 @@ def _named(values: np.ndarray, class_names: Sequence[str] | None) -> tuple[str, 
         raise InputError(f"class_names must be a list, a tuple or an array of names, got {class_names!r}")
     if values.dtype.kind not in "iu" or values.min() < 0 or values.max() >= len(class_names):
         raise InputError(
-            f"class_names are {len(class_names)} names, for labels that are integers from 0 to {len(class_names) - 1}, "
+            f"class_names has length {len(class_names)}, so labels must be integers from 0 to {len(class_names) - 1}, "
             f"got labels from {values[0]} to {values[-1]}"
         )
     return tuple(str(class_names[value]) for value in values.tolist())

@@ -69,7 +69,7 @@ class _OverRanks(nn.Module):
     """
 
     _checks: ClassVar[dict[str, Callable[[str, Any], Any]]] = {"eps_sq": check_number}
-    _made_with: ClassVar[tuple[str, ...]] = ("process_group",)  # what the buffers depend on, or ranks have met by
+    _fixed: ClassVar[tuple[str, ...]] = ("process_group",)  # the buffers and what ranks share follow from these
 
     def __init__(self, process_group: Any) -> None:
         super().__init__()
@@ -77,7 +77,7 @@ class _OverRanks(nn.Module):
         self.process_group = process_group
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in self._made_with and (name in self.__dict__ or isinstance(getattr(type(self), name, None), property)):
+        if name in self._fixed and (name in self.__dict__ or isinstance(getattr(type(self), name, None), property)):
             raise InputError(
                 f"{name} cannot change once the loss is made (it is {getattr(self, name)!r}), got {value!r}"
             )
@@ -121,7 +121,7 @@ class MCR2Loss(_OverRanks):
         InputError: a wrong argument (a ValueError).
     """
 
-    _made_with = (*_OverRanks._made_with, "num_classes")
+    _fixed = (*_OverRanks._fixed, "num_classes")
 
     def __init__(self, num_classes: int, *, eps_sq: float = 0.5, process_group: Any = None) -> None:
         super().__init__(process_group)
@@ -317,7 +317,7 @@ class _Stepped(NamedTuple):
     Attributes:
         membership: Π among the dictionary's classes.
         dictionary: after the step.
-        mismatch: M between the features and that. Differentiable.
+        mismatch: M/2m between the features and that, and what `pull` adds. Differentiable.
         flags: whether all is finite, whether the mismatch lost its digits to cancellation, and whether no code beyond
             a class's own atoms would have risen.
     """
@@ -365,7 +365,8 @@ class VMCR2Loss(_OverRanks):
     With labels, a training step reads from the device twice: before it what must hold of the batch, with the sizes of
     its classes, and after it whether it came out finite; every twentieth step ΔR as well, for the warning of a
     collapse; and, until every class has been latched, which have been. Soft rows with few entries are read once more,
-    to be packed; where the dictionary is sharded, so is what each rank keeps of the batch.
+    to be packed; where the dictionary is sharded, so is what each rank keeps of the batch; and where classes of a
+    shared one begin to use each other's atoms, the flags of the step that is then taken anew.
 
     Settings may change between steps, by assignment (`loss.mu = 0.3`), on all ranks alike; num_classes, feature_dim,
     atoms_per_class, structure, sharded and process_group may not.
@@ -417,7 +418,7 @@ class VMCR2Loss(_OverRanks):
     """
 
     _checks = SETTING_CHECKS
-    _made_with = (*_OverRanks._made_with, "num_classes", "feature_dim", "atoms_per_class", "structure", "sharded")
+    _fixed = (*_OverRanks._fixed, "num_classes", "feature_dim", "atoms_per_class", "structure", "sharded")
 
     def __init__(
         self,
@@ -469,7 +470,14 @@ class VMCR2Loss(_OverRanks):
         self._watch = CollapseWatch()
 
     def mu_at(self, batch_size: int) -> float:
-        """Returns µ at a batch of so many samples: `mu`, or what `balance` makes of it."""
+        """Returns µ at a batch of so many samples: `mu`, or what `balance` makes of it.
+
+        Args:
+            batch_size: m ≥ 1, that of all ranks together.
+
+        Raises:
+            InputError: a wrong argument (a ValueError).
+        """
         check_count("batch_size", batch_size)
         if self.mu is not None:
             return self.mu
@@ -565,7 +573,7 @@ class VMCR2Loss(_OverRanks):
     def forward(
         self, features: Float[Tensor, "m d"], membership: Int[Tensor, " m"] | Shaped[Tensor, "m k"]
     ) -> Float[Tensor, ""]:
-        """Returns the mismatch of the batch (`reduction`), minus `expand` times R; in training mode, after one step.
+        """Returns (µ/2m) M or M/2m² of the batch, less what `expand` takes; in training mode after one step.
 
         Args:
             features: Z, (m, d), finite, rows of norm 1 (as the unit columns of Γ assume).
@@ -581,7 +589,7 @@ class VMCR2Loss(_OverRanks):
         if moving and torch._C._functorch.maybe_current_level() is not None:
             raise InputError(
                 "a training step must not be taken within torch.func's grad, jvp, vmap and the like: it changes the "
-                "dictionary. Call loss.eval() before, under which that stays as it is"
+                "dictionary. Call loss.eval() before, under which that is left alone"
             )
         if moving and torch._C._current_graph_task_id() != -1:
             raise InputError(

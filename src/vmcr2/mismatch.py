@@ -27,12 +27,13 @@ _PAIRS = 2**25  # inner products of samples held at once
 
 
 class Attraction(NamedTuple):
-    """Samples and the classes that they are weighed for, in shapes that meet.
+    """Samples and the classes that they are weighed for: shapes that broadcast to (m,), (m, k) or (b, n, c).
 
     Attributes:
-        own: z_iᵀ B_j z_i.
-        largest: the largest of Ã_j, which z_iᵀ B_j z_i attains where z_i is an atom that no other comes near.
-        weights: Π_ij.
+        own: z_iᵀ B_j z_i; of labels (m,), of soft rows (m, k), of a class group (b, n, c).
+        largest: the largest of Ã_j, which z_iᵀ B_j z_i attains where z_i is an atom that no other comes near; (m,),
+            (k,), (b, 1, c).
+        weights: Π_ij, as `own`.
     """
 
     own: Tensor
@@ -259,7 +260,7 @@ def mismatch(
     energies: Float[Tensor, "k c"] | None = None,
     overlap: Tensor | None = None,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-    """Returns ½ Σ_j n_j ‖C_j − B_j‖²_F by eq. (9), and the size of the terms that it is the difference of.
+    """Returns M/2m = ½ Σ_j n_j ‖C_j − B_j‖²_F by eq. (9), and the size of the terms that it is the difference of.
 
     Times µ it is the residual (µ/2m) M; its gradient in a feature is 2 Σ_j π_ij (C_j − B_j) z_i (Alg. 1, line 12).
     For `pull` < 1, `_shortfall` is added.
@@ -268,7 +269,7 @@ def mismatch(
         features: Z, (m, d).
         membership: Π, among the dictionary's classes.
         dictionary: Γ and Ã.
-        pull: q of `_shortfall`, in (0, 1].
+        pull: p of `_shortfall`, in (0, 1].
         projections: `dictionary.project` of the features, where they are known already.
         energies: `dictionary.energies` of those, likewise.
         overlap: `dictionary.overlap()`, likewise.
@@ -293,20 +294,20 @@ def mismatch(
 
 
 def _shortfall(projections: list[Tensor], membership: Membership, dictionary: Codes, pull: float) -> Float[Tensor, ""]:
-    """Returns Σ_ij π_ij b_j [(1 − uᵠ)/q − (1 − u)] ≥ 0, u_ij = z_iᵀ B_j z_i / b_j + 1/d, with b_j the largest of Ã_j.
+    """Returns Σ_ij π_ij b_j [(1 − uᵖ)/p − (1 − u)] ≥ 0, u_ij = z_iᵀ B_j z_i / b_j + 1/d; p is `pull`, b_j max_l Ã_lj.
 
     In eq. (9) a sample is pulled into its class by b_j times the gradient of u, which vanishes for a feature orthogonal
     to the class: wrong labels are spared, and features that have still to find their class are left alone. With this
-    the pull is b_j u^(q−1) times that gradient: the same at u = 1, and at q = ½ about as hard however far the feature
-    is. It is to eq. (9) what the generalised cross-entropy (1 − pᵠ)/q (Zhang and Sabuncu, 2018) is to 1 − p. The 1/d,
-    what a random direction has, bounds it.
+    the pull is b_j u^(p−1) times that gradient: the same at u = 1, and at p = ½ about as hard however far the feature
+    is. It is to eq. (9) what the generalised cross-entropy (Zhang and Sabuncu, 2018) is to 1 minus a probability. The
+    1/d, what a random direction has, bounds it.
     """
     total = dictionary.atoms.new_zeros((), dtype=torch.float64)
     if pull == 1:
         return total
     for own, largest, weights in dictionary.attractions(projections, membership):
         share = own / torch.where(largest > 0, largest, 1) + 1 / dictionary.atoms.shape[1]
-        short = -torch.expm1(pull * share.log()) / pull - (1 - share)  # 1 − uᵠ would cancel where q is small
+        short = -torch.expm1(pull * share.log()) / pull - (1 - share)  # 1 − uᵖ would cancel where p is small
         total = total + (weights.double() * largest.double() * short.double()).sum()
     return total
 

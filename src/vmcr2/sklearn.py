@@ -62,7 +62,7 @@ class NearestSubspaceClassifier(ClassifierMixin, BaseEstimator):
 
     Args:
         n_components: dimension of each subspace, from 1 to the number of features d; None means ⌊d/k⌋, 1 at least. At
-            d classes of d samples or more have the same subspace, the whole space, and tie.
+            d every class of d samples or more has the whole space for its subspace, and such classes tie.
 
     Attributes:
         classes_: (k,), the labels seen in `fit`.
@@ -214,7 +214,8 @@ class CodingRateTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
             to (m, d), in float32; None means two hidden layers with BatchNorm and ReLU.
         hidden: the width of the default network's layers.
         epochs: passes over the samples in `fit`; None means 20, or what 120 steps take. `partial_fit` makes one.
-        batch_size: samples per step, at most, from 2; 3 of an odd number in twos, as BatchNorm takes no sample alone.
+        batch_size: samples per step, at most; 2 at least. A sample that would be left alone joins another batch, since
+            BatchNorm cannot take it alone.
         learning_rate: of AdamW. In `fit` it falls to 0 along a half cosine.
         weight_decay: of AdamW.
         eps_sq: the squared precision ε² > 0.

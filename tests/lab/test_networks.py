@@ -1,4 +1,4 @@
-"""The networks have the sizes they should."""
+"""The networks: their sizes, what they accept, and what they are refused for."""
 
 import sys
 

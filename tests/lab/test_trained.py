@@ -201,7 +201,7 @@ except ModuleNotFoundError as error:
 def test_subspaces_older_than_the_network_are_said(run):
     state = run.load_checkpoint()
     changed = replace(run)
-    for at, bases, error in ((2, state["trained"]["bases"], None), (0, None, "was never measured yet")):
+    for at, bases, error in ((2, state["trained"]["bases"], None), (0, None, "has not been measured yet")):
         kept = state["trained"] | {"measured_at": at, "bases": bases}
         object.__setattr__(changed, "load_checkpoint", lambda kept=kept: state | {"trained": kept})
         if error is None:

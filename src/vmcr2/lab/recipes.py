@@ -287,7 +287,7 @@ def find(name: str, image_size: int | None = None) -> Recipe:
     if name.endswith(".npz") or Path(name).is_dir():
         return for_data(Path(name), image_size)
     if Path(name).name != name:
-        raise InputError(f"recipe or data must exist, got {name!r}: there is no such file or folder")
+        raise InputError(f"recipe or data must be a file or folder that exists, got {name!r}")
     hint = did_you_mean(name, known)
     raise InputError(
         f"recipe must be one of {', '.join(known)}, a .json file, or data: a .npz file or a folder of images by class; "

@@ -141,7 +141,7 @@ def load(settings: DataSettings, data_root: str | Path | None = None) -> Dataset
     elif path.is_dir():
         dataset = _folder(path, settings.image_size, needs_test=not settings.validation)
     else:
-        what = "a file of another kind" if path.exists() else "neither: there is no such folder"
+        what = "a file of another kind" if path.exists() else "none of these: there is no such file or folder"
         raise InputError(
             f"data.source must be one of {', '.join(_NAMED)}, a .npz file or a folder of images by class, "
             f"got {settings.source!r}, which is {what}"

@@ -58,7 +58,7 @@ def fit(
 
     Args:
         model: maps inputs to features (m, d). It and the criterion are on the device to train on. With several
-            processes it is wrapped in DistributedDataParallel, and each process has its share of every batch.
+            processes it comes wrapped in DistributedDataParallel, and each process has its share of every batch.
         objective: what to train on; anything with the interface of `Objective`.
         batches: any iterable of pairs (inputs, labels), such as a DataLoader with workers, gone through once an epoch;
             or a function that returns those of an epoch, the first of which is 1, such as a generator function. Where
@@ -284,7 +284,7 @@ def refuse_other_recipe(run: RunFolder, stored: Recipe, recipe: Recipe, data_roo
             "Drop these flags, or start a run in a folder of its own"
         )
     if recipe.epochs < stored.epochs and not run.is_complete():
-        raise InputError(f"epochs must be at least the {stored.epochs} that {run.path} is to have, got {recipe.epochs}")
+        raise InputError(f"epochs must be at least the {stored.epochs} planned for {run.path}, got {recipe.epochs}")
     if recipe.epochs > stored.epochs and recipe.tied_to_epochs:
         raise InputError(
             f"epochs must stay {stored.epochs} for {run.path}, got {recipe.epochs}: its {recipe.tied_to_epochs} "
@@ -395,7 +395,7 @@ def _prepare(recipe: Recipe, data_root: str | Path | None) -> _Prepared:
     digests = processes.gathered(prepared.fingerprint)
     others = [str(rank) for rank, digest in enumerate(digests) if digest != digests[0]]
     if others:
-        raise InputError(f"data must be the same for all processes, got other data than in 0 in {', '.join(others)}")
+        raise InputError(f"data must be the same in all processes, got other data in {', '.join(others)} than in 0")
     return prepared
 
 

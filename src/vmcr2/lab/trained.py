@@ -263,8 +263,8 @@ def load(path: RunFolder | str | Path, components: int | None = None) -> Trained
         components: keep the strongest so many directions of each class's subspace; all, ⌊d/k⌋, by default.
 
     Raises:
-        InputError: there is neither, the run was never measured yet, it has fewer components, or a file is damaged (a
-            ValueError).
+        InputError: there is neither, the run has not been measured yet, it has fewer components, or a file is damaged
+            (a ValueError).
     """
     exported = isinstance(path, str | os.PathLike) and (Path(path) / "model.safetensors").is_file()
     trained = _load_exported(Path(path)) if exported else _load_run(path)
@@ -283,7 +283,7 @@ def _load_run(path: RunFolder | str | Path) -> TrainedModel:
     run, recipe, state = _open(path)
     kept = state["trained"]
     if kept["bases"] is None:
-        raise InputError(f"{run.path} was never measured yet, so it has no subspaces; --resume it")
+        raise InputError(f"{run.path} has not been measured yet, so it has no subspaces; --resume it")
     if kept["measured_at"] != state["epoch"]:
         warnings.warn(
             f"the subspaces of {run.path} are those of epoch {kept['measured_at']}, its network that of epoch "
