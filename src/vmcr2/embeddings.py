@@ -20,7 +20,7 @@ from vmcr2.errors import InputError, NumericalError
 from vmcr2.linalg import require_finite
 from vmcr2.membership import as_membership
 from vmcr2.rates import checked_rates, transrate
-from vmcr2.subspaces import check_components, class_subspaces, default_components, subspace_energies
+from vmcr2.subspaces import check_components, default_components, held_out_energies
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -30,8 +30,6 @@ _SHOWN_CLASSES = 20
 _MOMENT_ELEMENTS = 2**27  # entries of all classes' moments that are held at once
 _TIE = 1e-9  # shares of a sample's energy that differ by less are equal but for rounding: a label is kept
 _DIRECTIONS = 8  # of each class that overlaps are found from where the moments are too many to hold
-_ENERGIES = 2**23  # of samples in classes' subspaces, held at once
-_FOLDS = 5
 _ROUNDS = 5
 _SAMPLES_A_DIRECTION = 8  # fewer say little about a direction
 
@@ -536,15 +534,14 @@ def label_quality(
         median = int(torch.bincount(places).double().quantile(0.5))
         n_components = max(1, min(default_components(d, k), median // _SAMPLES_A_DIRECTION))
     check_components(n_components, d, stacklevel=2)
-    folds = places_in_class(places) % _FOLDS
     kept = torch.ones_like(places, dtype=torch.bool)
-    own, best, other = _judged(unit, places, k, n_components, folds, kept)
+    own, best, other = _judged(unit, places, k, n_components, kept)
     for _ in range(_ROUNDS - 1):
         fits = own >= best - _TIE
         if torch.equal(fits, kept):
             break
         kept = fits
-        own, best, other = _judged(unit, places, k, n_components, folds, kept)
+        own, best, other = _judged(unit, places, k, n_components, kept)
     suggested = torch.where(best > own + _TIE, other, places)
     return LabelQuality(
         (0.5 * (1 + own - best)).clamp(0, 1).cpu().numpy(),
@@ -553,44 +550,19 @@ def label_quality(
     )
 
 
-def places_in_class(labels: Int[Tensor, " m"]) -> Int[Tensor, " m"]:
-    """Returns how many samples of its class come before each sample."""
-    order = labels.argsort(stable=True)
-    counts = torch.bincount(labels)
-    starts = counts.cumsum(0) - counts
-    places = torch.empty_like(labels)
-    places[order] = torch.arange(len(labels), device=labels.device) - starts[labels[order]]
-    return places
-
-
 def _judged(
-    unit: Float[Tensor, "m d"],
-    labels: Int[Tensor, " m"],
-    k: int,
-    n_components: int,
-    folds: Int[Tensor, " m"],
-    kept: Bool[Tensor, " m"],
+    unit: Float[Tensor, "m d"], labels: Int[Tensor, " m"], k: int, n_components: int, kept: Bool[Tensor, " m"]
 ) -> tuple[Float[Tensor, " m"], Float[Tensor, " m"], Int[Tensor, " m"]]:
     """Returns each sample's energy in its class's subspace, the largest in another's, and which other.
 
-    The subspaces are found from the kept samples of the other folds. A class that keeps no more samples there than its
-    subspace has dimensions is described by all it has. Where it has none there, the sample's own energy counts as equal
-    to the largest.
+    The subspaces are found from the kept samples of the other folds. Where a class has none there, the sample's own
+    energy counts as equal to the largest.
     """
     own, best, other = unit.new_zeros(len(unit)), unit.new_zeros(len(unit)), torch.zeros_like(labels)
-    for fold in folds.unique().tolist():
-        inside = folds == fold
-        chosen = kept & ~inside
-        few = torch.bincount(labels[chosen], minlength=k) <= n_components
-        chosen = chosen | (~inside & few[labels])
-        if not chosen.any():
-            continue
-        bases = class_subspaces(unit[chosen], labels[chosen], k, n_components)
-        for rows in inside.nonzero()[:, 0].split(max(1, _ENERGIES // k)):
-            energies = subspace_energies(unit[rows], bases)
-            own_labels = labels[rows, None]
-            own[rows] = energies.gather(1, own_labels)[:, 0]
-            best[rows], other[rows] = energies.scatter_(1, own_labels, -1.0).max(1)
+    for rows, energies in held_out_energies(unit, labels, k, n_components, kept):
+        own_labels = labels[rows, None]
+        own[rows] = energies.gather(1, own_labels)[:, 0]
+        best[rows], other[rows] = energies.scatter_(1, own_labels, -1.0).max(1)
     alone = torch.bincount(labels, minlength=k)[labels] == 1  # two samples of a class lie in two folds
     return torch.where(alone, best, own), best, other
 

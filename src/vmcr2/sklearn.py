@@ -28,15 +28,22 @@ except ModuleNotFoundError as error:
 from torch import Tensor, nn
 
 from vmcr2.checks import check_choice, check_count, check_number
-from vmcr2.embeddings import LabelQuality, label_quality, places_in_class, sorted_classes
+from vmcr2.embeddings import LabelQuality, label_quality, sorted_classes
 from vmcr2.errors import InputError, NumericalError
 from vmcr2.latching import MomentStream
 from vmcr2.losses import SETTING_CHECKS, MCR2Loss, VMCR2Loss
 from vmcr2.membership import as_membership
-from vmcr2.subspaces import check_components, class_subspaces, default_components, spanned, subspace_energies
+from vmcr2.subspaces import (
+    check_components,
+    class_subspaces,
+    default_components,
+    held_out_energies,
+    places_in_class,
+    spanned,
+    subspace_energies,
+)
 
 _FLOATS = [np.float64, np.float32]
-_FOLDS = 5
 _LIKELIHOODS = 2**20  # entries of the table of samples by classes that the temperature is found on, about
 _RECENT = 1000  # samples that a stream's temperature is found on, where the table holds as many
 _BLOCK_CLASSES = 200  # from so many classes on, codes off a class's own atoms are not held
@@ -753,17 +760,12 @@ def _enter_classes(estimator: Any, y: Any, classes: Any, first: bool) -> np.ndar
 def _fold_energies(features: Tensor, labels: np.ndarray, k: int, n_components: int) -> tuple[Tensor, Tensor]:
     """Returns the energies of samples in subspaces found without them, (n, k), and their labels (n,), by folds."""
     places = torch.from_numpy(labels)
-    folds = places_in_class(places) % _FOLDS
     judged = torch.zeros(len(features), dtype=torch.bool, device="cpu")
     judged[_spread(len(features), k)] = True
     tables, owners = [features.new_zeros(0, k, dtype=torch.float64)], [places[:0]]
-    for fold in folds.unique().tolist():
-        inside = folds == fold
-        if inside.all():
-            break
-        bases = class_subspaces(features[~inside], places[~inside], k, n_components)
-        tables.append(subspace_energies(features[inside & judged], bases.double()))
-        owners.append(places[inside & judged])
+    for rows, energies in held_out_energies(features, places, k, n_components, judged=judged):
+        tables.append(energies)
+        owners.append(places[rows])
     return torch.cat(tables), torch.cat(owners)
 
 

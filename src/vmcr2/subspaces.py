@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 
 import torch
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from vmcr2.checks import check_count, feature_conditions, read_conditions
@@ -14,6 +15,8 @@ from vmcr2.membership import as_membership
 from vmcr2.mismatch import BlockCodes
 
 _SCORES = 2**21  # of samples and classes held at once
+_ENERGIES = 2**23  # of samples in classes' subspaces, held at once
+_FOLDS = 5
 _CACHED = 2**20  # projections found at once: few enough to be squared and summed while they are in the cache
 
 
@@ -91,6 +94,52 @@ def subspace_energies(features: Float[Tensor, "m d"], bases: Float[Tensor, "k d 
     at_once = max(64, _CACHED // (k * r))
     parts = [(rows @ flat).square().view(-1, k, r).sum(2) for rows in features.to(bases.dtype).split(at_once)]
     return torch.cat(parts)
+
+
+def places_in_class(labels: Int[Tensor, " m"]) -> Int[Tensor, " m"]:
+    """Returns how many samples of its class come before each sample."""
+    order = labels.argsort(stable=True)
+    counts = torch.bincount(labels)
+    starts = counts.cumsum(0) - counts
+    places = torch.empty_like(labels)
+    places[order] = torch.arange(len(labels), device=labels.device) - starts[labels[order]]
+    return places
+
+
+def held_out_energies(
+    features: Float[Tensor, "m d"],
+    labels: Int[Tensor, " m"],
+    num_classes: int,
+    n_components: int,
+    learnt_from: Bool[Tensor, " m"] | None = None,
+    judged: Bool[Tensor, " m"] | None = None,
+) -> Iterator[tuple[Int[Tensor, " n"], Float[Tensor, "n k"]]]:
+    """Yields, a few samples at a time, which they are and their energies in subspaces found without them, by folds.
+
+    Samples of a class are dealt to five folds in turn. A class that has no more samples to learn from in the other
+    folds than its subspace has dimensions is described by all it has there.
+
+    Args:
+        features: Z, (m, d), finite.
+        labels: (m,) in [0, num_classes).
+        num_classes: k.
+        n_components: r.
+        learnt_from: the samples that subspaces are found from; None means all.
+        judged: the samples that are yielded; None means all but those that nothing can be learnt for.
+    """
+    folds = places_in_class(labels) % _FOLDS
+    for fold in folds.unique().tolist():
+        inside = folds == fold
+        chosen = ~inside
+        if learnt_from is not None:
+            few = torch.bincount(labels[learnt_from & ~inside], minlength=num_classes) <= n_components
+            chosen = chosen & (learnt_from | few[labels])
+        if not chosen.any():
+            continue
+        bases = class_subspaces(features[chosen], labels[chosen], num_classes, n_components).double()
+        rows = (inside if judged is None else inside & judged).nonzero()[:, 0]
+        for part in rows.split(max(1, _ENERGIES // num_classes)):
+            yield part, subspace_energies(features[part], bases)
 
 
 @torch.no_grad()
