@@ -57,9 +57,15 @@ def check_flag(name: str, value: bool) -> None:
 
 def check_choice(name: str, value: str, choices: Sequence[str]) -> str:
     """Returns the value; raises InputError unless it is one of the choices."""
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         raise InputError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
     return value
+
+
+def refuse_masked(name: str, value: Any) -> None:
+    """Raises InputError for a NumPy array with masked entries, whose mask would be lost without a word."""
+    if isinstance(value, np.ma.MaskedArray) and (missing := int(np.ma.count_masked(value))):
+        raise InputError(f"{name} must have no masked entries, got {missing}; leave those samples out, or fill them in")
 
 
 def did_you_mean(name: str, known: Iterable[str], prefix: str = "") -> str:

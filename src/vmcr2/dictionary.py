@@ -210,21 +210,21 @@ def _ascended_codes(codes: Float[Tensor, "k c"], bound: _CodeBound, energy: floa
     """Returns Ã after a step towards the maximum of its bound, among the codes of each class that sum to `energy`."""
     moves = bound.moves
     if energy is None:
-        found, _ = bound.maximum(0.0)
+        best, _ = bound.maximum(0.0)
     else:
         # The sum of the maxima is convex and falling in the multiplier: Newton's method from where it is too large.
         multiplier = torch.where(moves, bound.rise, torch.inf).amin(1, keepdim=True)
         multiplier = torch.where(multiplier.isfinite(), multiplier, 0)
         for _ in range(_NEWTON_STEPS):
-            found, slopes = bound.maximum(multiplier)
-            multiplier = multiplier + (found.sum(1, keepdim=True) - energy) / _nonzero(slopes.sum(1, keepdim=True))
-        found, _ = bound.maximum(multiplier)
-        found = found * (energy / _nonzero(found.sum(1, keepdim=True)))
+            best, slopes = bound.maximum(multiplier)
+            multiplier = multiplier + (best.sum(1, keepdim=True) - energy) / _nonzero(slopes.sum(1, keepdim=True))
+        best, _ = bound.maximum(multiplier)
+        best = best * (energy / _nonzero(best.sum(1, keepdim=True)))
         moves = moves & (codes.sum(1, keepdim=True) > 0)
-    found = codes + _CODE_SHARE * (found - codes)
+    stepped = codes + _CODE_SHARE * (best - codes)
     # A code that goes to 0 gets there, rather than halving down to where its square underflows.
-    found = torch.where(found <= _NEGLIGIBLE * bound.shift, 0, found)  # NaN stays, to be found
-    return torch.where(moves, found, codes)
+    stepped = torch.where(stepped <= _NEGLIGIBLE * bound.shift, 0, stepped)  # NaN stays, for the caller to see
+    return torch.where(moves, stepped, codes)
 
 
 def paper_step(
@@ -278,8 +278,8 @@ def paper_step(
     rise = rise - mu * code_gradient(here, energies, overlap, membership)
     codes = (dictionary.codes + step_codes * _over(rise, bound_codes)).clamp_min(0)  # lines 8 and 9
     # A class all of whose codes fell to 0 could not be scaled back to its energy.
-    kept = (counts > 0) if energy is None else (counts > 0) & (codes.sum(1) > 0)
-    codes = torch.where(kept[:, None], codes, dictionary.codes)
+    moves = (counts > 0) if energy is None else (counts > 0) & (codes.sum(1) > 0)
+    codes = torch.where(moves[:, None], codes, dictionary.codes)
     used = dictionary.by_atom(dictionary.codes * counts[:, None])[:, None] > 0
     atoms = torch.where(used, nn.functional.normalize(moved.atoms, dim=1), dictionary.atoms)  # line 10
     return scaled_to(dictionary.moved(atoms, codes), energy)
@@ -331,14 +331,15 @@ class Dictionary(nn.Module):
         self.atoms_per_class = atoms_per_class
         self.structure: Structure = structure
         q = num_classes * atoms_per_class
-        self.register_buffer("atoms", torch.empty(q, feature_dim).T)  # each atom lies in one piece of memory
-        codes = torch.empty(num_classes, atoms_per_class if structure == "block" else q)
-        self.register_buffer("codes", codes.T)  # each class's codes likewise
-        self.register_buffer("latched", torch.empty(num_classes, dtype=torch.bool))
-        # What overwrites the buffers of all ranks with the first one's, as DistributedDataParallel does, shows here.
-        first = None if shards is None else torch.empty(1, dtype=torch.long)
-        self.register_buffer("first", first, persistent=False)
-        self.reset_parameters()
+        with torch.inference_mode(False):  # whose tensors no later step could change
+            self.register_buffer("atoms", torch.empty(q, feature_dim).T)  # each atom lies in one piece of memory
+            codes = torch.empty(num_classes, atoms_per_class if structure == "block" else q)
+            self.register_buffer("codes", codes.T)  # each class's codes likewise
+            self.register_buffer("latched", torch.empty(num_classes, dtype=torch.bool))
+            # What overwrites all ranks' buffers with the first one's, as DistributedDataParallel does, shows here.
+            first = None if shards is None else torch.empty(1, dtype=torch.long)
+            self.register_buffer("first", first, persistent=False)
+            self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional
 
-from vmcr2.checks import UNIT_NORM_TOLERANCE, check_number
+from vmcr2.checks import UNIT_NORM_TOLERANCE, check_number, refuse_masked
 from vmcr2.errors import InputError, NumericalError
 from vmcr2.linalg import require_finite
 from vmcr2.membership import as_membership
@@ -316,41 +316,41 @@ def _warnings(
     centre: float,
     pairs: tuple[Overlap, ...],
 ) -> list[str]:
-    k, found = len(counts), []
+    k, texts = len(counts), []
     # What orthogonal classes of one line each have, which is no better where one class has nearly all samples.
     weights = counts / counts.sum()
     good_rank, good_centre = float(effective_rank(torch.from_numpy(weights)[None])[0]), float(np.linalg.norm(weights))
     collapsed = rank < min(2, (1 + good_rank) / 2)
     if collapsed and d > 2:
-        found.append(
+        texts.append(
             f"all features lie near one direction (effective rank {rank:.1f} of {d}): they have collapsed, "
             "or share a large mean that hides the rest"
         )
     elif centre > max(0.7, (1 + good_centre) / 2):
-        found.append(
+        texts.append(
             f"features share a large mean (norm {centre:.2f} of at most 1), which every class's subspace then holds: "
             "centre them before comparing subspaces"
         )
     enough = counts >= 5
     flat = enough & (ranks < 1.5)
     if d // k >= 2 and flat.sum() > 0.5 * enough.sum():
-        found.append(
+        texts.append(
             f"{flat.sum()} of {k} classes have collapsed to a single direction each, where there is room for {d // k}"
             ": the variety within a class is gone"
         )
     if share is not None and share < 0.1 and not collapsed and k > 1:
-        found.append(f"classes are hardly apart: ΔR is {share:.0%} of what it could be")
+        texts.append(f"classes are hardly apart: ΔR is {share:.0%} of what it could be")
     if pairs and pairs[0].overlap > 0.9 and not collapsed:
-        found.append(
+        texts.append(
             f"{pairs[0].first} and {pairs[0].second} have nearly the same subspace: subspaces cannot tell them apart"
         )
     if d < k:
-        found.append(f"{k} classes cannot all be orthogonal in {d} dimensions")
+        texts.append(f"{k} classes cannot all be orthogonal in {d} dimensions")
     if not enough.all():
-        found.append(f"{(~enough).sum()} of {k} classes have fewer than 5 samples: their ranks and overlaps say little")
+        texts.append(f"{(~enough).sum()} of {k} classes have fewer than 5 samples: their ranks and overlaps say little")
     if k == 1:
-        found.append("there is one class alone: ΔR is 0 and says nothing")
-    return found
+        texts.append("there is one class alone: ΔR is 0 and says nothing")
+    return texts
 
 
 def _worth(scaled: Any) -> Any:
@@ -440,8 +440,8 @@ def _overlaps_and_ranks(unit: Tensor, labels: Tensor, k: int) -> tuple[np.ndarra
         _, values, directions = torch.linalg.svd(rows / len(rows) ** 0.5, full_matrices=False)
         energies = values.square()
         ranks[j] = effective_rank(energies[None])[0].cpu()
-        kept = len(energies) if whole else min(_DIRECTIONS, len(energies))
-        vectors.append((directions[:kept] * energies[:kept, None].sqrt()).contiguous())
+        count = len(energies) if whole else min(_DIRECTIONS, len(energies))
+        vectors.append((directions[:count] * energies[:count, None].sqrt()).contiguous())
         norms[j] = torch.linalg.vector_norm(energies).cpu()
     if whole:
         moments = torch.stack([(part.mT @ part).flatten() for part in vectors])
@@ -511,7 +511,8 @@ def label_quality(
 
     The score is ½ (1 + a − b): a is the share of the sample's energy in its class's subspace, b the largest share in
     another class's. A sample is judged by subspaces found without it (five folds) and, in a few rounds, without the
-    samples that a round before fitted another class better; so subspaces of high dimension do not memorise wrong
+    samples that a round before fitted another class better (the samples of a class are dealt to the folds in their
+    order, on which scores depend a little); so subspaces of high dimension do not memorise wrong
     labels, and up to half of the labels may be wrong. Of a class's only sample nothing can be said, as no other shows
     what the class is like: it keeps its label, with score 0.5. What each of these steps is worth: docs/estimators.md.
 
@@ -572,6 +573,7 @@ def _checked(features: Any, labels: Any) -> tuple[Tensor, Tensor, np.ndarray]:
     if not isinstance(features, Tensor):
         if hasattr(features, "toarray"):
             raise InputError(f"features must be dense, got {type(features).__name__}; .toarray() makes it so")
+        refuse_masked("features", features)
         try:
             array = np.asarray(features)
             numbers = array.dtype.kind in "fiubO"
@@ -609,23 +611,28 @@ def sorted_classes(
         InputError: labels are not m, are non-integer numbers, are of several kinds, or some are missing (a
             ValueError).
     """
+    refuse_masked(name, labels)
     try:
         array = labels.detach().cpu().numpy() if isinstance(labels, Tensor) else np.asarray(labels)
     except (TypeError, ValueError, RuntimeError) as error:  # bfloat16, sparse, without values; lists of unequal length
         raise InputError(f"{name} must be of shape ({m},), dense and of a dtype that NumPy has: {error}") from error
     if array.shape != (m,):
         raise InputError(f"{name} must have shape ({m},) to match {beside}, got {array.shape}")
-    if array.dtype.kind == "f" and not (np.isfinite(array).all() and (array == np.round(array)).all()):
-        raise InputError(f"{name} must name classes, got numbers that are not integers")
     # NumPy makes strings of what is listed beside strings, and sorts NaN as if it were a label.
     listed = list(labels) if array.dtype.kind in "OU" else []
-    missing = any(isinstance(label, float) and math.isnan(label) for label in listed)
-    missing = missing or (array.dtype.kind in "mM" and bool(np.isnat(array).any()))
-    if not missing and len({isinstance(label, str) for label in listed}) < 2:
+    if array.dtype.kind in "fmM":
+        missing = int((np.isnan(array) if array.dtype.kind == "f" else np.isnat(array)).sum())
+    else:
+        missing = sum(isinstance(label, float) and math.isnan(label) for label in listed)
+    if missing:
+        raise InputError(f"{name} must not be missing, got {missing} of {m} that are")
+    if array.dtype.kind == "f" and not (np.isfinite(array).all() and (array == np.round(array)).all()):
+        raise InputError(f"{name} must name classes, got numbers that are not integers")
+    if len({isinstance(label, str) for label in listed}) < 2:
         with suppress(TypeError):  # of what cannot be sorted
             return np.unique(array, return_inverse=True)
     kinds = sorted({type(label).__name__ for label in listed})
-    raise InputError(f"{name} must be of one kind, and none may be missing, got {' and '.join(kinds)}")
+    raise InputError(f"{name} must be of one kind that can be sorted, got {' and '.join(kinds)}")
 
 
 def _unit_rows(features: Tensor) -> tuple[Tensor, bool]:

@@ -33,6 +33,16 @@ def wide_dtype(*tensors: Tensor) -> torch.dtype:
     return dtype
 
 
+def check_scale(feature_dim: int, eps_sq: float) -> None:
+    """Raises InputError where β = d/ε² is so small or large that float64 would lose the rates."""
+    lowest, highest = FLOAT64_RANGE
+    if not lowest <= feature_dim / eps_sq <= highest:
+        raise InputError(
+            f"eps_sq must be from {feature_dim / highest:.3g} to {feature_dim / lowest:.3g} for features of dimension "
+            f"{feature_dim} (beyond that float64 loses log(1 + d/eps_sq)), got {eps_sq!r}"
+        )
+
+
 def rate_dtype(feature_dim: int, eps_sq: float, *tensors: Tensor, largest: float = 1.0) -> torch.dtype:
     """Returns `wide_dtype`, or float64 where d/ε² asks for it, or the norm of features does.
 
@@ -46,13 +56,8 @@ def rate_dtype(feature_dim: int, eps_sq: float, *tensors: Tensor, largest: float
         InputError: ε² is so small or large that float64 would not do either (a ValueError).
         NumericalError: features are too long for float64.
     """
+    check_scale(feature_dim, eps_sq)
     beta = feature_dim / eps_sq
-    lowest, highest = FLOAT64_RANGE
-    if not lowest <= beta <= highest:
-        raise InputError(
-            f"eps_sq must be from {feature_dim / highest:.3g} to {feature_dim / lowest:.3g} for features of dimension "
-            f"{feature_dim} (beyond that float64 loses log(1 + d/eps_sq)), got {eps_sq!r}"
-        )
     if beta * largest * largest > _LARGEST_SCALE:
         raise NumericalError(
             f"logdet(I + A) fails for features of norms up to {largest:.3g}: at this eps_sq float64 takes norms of at "
@@ -167,8 +172,8 @@ def factor_shifted(matrix: Float[Tensor, "*b n n"]) -> Float[Tensor, "*b n n"]:
     """Returns the Cholesky factor of I + A for A positive semi-definite, NaN where there is none."""
     factor, info = torch.linalg.cholesky_ex(_shifted(matrix))
     # An infinite entry may pass as a success, so the diagonal is looked at too.
-    sound = (info == 0) & factor.diagonal(dim1=-2, dim2=-1).isfinite().all(-1)
-    return torch.where(sound[..., None, None], factor, torch.nan)
+    factorised = (info == 0) & factor.diagonal(dim1=-2, dim2=-1).isfinite().all(-1)
+    return torch.where(factorised[..., None, None], factor, torch.nan)
 
 
 class _Inverse(Function):
@@ -256,6 +261,6 @@ def require_finite(*values: Tensor, otherwise: str = _LOGDET_FAILED) -> None:
     Raises:
         NumericalError: not so; `otherwise` says why.
     """
-    sound = [value.detach().isfinite().all() for value in values if not is_batched(value)]
-    if sound and not bool(torch.stack(sound).all()):
+    finite = [value.detach().isfinite().all() for value in values if not is_batched(value)]
+    if finite and not bool(torch.stack(finite).all()):
         raise NumericalError(otherwise)

@@ -36,7 +36,7 @@ from vmcr2.dictionary import Dictionary, Structure, ascending_step, paper_step
 from vmcr2.distributed import Shards, agree, broadcast, check_group, gather_rows, process_rank, require_equal
 from vmcr2.errors import InputError, NotLatchedError, NumericalError
 from vmcr2.latching import MomentStream, batch_statistics, latched_blocks
-from vmcr2.linalg import is_batched, rate_dtype, require_finite, wide_dtype
+from vmcr2.linalg import check_scale, is_batched, rate_dtype, require_finite, wide_dtype
 from vmcr2.membership import Membership, as_membership, as_rows, part_of
 from vmcr2.mismatch import Codes, mismatch, precise_mismatch
 from vmcr2.rates import checked_rates, expansion_rate, largest_norm
@@ -443,6 +443,7 @@ class VMCR2Loss(_OverRanks):
         super().__init__(process_group)
         check_count("num_classes", num_classes)
         check_count("feature_dim", feature_dim)
+        check_scale(feature_dim, check_number("eps_sq", eps_sq))
         if atoms_per_class is None:
             atoms_per_class = default_components(feature_dim, num_classes)
         check_count("atoms_per_class", atoms_per_class, at_most=feature_dim, limit="feature_dim")
@@ -897,15 +898,15 @@ class VMCR2Loss(_OverRanks):
         )
         if not any(latched for _, latched in brought):
             raise _not_latched()
-        rank, found = process_rank(self.process_group), [torch.zeros(0, dtype=torch.long, device=features.device)]
+        rank, predicted = process_rank(self.process_group), [torch.zeros(0, dtype=torch.long, device=features.device)]
         for start in range(0, max(rows for rows, _ in brought), _ROWS):
             shares = [min(max(rows - start, 0), _ROWS) for rows, _ in brought]
             own = features[start : start + shares[rank]] if shares[rank] else features[:0]
             (gathered,) = gather_rows(own, shares=shares, group=self.process_group)
             scores, classes = nearest_in_dictionary(gathered, dictionary.whole())
             best = shards.best_class(scores, classes + shards.own.start)
-            found.append(best[sum(shares[:rank]) : sum(shares[: rank + 1])])
-        return torch.cat(found)
+            predicted.append(best[sum(shares[:rank]) : sum(shares[: rank + 1])])
+        return torch.cat(predicted)
 
     def full_state_dict(self) -> dict[str, Tensor]:
         """Returns the `state_dict` that the same loss has unsharded, on every rank: for one machine.

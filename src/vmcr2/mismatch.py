@@ -172,29 +172,29 @@ class BlockCodes:
 
     def project(self, features: Float[Tensor, "m d"], membership: Membership) -> list[Tensor]:
         """Returns ΓᵀZ as far as samples meet atoms of their classes: [(b, n, c, s)], one of each class group."""
-        found = []
+        projections = []
         for group in membership.groups(features.shape[1]):
             chosen = self.blocks.index_select(0, group.classes.flatten()).view(
                 len(group.classes), -1, features.shape[1]
             )
-            found.append(product(group.take(features), chosen.mT).unflatten(2, (-1, self.codes.shape[1])))
-        return found
+            projections.append(product(group.take(features), chosen.mT).unflatten(2, (-1, self.codes.shape[1])))
+        return projections
 
     def energies(self, projections: list[Tensor], membership: Membership) -> Float[Tensor, "k s"]:
         """Returns (ΓᵀZ)^⊙2 Π, each class's energy along each atom of its own. Differentiable in projections and Π."""
         total = torch.zeros_like(self.codes)
         for projected, group in zip(projections, membership.groups(self.atoms.shape[1]), strict=True):
-            found = (projected.square() * group.weights[..., None]).sum(1)
-            total = total.index_add(0, group.classes.flatten(), found.flatten(0, 1))
+            energies = (projected.square() * group.weights[..., None]).sum(1)
+            total = total.index_add(0, group.classes.flatten(), energies.flatten(0, 1))
         return total
 
     def attractions(self, projections: list[Tensor], membership: Membership) -> list[Attraction]:
         """Returns z_iᵀ B_j z_i of each sample and its class. Differentiable in projections and Π."""
-        found, largest = [], self.codes.amax(1)
+        attractions, largest = [], self.codes.amax(1)
         for projected, group in zip(projections, membership.groups(self.atoms.shape[1]), strict=True):
             own = (projected.square() * self.codes[group.classes][:, None]).sum(3)
-            found.append(Attraction(own, largest[group.classes][:, None], group.weights))
-        return found
+            attractions.append(Attraction(own, largest[group.classes][:, None], group.weights))
+        return attractions
 
     def atom_gradient(
         self, features: Float[Tensor, "m d"], projections: list[Tensor], overlap: Tensor, membership: Membership
@@ -225,14 +225,14 @@ def squared_moment_norms(features: Float[Tensor, "m d"], membership: Membership)
         rows, shares = group.take(features), group.shares
         b, n, c = shares.shape
         if c == 1 and n > rows.shape[2]:
-            found = moments(rows, shares).square().sum((2, 3))
+            squared = moments(rows, shares).square().sum((2, 3))
         else:
-            found = torch.zeros_like(group.counts)
+            squared = torch.zeros_like(group.counts)
             at_once = max(1, _PAIRS // (b * n))
             for part, part_shares in zip(rows.split(at_once, 1), shares.split(at_once, 1), strict=True):
                 squares = product(part, rows.mT).square()
-                found = found + (product(squares, shares) * part_shares).sum(1)
-        norms = norms.index_add(0, group.classes.flatten(), found.flatten())
+                squared = squared + (product(squares, shares) * part_shares).sum(1)
+        norms = norms.index_add(0, group.classes.flatten(), squared.flatten())
     return norms
 
 

@@ -12,7 +12,7 @@ from jaxtyping import Int
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from vmcr2.checks import check_count
+from vmcr2.checks import check_count, refuse_masked
 from vmcr2.distributed import check_group, process_rank, world_size
 from vmcr2.errors import InputError
 
@@ -153,6 +153,7 @@ def _int64(labels: Any) -> Int[Tensor, " m"]:
     if isinstance(labels, Tensor):
         integers = not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
     else:
+        refuse_masked("labels", labels)
         labels = np.asarray(labels)  # of a pandas Series too, whatever its index
         integers = labels.dtype.kind in "iu"
     if labels.ndim != 1 or len(labels) == 0 or not integers:

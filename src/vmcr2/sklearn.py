@@ -31,6 +31,7 @@ from vmcr2.checks import check_choice, check_count, check_number
 from vmcr2.embeddings import LabelQuality, label_quality, sorted_classes
 from vmcr2.errors import InputError, NumericalError
 from vmcr2.latching import MomentStream
+from vmcr2.linalg import check_scale
 from vmcr2.losses import SETTING_CHECKS, MCR2Loss, VMCR2Loss
 from vmcr2.membership import as_membership
 from vmcr2.subspaces import (
@@ -395,6 +396,7 @@ class CodingRateTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
         """Builds what is trained, for so many columns and `classes_`."""
         k = len(_at_least_two(self.classes_))
         self.feature_dim_ = self._feature_dim(k)
+        check_scale(self.feature_dim_, self.eps_sq)
         self.scaler_ = StandardScaler()
         self.history_: list[float] = []
         device = self._device()
@@ -800,14 +802,14 @@ def _of_all_classes(
     features: Tensor, labels: np.ndarray, k: int, n_components: int | None, before: NearestSubspaceClassifier | None
 ) -> NearestSubspaceClassifier:
     """Returns the classifier of k classes, of which some may have no sample: those keep what they had before."""
-    found = NearestSubspaceClassifier(n_components).partial_fit(features.numpy(), labels, np.arange(k))
-    found._stream = found._recent = None
+    classifier = NearestSubspaceClassifier(n_components).partial_fit(features.numpy(), labels, np.arange(k))
+    classifier._stream = classifier._recent = None
     if before is not None:
         absent = np.bincount(labels, minlength=k) == 0
-        r = min(found.n_components_, before.n_components_)
-        found.components_[absent, :, :r] = before.components_[absent, :, :r]
-        found.class_count_[absent] = before.class_count_[absent]
-    return found
+        r = min(classifier.n_components_, before.n_components_)
+        classifier.components_[absent, :, :r] = before.components_[absent, :, :r]
+        classifier.class_count_[absent] = before.class_count_[absent]
+    return classifier
 
 
 class _MLP(nn.Sequential):

@@ -17,7 +17,7 @@ import torch
 from small import SMALL, without_times
 
 from vmcr2.errors import InputError
-from vmcr2.lab import recipes, train
+from vmcr2.lab import files, recipes, train
 from vmcr2.lab import run as run_module
 from vmcr2.lab.cli import main
 from vmcr2.lab.run import RunFolder
@@ -286,7 +286,7 @@ def test_a_file_that_cannot_be_written_leaves_the_old_one_and_no_half(tmp_path):
     path.write_bytes(b"old")
 
     def write():
-        with run_module.replacing(path) as file:
+        with files.replacing(path) as file:
             file.write(b"ne")
             raise OSError("the disk is full")
 

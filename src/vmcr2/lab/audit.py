@@ -8,7 +8,8 @@ from pathlib import Path
 import vmcr2
 from vmcr2.lab import figures
 from vmcr2.lab.evaluate import extract
-from vmcr2.lab.run import RunFolder, write_csv
+from vmcr2.lab.files import write_csv
+from vmcr2.lab.run import RunFolder
 from vmcr2.lab.trained import data_of, load
 
 

@@ -160,7 +160,8 @@ def evaluate(run: _Run, data_root: Path | None = None, components: tuple[int, ..
     """
     from vmcr2.checks import check_count
     from vmcr2.lab.evaluate import accuracy_by_components, extract, measure, subspaces
-    from vmcr2.lab.run import RunFolder, write_json
+    from vmcr2.lab.files import write_json
+    from vmcr2.lab.run import RunFolder
     from vmcr2.lab.terminal import table
     from vmcr2.lab.trained import data_of, load, load_objective
     from vmcr2.subspaces import default_components
@@ -217,7 +218,7 @@ def predict(
         out: a .csv file to write the same to.
         components: use the strongest so many directions of each class; by default all that the run has, ⌊d/k⌋.
     """
-    from vmcr2.lab.run import write_csv
+    from vmcr2.lab.files import check_file, write_csv
     from vmcr2.lab.sources import image_files
     from vmcr2.lab.trained import load
 
@@ -231,8 +232,8 @@ def predict(
         images += found
     if not images:
         raise InputError("files must name at least one image, got none")
-    if out is not None and not out.resolve().parent.is_dir():
-        raise InputError(f"out must lie in a folder that exists, got {out}")
+    if out is not None:
+        check_file("out", out)
     trained = load(run, components)
     best = trained.scores(images).topk(min(2, len(trained.classes)))
     margins = (best.values[:, 0] - best.values[:, -1]).tolist()
@@ -297,9 +298,11 @@ def report(
         out: the folder to write to; by default the file's.
     """
     import vmcr2
-    from vmcr2.lab.run import replacing, write_json
+    from vmcr2.lab.files import check_folder, replacing, write_json
     from vmcr2.lab.sources import read_npz
 
+    if out is not None:
+        check_folder("out", out)
     dataset = read_npz(file, needs_test=False)
     if dataset.train_inputs.ndim != 2:
         raise InputError(f"{file} must hold embeddings (m, d), got images of shape {tuple(dataset.train_inputs.shape)}")
@@ -329,11 +332,13 @@ def bench(
     """
     from vmcr2.checks import check_number
     from vmcr2.lab import bench
-    from vmcr2.lab.run import write_json
+    from vmcr2.lab.files import check_file, write_json
     from vmcr2.lab.terminal import describe_device, table
     from vmcr2.lab.train import chosen_device
 
     check_number("seconds", seconds)
+    if out is not None:
+        check_file("out", out)
     used = chosen_device(device)
     costs = {name: bench.epoch_cost(bench.WORKLOADS[name], used, seconds) for name in rows or bench.WORKLOADS}
     where = describe_device(used)

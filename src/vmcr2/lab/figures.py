@@ -16,8 +16,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from vmcr2.embeddings import LabelQuality
+from vmcr2.lab.files import replacing
 from vmcr2.lab.recipes import OBJECTIVES, ObjectiveName
-from vmcr2.lab.run import RunFolder, replacing
+from vmcr2.lab.run import RunFolder
 from vmcr2.lab.sources import Dataset
 from vmcr2.subspaces import default_components
 
@@ -136,7 +137,7 @@ def draw_codes(axes: Axes, codes: np.ndarray, names: np.ndarray) -> Axes:
     axes.set(xlabel=f"class (all {codes.shape[1]}, in the order of their labels)", ylabel="atom")
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(MaxNLocator(integer=True))
-    if names is not None and len(names) <= _NAMED_CLASSES:
+    if len(names) <= _NAMED_CLASSES:
         _name(axes.xaxis, names)
     figure = axes.get_figure()
     assert figure is not None

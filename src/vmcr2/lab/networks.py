@@ -136,8 +136,8 @@ class PreActBlock(nn.Module):
     def forward(self, images: Float[Tensor, "m c h w"]) -> Float[Tensor, "m e i j"]:
         """Returns the block's output; the shortcut, where shapes change, starts after the first activation."""
         active = functional.relu(self.norm1(images))
-        kept = images if self.shortcut is None else self.shortcut(active)
-        return self.conv2(functional.relu(self.norm2(self.conv1(active)))) + kept
+        skipped = images if self.shortcut is None else self.shortcut(active)
+        return self.conv2(functional.relu(self.norm2(self.conv1(active)))) + skipped
 
 
 def _preact_resnet18(input_shape: tuple[int, ...], feature_dim: int) -> nn.Module:

@@ -21,6 +21,7 @@ from vmcr2.lab import sources
 from vmcr2.lab.augmentation import Augmentation
 from vmcr2.lab.networks import check_network
 from vmcr2.lab.sources import DataSettings
+from vmcr2.linalg import check_scale
 from vmcr2.losses import SETTING_CHECKS, Reduction, Step
 
 ObjectiveName = Literal["vmcr2", "mcr2", "ce"]
@@ -195,7 +196,7 @@ class Recipe:
         check_count("warmup_epochs", self.warmup_epochs, at_least=0, at_most=self.epochs, limit="epochs")
         if self.schedule == "cosine" and self.lr_drops:
             raise InputError("lr_drops must be empty beside schedule cosine, which lowers the learning rate itself")
-        check_number("eps_sq", self.eps_sq)
+        check_scale(self.feature_dim, check_number("eps_sq", self.eps_sq))
         for name in ("momentum", "weight_decay", "checkpoint_seconds"):
             check_number(name, getattr(self, name), positive=False)
         if self.momentum >= 1:

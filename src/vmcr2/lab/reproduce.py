@@ -12,9 +12,10 @@ from rich.console import Console
 
 from vmcr2.errors import InputError, NumericalError
 from vmcr2.lab import bench, figures, recipes, train
+from vmcr2.lab.files import write_atomically, write_json
 from vmcr2.lab.paper import FIGURE1, FIGURE2, NOISE, TABLE2, TABLE3, Printed
 from vmcr2.lab.recipes import OBJECTIVES, ObjectiveName, Recipe
-from vmcr2.lab.run import RunFolder, write_atomically, write_json
+from vmcr2.lab.run import RunFolder
 from vmcr2.lab.sources import load, resolved
 from vmcr2.lab.sweep import completed, measured_on, refuse_conflicts
 from vmcr2.lab.terminal import describe_device, markdown_table

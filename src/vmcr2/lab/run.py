@@ -12,17 +12,15 @@ figures/*.png
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import os
 import shutil
 import zipfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,52 +28,8 @@ from filelock import FileLock, Timeout
 
 from vmcr2.errors import InputError
 from vmcr2.lab import recipes
+from vmcr2.lab.files import check_folder, is_free, replacing, write_atomically, write_json
 from vmcr2.lab.recipes import Recipe
-
-
-@contextmanager
-def replacing(path: Path, part: str | None = None) -> Iterator[IO[bytes]]:
-    """Opens a file to write so that at any moment the old or the new content of the path is there, whole.
-
-    Args:
-        path: of the file.
-        part: the name of the half-written file beside it, which a kill leaves there; by default one of this process's.
-    """
-    written = path.with_name(f".{path.name}.{os.getpid()}.part" if part is None else part)
-    try:
-        with written.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        written.replace(path)
-    except BaseException:
-        written.unlink(missing_ok=True)
-        raise
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Writes a file so that at any moment its old or its new content is there, whole."""
-    with replacing(path) as file:
-        file.write(content)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes a value as indented JSON, atomically."""
-    write_atomically(path, (json.dumps(value, indent=2) + "\n").encode())
-
-
-def write_csv(path: Path, rows: Iterable[Sequence[Any]]) -> None:
-    """Writes rows as a .csv file, atomically."""
-    text = io.StringIO(newline="")
-    csv.writer(text).writerows(rows)
-    write_atomically(path, text.getvalue().encode(errors="surrogateescape"))
-
-
-def is_free(path: Path) -> bool:
-    """Whether nothing is at the path, or a folder that holds at most half-written files of a killed run."""
-    if not path.exists():
-        return True
-    return path.is_dir() and all(file.name.startswith(".") and ".part" in file.name for file in path.iterdir())
 
 
 class _Inside:
@@ -112,13 +66,17 @@ class RunFolder:
         """
         run = cls(Path(path))
         run._refuse_taken()
-        run.path.mkdir(parents=True, exist_ok=True)
+        try:
+            run.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:  # a place where none may be made
+            raise InputError(f"out must be a folder that can be made, got {run.path}: {error.strerror}") from error
         with run.held():
             run._refuse_taken()  # by a run that began since
             run.write_recipe(recipe)
             yield run
 
     def _refuse_taken(self) -> None:
+        check_folder("out", self.path)
         if is_free(self.path):
             return
         begun = self.recipe_file.is_file()

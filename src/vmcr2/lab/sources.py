@@ -18,6 +18,7 @@ import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from torch import Tensor
 from vmcr2.checks import check_count, check_number
 from vmcr2.errors import InputError
 from vmcr2.lab._torchvision import import_torchvision
+from vmcr2.lab.files import replacing
 
 DATA_ROOT_VARIABLE = "VMCR2_DATA_ROOT"
 _ARRAYS = {"x_train", "y_train", "x_test", "y_test", "features", "labels", "class_names"}  # read of a .npz file
@@ -301,9 +303,13 @@ def _present_or_downloaded(name: str, kind: Callable[..., Any], root: Path, **wh
                 f"{name} under the data root {root} is damaged (truncated?): {str(error) or type(error).__name__}. "
                 "Delete its files to have them fetched again."
             ) from error
+    absent = [each for each in (root, *root.absolute().parents) if not each.exists()]
     try:
         return kind(root=str(root), download=True, **which)
     except Exception as error:
+        for made in absent and [*sorted(root.rglob("*"), reverse=True), *absent]:
+            with suppress(OSError):  # of what is not empty
+                made.rmdir()
         raise InputError(
             f"{name} is not under the data root {root} (or fails its checksum), and could not be downloaded: {error}. "
             f"Name the folder that holds it with --data-root or {DATA_ROOT_VARIABLE}."
@@ -317,9 +323,8 @@ def _omniglot(root: Path) -> Dataset:
     datasets = import_torchvision().datasets
     source = _present_or_downloaded("omniglot", datasets.Omniglot, root, background=True)
     arrays = _pack_omniglot(Path(source.target_folder))
-    part = packed.with_suffix(f".{os.getpid()}.part.npz")
-    np.savez_compressed(part, allow_pickle=False, **arrays)
-    part.replace(packed)
+    with replacing(packed) as file:
+        np.savez_compressed(file, allow_pickle=False, **arrays)
     return read_npz(packed)
 
 
@@ -387,9 +392,8 @@ def _tiny_imagenet(root: Path) -> Dataset:
         "y_test": np.asarray([label for _, label in test]),
         "class_names": np.asarray([words.get(wnid, wnid).split(",")[0] for wnid in wnids]),
     }
-    part = cached.with_suffix(f".{os.getpid()}.part.npz")
-    np.savez(part, allow_pickle=False, **arrays)
-    part.replace(cached)
+    with replacing(cached) as file:
+        np.savez(file, allow_pickle=False, **arrays)
     return read_npz(cached)
 
 

@@ -12,8 +12,9 @@ from rich.console import Console
 
 from vmcr2.errors import InputError
 from vmcr2.lab import figures, sources, terminal, train
+from vmcr2.lab.files import check_folder, is_free, write_atomically, write_json
 from vmcr2.lab.recipes import OBJECTIVES, ObjectiveName, Recipe
-from vmcr2.lab.run import RunFolder, is_free, write_atomically, write_json
+from vmcr2.lab.run import RunFolder
 from vmcr2.lab.terminal import markdown_table, mean_and_spread
 
 COLUMNS = ("objective", "R", "R_c", "ΔR", "test accuracy", "own head", "s/epoch")
@@ -43,8 +44,9 @@ def compare(
     Raises:
         InputError: the folder holds runs of another recipe; nothing was changed (a ValueError).
     """
-    if not objectives or not seeds:
-        raise InputError("objectives and seeds must each name at least one")
+    for name, several in (("objectives", objectives), ("seeds", seeds)):
+        if not several:
+            raise InputError(f"{name} must name at least one, got none")
     out = Path(out)
     if (out / "recipe.json").is_file():
         raise InputError(f"out must be a folder to hold runs, got {out}, which is a run itself")
@@ -70,6 +72,7 @@ def compare(
 def refuse_conflicts(planned: Sequence[tuple[Path, Recipe]], data_root: str | Path | None = None) -> None:
     """Raises InputError if the folder of a planned run holds something else, before any of them is run."""
     for path, recipe in planned:
+        check_folder("out", path)
         if (path / "recipe.json").is_file():
             run = RunFolder.open(path)
             train.refuse_other_recipe(run, run.recipe(), recipe, data_root)

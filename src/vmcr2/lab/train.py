@@ -642,7 +642,7 @@ def _train(
     state: dict[str, Any] | None = None,
 ) -> None:
     recipe = prepared.recipe
-    kept = _Run(prepared, run, state)
+    state_of_run = _Run(prepared, run, state)
     done = 0 if state is None else state["epoch"]
     title = f"{recipe.name} {recipe.objective} seed {recipe.seed}"
     if not processes.is_first():
@@ -651,7 +651,7 @@ def _train(
 
         def note(line: dict[str, Any]) -> tuple[dict[str, Any], bool]:
             """Writes and shows what an epoch came to; returns that, and whether to stop."""
-            stop = kept.record(line, interrupt)
+            stop = state_of_run.record(line, interrupt)
             progress.update(line["epoch"], _figures(line))
             if on_epoch is not None:
                 on_epoch(line)
@@ -661,7 +661,7 @@ def _train(
             epoch = line["epoch"]
             if epoch % recipe.evaluate_every == 0 or epoch == recipe.epochs:
                 try:
-                    line |= asdict(kept.measure(epoch))
+                    line |= asdict(state_of_run.measure(epoch))
                 except (InputError, NumericalError) as error:
                     raise _diverged(prepared.objective, epoch, error) from error
                 if epoch == recipe.epochs and recipe.objective != "ce":
@@ -673,8 +673,8 @@ def _train(
                 raise Interrupted(run.path)
 
         try:
-            _fit_recipe(kept, done, after)
-            kept.finish()
+            _fit_recipe(state_of_run, done, after)
+            state_of_run.finish()
             if processes.any_of(interrupt.asked):
                 raise Interrupted(run.path)
         except BaseException as error:
@@ -685,9 +685,9 @@ def _train(
             raise LostProcessError(run.path) from error
 
 
-def _fit_recipe(kept: _Run, done: int, after: OnEpoch) -> None:
+def _fit_recipe(state_of_run: _Run, done: int, after: OnEpoch) -> None:
     """Runs `fit` as a recipe has it, from the epoch after `done` on."""
-    prepared, run = kept.prepared, kept.run
+    prepared, run = state_of_run.prepared, state_of_run.run
     recipe = prepared.recipe
 
     def history() -> list[dict[str, Any]]:
@@ -701,7 +701,7 @@ def _fit_recipe(kept: _Run, done: int, after: OnEpoch) -> None:
         networks.distributed(prepared.model),
         prepared.objective,
         lambda epoch: batches(epoch, augment=True),
-        kept.optimizer,
+        state_of_run.optimizer,
         recipe.epochs,
         latch_on=lambda epoch: batches(epoch, augment=False),
         lr_at=recipe.lr_at,

@@ -22,13 +22,14 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
-from vmcr2.checks import Condition, check_count, iterator_of, read_conditions
+from vmcr2.checks import Condition, check_count, iterator_of, read_conditions, refuse_masked
 from vmcr2.errors import InputError
 from vmcr2.lab import networks, objectives, sources
 from vmcr2.lab.augmentation import Augmentation, plain
+from vmcr2.lab.files import is_free, write_atomically, write_json
 from vmcr2.lab.objectives import Objective
 from vmcr2.lab.recipes import OBJECTIVES, Recipe
-from vmcr2.lab.run import RunFolder, is_free, write_atomically, write_json
+from vmcr2.lab.run import RunFolder
 from vmcr2.lab.sources import Dataset, decode
 from vmcr2.subspaces import subspace_energies
 
@@ -176,6 +177,7 @@ class TrainedModel(
     def _inputs(self, images: Any) -> Shaped[Tensor, "m ..."]:
         shape = self.image_shape
         if isinstance(images, Tensor | np.ndarray):
+            refuse_masked("images", images)
             given = torch.as_tensor(images)
             if len(shape) == 3 and shape[0] == 1 and given.shape[1:] == shape[1:]:
                 given = given[:, None]

@@ -1,0 +1,74 @@
+"""Files written so that a kill at any moment leaves the old or the new content, whole."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from vmcr2.errors import InputError
+
+
+@contextmanager
+def replacing(path: Path, part: str | None = None) -> Iterator[IO[bytes]]:
+    """Opens a file to write so that at any moment the old or the new content of the path is there, whole.
+
+    Args:
+        path: of the file.
+        part: the name of the half-written file beside it, which a kill leaves there; by default one of this process's.
+    """
+    written = path.with_name(f".{path.name}.{os.getpid()}.part" if part is None else part)
+    try:
+        with written.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        written.replace(path)
+    except BaseException:
+        written.unlink(missing_ok=True)
+        raise
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Writes a file so that at any moment its old or its new content is there, whole."""
+    with replacing(path) as file:
+        file.write(content)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a value as indented JSON, atomically."""
+    write_atomically(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def write_csv(path: Path, rows: Iterable[Sequence[Any]]) -> None:
+    """Writes rows as a .csv file, atomically."""
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows(rows)
+    write_atomically(path, text.getvalue().encode(errors="surrogateescape"))
+
+
+def check_file(name: str, path: Path) -> None:
+    """Raises InputError unless a file can be written at the path, which the user gave as `name`."""
+    if not path.resolve().parent.is_dir():
+        raise InputError(f"{name} must lie in a folder that exists, got {path}")
+    if path.is_dir():
+        raise InputError(f"{name} must be a file, got the folder {path}")
+
+
+def check_folder(name: str, path: Path) -> None:
+    """Raises InputError unless the path is a folder, or can become one; the user gave it as `name`."""
+    nearest = next(each for each in (path, *path.absolute().parents) if each.exists())
+    if not nearest.is_dir():
+        raise InputError(f"{name} must be a folder, there already or new, got {path}: {nearest} is a file")
+
+
+def is_free(path: Path) -> bool:
+    """Whether nothing is at the path, or a folder that holds at most half-written files of a killed run."""
+    if not path.exists():
+        return True
+    return path.is_dir() and all(file.name.startswith(".") and ".part" in file.name for file in path.iterdir())
