@@ -160,6 +160,8 @@ def test_step_sizes_and_penalty(name, value):
         ("atoms_per_class must be an integer >= 1, got 0", {"atoms_per_class": 0}),
         (r"atoms_per_class must be at most 6 \(feature_dim\), got 7", {"atoms_per_class": 7}),
         ("structure must be one of 'shared', 'block', got 'dense'", {"structure": "dense"}),
+        ("structure must be one of 'shared', 'block', got array", {"structure": np.array(["shared", "block"])}),
+        ("eps_sq must be from 6e-10 to 6e.08 for features of dimension 6", {"eps_sq": 1e-30}),
         ("reduction must be one of 'mean', 'sum', got 'none'", {"reduction": "none"}),
         ("step must be one of 'ascent', 'paper', 'simultaneous', got None", {"step": None}),
         ("energy must be a finite number > 0, got 0", {"energy": 0}),

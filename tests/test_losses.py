@@ -175,6 +175,14 @@ def test_a_loss_never_latched_says_so_where_it_takes_no_step(structure):
     loss.rates(z, labels)
 
 
+def test_a_loss_made_in_inference_mode_can_be_trained():
+    with torch.inference_mode():
+        loss = vmcr2.VMCR2Loss(3, 6)
+    z, labels = unit_rows(12, 6, dtype=torch.float32).requires_grad_(), random_labels(12, 3)
+    loss(z, labels).backward()
+    assert loss.dictionary.steps == 1
+
+
 def test_a_check_that_raises_leaves_modes_whole():
     parent = torch.nn.Sequential(torch.nn.Linear(2, 2), vmcr2.VMCR2Loss(3, 6), torch.nn.Dropout())
     for parent[1].training in (True, False):
@@ -374,14 +382,17 @@ def test_tiny_and_huge_eps_sq_train_as_in_float64_or_are_an_error(structure, eps
     labels = torch.arange(40) % 3
     # Nearly collapsed features, where I + βC is worst conditioned.
     z = torch.nn.functional.normalize(unit_rows(1, 16, seed=7) + 0.05 * normal(40, 16), dim=1)
+    if not 1e-8 <= 16 / eps_sq <= 1e10:
+        with pytest.raises(vmcr2.InputError, match="eps_sq must be from"):
+            vmcr2.VMCR2Loss(3, 16, structure=structure, eps_sq=eps_sq)
+        loss = vmcr2.VMCR2Loss(3, 16, structure=structure)
+        loss.eps_sq = eps_sq
+        with pytest.raises(vmcr2.InputError, match="eps_sq must be from"):
+            loss(z.float(), labels)
+        return
     losses = [
         vmcr2.VMCR2Loss(3, 16, structure=structure, eps_sq=eps_sq, mu=0.1).to(t) for t in (torch.float32, z.dtype)
     ]
-    if not 1e-8 <= 16 / eps_sq <= 1e10:
-        for loss in losses:
-            with pytest.raises(vmcr2.InputError, match="eps_sq must be from"):
-                loss(z.to(loss.dictionary.atoms.dtype), labels)
-        return
     narrow, wide = losses
     wide.latch(z, labels)
     narrow.load_state_dict(wide.state_dict())

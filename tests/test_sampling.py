@@ -190,6 +190,7 @@ def test_a_data_loader_takes_it():
             "labels must be integers of shape .*, got torch.complex64 \\(2,\\)",
             {"labels": torch.zeros(2, dtype=torch.cfloat)},
         ),
+        ("labels must have no masked entries, got 1", {"labels": np.ma.masked_equal([0, 1, 2], 1)}),
         ("labels must be >= 0, got -1", {"labels": torch.tensor([-1, 0])}),
         ("samples_per_class", {"samples_per_class": 0}),
         ("classes_per_batch must be at most 4", {"classes_per_batch": 5}),

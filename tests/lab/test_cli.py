@@ -15,7 +15,7 @@ from small import without_times
 import vmcr2
 from vmcr2 import __version__
 from vmcr2.embeddings import LabelQuality
-from vmcr2.lab import bench, figures, sweep
+from vmcr2.lab import bench, figures, sources, sweep
 from vmcr2.lab.cli import main
 from vmcr2.lab.run import RunFolder
 
@@ -191,6 +191,30 @@ def test_bench_prints_and_writes_what_a_step_costs(tmp_path, monkeypatch, capsys
     assert json.loads((tmp_path / "bench.json").read_text())["rows"]["mnist"]["objectives"].keys() >= {"vmcr2", "mcr2"}
     assert main(["bench", "--seconds", "0"]) == 2
     assert "seconds must be" in capsys.readouterr().err
+    monkeypatch.setattr(bench, "epoch_cost", None)  # it is not come to
+    assert main(["bench", "--out", str(tmp_path / "gone" / "bench.json")]) == 2
+    assert "out must lie in a folder that exists, got" in capsys.readouterr().err
+    assert main(["bench", "--out", str(tmp_path)]) == 2
+    assert "out must be a file, got the folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "command", [["train", "digits"], ["compare", "digits"], ["reproduce", "table2", "--rows", "mnist"]]
+)
+def test_a_folder_that_cannot_be_is_refused_before_anything_is_read(command, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sources, "load", None)
+    (tmp_path / "file").write_text("")
+    assert main([*command, "--out", str(tmp_path / "file" / "run")]) == 2
+    said = capsys.readouterr()
+    assert f"got {tmp_path / 'file' / 'run'}" in said.err
+    assert f"{tmp_path / 'file'} is a file" in said.err
+    assert "training" not in said.out
+
+
+def test_an_eps_sq_beyond_float64_leaves_no_run_folder(tmp_path, capsys):
+    assert main(["train", "digits", *QUICK, "--eps-sq", "1e-30", "--out", str(tmp_path / "run")]) == 2
+    assert "eps_sq must be from" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_warnings_are_one_line(tmp_path, capsys):
@@ -414,6 +438,11 @@ def test_report_prints_and_writes_what_embeddings_are_like(tmp_path, capsys):
     assert (tmp_path / "mine.report.png").stat().st_size > 1000
     assert main(["report", str(tmp_path / "mine.npz"), "--out", str(tmp_path / "there")]) == 0
     assert (tmp_path / "there" / "mine.report.png").is_file()
+    capsys.readouterr()
+    assert main(["report", str(tmp_path / "mine.npz"), "--out", str(tmp_path / "mine.npz")]) == 2
+    said = capsys.readouterr()
+    assert "out must be a folder, there already or new" in said.err
+    assert not said.out
     np.savez(tmp_path / "images.npz", x_train=np.zeros((4, 8, 8), np.uint8), y_train=np.arange(4))
     assert main(["report", str(tmp_path / "images.npz")]) == 2
     assert "must hold embeddings (m, d), got images" in capsys.readouterr().err

@@ -181,6 +181,13 @@ def test_truncated_archives(tmp_path, data_root, no_network):
 
 
 @pytest.mark.parametrize("source", ["mnist", "fashion-mnist", "cifar10", "cifar100", "omniglot"])
+def test_a_failed_download_leaves_no_data_root_behind(tmp_path, no_network, source):
+    with pytest.raises(InputError, match="could not be downloaded"):
+        sources.load(DataSettings(source=source), tmp_path / "new" / "root")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("source", ["mnist", "fashion-mnist", "cifar10", "cifar100", "omniglot"])
 def test_a_data_root_without_the_data(tmp_path, no_network, source):
     with pytest.raises(InputError, match=f"{source} is not under the data root .*--data-root or VMCR2_DATA_ROOT"):
         sources.load(DataSettings(source=source), tmp_path)

@@ -26,6 +26,7 @@ from vmcr2.errors import InputError, NumericalError
 from vmcr2.lab import networks, objectives, processes, recipes, sources, trained
 from vmcr2.lab.augmentation import augmented, plain, warn_of_lost_borders
 from vmcr2.lab.evaluate import Features, Measures, accuracy, extract, for_figures, measure, subspaces
+from vmcr2.lab.files import check_folder
 from vmcr2.lab.objectives import Objective
 from vmcr2.lab.recipes import OBJECTIVES, Recipe
 from vmcr2.lab.run import RunFolder
@@ -198,6 +199,7 @@ def start(
         Interrupted: Ctrl-C was pressed; the run can be resumed.
         LostProcessError: another process of the run has ended; it can be resumed.
     """
+    processes.first(lambda: check_folder("out", Path(out)))
     recipe = processes.first(lambda: replace(recipe, data=sources.resolved(recipe.data)))
     prepared = _prepare(recipe, data_root)
     with ExitStack() as stack:
