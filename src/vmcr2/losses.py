@@ -230,8 +230,7 @@ def _checked_views(features: Any) -> tuple[list[Tensor], list[int]]:
     if not views:
         got = f"shape {tuple(features.shape)}" if isinstance(features, Tensor) else "an empty sequence"
         raise InputError(f"features must be {form}, got {got}")
-    for view in views:
-        read_conditions([*feature_conditions(view), _longest(view)])
+    read_conditions([condition for view in views for condition in (*feature_conditions(view), _longest(view))])
     widths = sorted({view.shape[1] for view in views})
     if len(widths) > 1:
         raise InputError(f"features must be views of one dimension, got {', '.join(map(str, widths))}")
