@@ -85,7 +85,7 @@ def fixed_batches() -> list[list[str]]:
         if k == 1 and kind != "balanced":
             continue
         z, pi = batch(k, d, max(200, 3 * k), kind)
-        membership, _ = as_membership(z, pi, k)
+        membership = as_membership(z, pi, k)
         membership = membership.to(torch.float64)
         for rho, energy in itertools.product((0.05, 1.0, 10.0), (None, 1.0)):
             mu = rho * d / (len(z) * EPS_SQ)

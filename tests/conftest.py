@@ -74,7 +74,7 @@ def rows_of(membership, k):
 
 
 def checked(z, membership, k):
-    return as_membership(z, membership, k)[0]
+    return as_membership(z, membership, k)
 
 
 def random_dictionary(d, k, s, structure="shared", *, seed=0):

@@ -6,7 +6,7 @@ from conftest import LargestTensor, checked, normal, random_labels, random_membe
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmcr2.membership import Membership, as_membership
+from vmcr2.membership import Membership, read_membership
 
 KINDS = ["balanced", "labels", "soft", "confident"]
 
@@ -130,7 +130,7 @@ def test_detach_and_to_keep_the_rest():
 def test_what_is_read_beside_the_sizes_comes_back_as_it_was():
     beside = torch.tensor([0.25, 1e-3])
     for membership in (random_labels(10, 3), random_rows(10, 3)):
-        pi, read = as_membership(unit_rows(10, 4), membership, 3, beside=beside)
+        pi, read = read_membership(unit_rows(10, 4), membership, 3, beside=beside)
         assert isinstance(pi, Membership)
         assert read is not None
         torch.testing.assert_close(read, beside.double())

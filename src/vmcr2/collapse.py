@@ -97,7 +97,7 @@ class CollapseWatch:
             balance: ρ, for the warning.
         """
         labels = rows_or_labels.argmax(1) if rows_or_labels.ndim == 2 else rows_or_labels
-        membership, _ = as_membership(features, labels.unique(return_inverse=True)[1], None)
+        membership = as_membership(features, labels.unique(return_inverse=True)[1], None)
         if membership.num_classes < 2:
             return  # ΔR of one class is 0 whatever its features
         rates = checked_rates(features, membership, eps_sq)

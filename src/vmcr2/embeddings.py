@@ -262,7 +262,7 @@ def report(
     names = _named(values, class_names)
     unit, normalized = _unit_rows(given)
     m, d = unit.shape
-    membership, _ = as_membership(unit, places, len(names))
+    membership = as_membership(unit, places, len(names))
     rates = checked_rates(unit, membership, eps_sq)
     require_finite(*rates)
     spectrum = torch.linalg.svdvals(unit).square() / m
@@ -431,7 +431,7 @@ def effective_rank(eigenvalues: Float[Tensor, "k d"]) -> Float[Tensor, " k"]:
 def _overlaps_and_ranks(unit: Tensor, labels: Tensor, k: int) -> tuple[np.ndarray, np.ndarray]:
     """Returns the cosines between classes' second moments, or lower bounds of them, and each class's effective rank."""
     d = unit.shape[1]
-    membership, _ = as_membership(unit, labels, k)
+    membership = as_membership(unit, labels, k)
     most = min(d, int(membership.sizes.max()))
     whole = k * d * max(d, most) <= _MOMENT_ELEMENTS
     ranks, norms = (torch.empty(k, dtype=unit.dtype, device="cpu") for _ in range(2))

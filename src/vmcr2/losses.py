@@ -37,7 +37,7 @@ from vmcr2.distributed import Shards, agree, broadcast, check_group, gather_rows
 from vmcr2.errors import InputError, NotLatchedError, NumericalError
 from vmcr2.latching import MomentStream, batch_statistics, latched_blocks
 from vmcr2.linalg import check_scale, is_batched, rate_dtype, require_finite, wide_dtype
-from vmcr2.membership import Membership, as_membership, as_rows, part_of
+from vmcr2.membership import Membership, as_membership, as_rows, part_of, read_membership
 from vmcr2.mismatch import Codes, mismatch, precise_mismatch
 from vmcr2.rates import checked_rates, expansion_rate, largest_norm
 from vmcr2.sampling import position_kept
@@ -144,7 +144,7 @@ class MCR2Loss(_OverRanks):
         """
 
         def prepare() -> tuple[Membership, list[int]]:
-            return as_membership(features, membership, self.num_classes, unit=True)[0], [len(features)]
+            return as_membership(features, membership, self.num_classes, unit=True), [len(features)]
 
         def facts(checked: Membership) -> dict[str, int | str]:
             return {"num_classes": self.num_classes} | self._settings() | _facts(features, checked)
@@ -154,7 +154,7 @@ class MCR2Loss(_OverRanks):
             features, checked.rows_or_labels, shares=[rows for (rows,) in brought], group=self.process_group
         )
         if gathered is not features:
-            checked, _ = as_membership(gathered, rows_or_labels, self.num_classes, unit=True)
+            checked = as_membership(gathered, rows_or_labels, self.num_classes, unit=True)
         loss = -checked_rates(gathered, checked, self.eps_sq).reduction
         require_finite(loss)
         return loss.to(torch.promote_types(features.dtype, torch.float32))
@@ -488,10 +488,13 @@ class VMCR2Loss(_OverRanks):
         """Whether each rank holds its own range of classes alone."""
         return self.dictionary.shards is not None
 
-    def _check(
-        self, features: Tensor, membership: Tensor, beside: Tensor | None = None
-    ) -> tuple[Membership, Tensor | None]:
-        shards = self.dictionary.shards
+    def _check(self, features: Tensor, membership: Tensor) -> tuple[Membership, bool]:
+        """Returns the membership, and whether the dictionary is shared and every class keeps to its own atoms."""
+        shards, beside = self.dictionary.shards, None
+        if shards is not None:
+            beside = self.dictionary.first
+        elif self.structure == "shared" and self.step == "ascent":
+            beside = self.dictionary.confined()[None]
         if shards is not None and len(shards.own) != len(self.dictionary.latched):
             raise InputError(
                 f"sharded: the loss was made to hold {len(self.dictionary.latched)} classes on this rank, whose share "
@@ -500,22 +503,24 @@ class VMCR2Loss(_OverRanks):
                 "before, into an unsharded one"
             )
         self._check_device(features)
-        checked, on_host = as_membership(
+        checked, on_host = read_membership(
             features,
             membership,
             self.num_classes,
             feature_dim=self.feature_dim,
             unit=True,
-            beside=beside if shards is None else self.dictionary.first,
+            beside=beside,
             counted=not self.sharded,
         )
-        if shards is not None and on_host is not None and int(on_host) != shards.own.start:
+        if shards is None:
+            return checked, on_host is not None and bool(on_host)
+        if on_host is not None and int(on_host) != shards.own.start:
             raise InputError(
                 f"sharded: this rank's classes begin with {shards.own.start}, and its dictionary has been overwritten "
                 f"with those from {int(on_host)} on, as DistributedDataParallel does with the buffers of what it wraps"
                 ": wrap the network alone, not a module that holds the loss"
             )
-        return checked, on_host if shards is None else None
+        return checked, False
 
     def _check_device(self, features: Tensor) -> None:
         if is_batched(self.dictionary.atoms):
@@ -529,35 +534,34 @@ class VMCR2Loss(_OverRanks):
     def _batch(self, features: Tensor, membership: Tensor, call: str) -> _Batch:
         """Checks the batch of this rank, agrees on it with all ranks, and gathers theirs."""
         dictionary, group = self.dictionary, self.process_group
-        watched = self.structure == "shared" and self.step == "ascent"
 
-        def prepare() -> tuple[tuple[Membership, Tensor | None], list[int]]:
-            made = self._check(features, membership, dictionary.confined()[None] if watched else None)
+        def prepare() -> tuple[tuple[Membership, bool], list[int]]:
+            made = self._check(features, membership)
             latched = self.sharded and bool(dictionary.known().any())
             return made, [len(features), int(dictionary.changed), int(latched), dictionary.steps]
 
         (checked, confined), brought = agree(
             prepare, lambda made: self._settings() | _facts(features, made[0]), call, group
         )
-        shares, changed, latched, steps = ([numbers[place] for numbers in brought] for place in range(4))
+        shares, changed, latched, steps = zip(*brought, strict=True)
         if not any(changed) or self.sharded:
             require_equal("the number of steps that the dictionary has taken", steps, group)
         elif len(brought) > 1:
             broadcast(dictionary, group)
-        gathered, rows_or_labels = gather_rows(features, checked.rows_or_labels, shares=shares, group=group)
+        gathered, rows_or_labels = gather_rows(features, checked.rows_or_labels, shares=list(shares), group=group)
         dtype = rate_dtype(self.feature_dim, self.eps_sq, gathered, dictionary.atoms)
         here = gathered
         if dictionary.shards is not None:
             here, checked = part_of(gathered, rows_or_labels, dictionary.shards.own)
         elif gathered is not features:
-            checked, confined = self._check(gathered, rows_or_labels, dictionary.confined()[None] if watched else None)
+            checked, confined = self._check(gathered, rows_or_labels)
         dictionary.changed = False
         return _Batch(
             here.to(dtype),
             checked.to(dtype),
             gathered.to(dtype),
             rows_or_labels,
-            confined is not None and bool(confined),
+            confined,
             any(latched) if self.sharded else None,
         )
 

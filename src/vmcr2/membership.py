@@ -215,6 +215,24 @@ class Membership:
 
 
 def as_membership(
+    features: Tensor, membership: Tensor, num_classes: int | None, *, unit: bool = False, name: str = "membership"
+) -> Membership:
+    """Checks features and membership together and returns the membership in the form used inside the package.
+
+    Args:
+        features: (m, d), floating point and finite; with `unit`, rows of norm 1.
+        membership: integer labels (m,) in [0, k), or rows (m, k) ≥ 0 that sum to one.
+        num_classes: k, or None to take it from the membership (labels: the largest + 1).
+        unit: whether rows must have norm 1.
+        name: what the caller calls the membership.
+
+    Raises:
+        InputError: names the argument, what it got and what it takes.
+    """
+    return read_membership(features, membership, num_classes, unit=unit, name=name)[0]
+
+
+def read_membership(
     features: Tensor,
     membership: Tensor,
     num_classes: int | None,
@@ -225,20 +243,18 @@ def as_membership(
     counted: bool = True,
     name: str = "membership",
 ) -> tuple[Membership, Tensor | None]:
-    """Checks features and membership together and returns the membership in the form used inside the package.
-
-    What must hold of the values is read from the device in one transfer, together with the sizes of the classes.
+    """Does what `as_membership` does in one transfer from the device: what must hold, the classes' sizes, and `beside`.
 
     Args:
-        features: (m, d), floating point and finite; with `unit`, rows of norm 1.
-        membership: integer labels (m,) in [0, k), or rows (m, k) ≥ 0 that sum to one.
-        num_classes: k, or None to take it from the membership (labels: the largest + 1).
+        features: as there.
+        membership: as there.
+        num_classes: as there.
         feature_dim: the d that is required, or None.
-        unit: whether rows must have norm 1.
+        unit: as there.
         beside: a vector to read from the device in the same transfer, or None.
         counted: whether to count the classes of labels. Without, nothing of k entries is made, and the membership has
             no classes: it is only for `part_of`.
-        name: what the caller calls the membership.
+        name: as there.
 
     Returns:
         The membership, and `beside` on the CPU.

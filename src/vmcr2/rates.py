@@ -83,7 +83,7 @@ def rate_reduction(
         NumericalError: the factorisation failed, or features are too long for it.
     """
     eps_sq = check_number("eps_sq", eps_sq)
-    checked, _ = as_membership(features, membership, num_classes)
+    checked = as_membership(features, membership, num_classes)
     rates = checked_rates(features, checked, eps_sq, largest_norm(features))
     require_finite(*rates)
     return rates
@@ -121,7 +121,7 @@ def transrate(
             f"eps_sq must be from {1 / highest:.3g} to {1 / lowest:.3g} (beyond that float64 loses log(1 + 1/eps_sq)), "
             f"got {eps_sq!r}"
         )
-    checked, _ = as_membership(features, labels, None, name="labels")
+    checked = as_membership(features, labels, None, name="labels")
     widened = features.double()
     centred = widened - widened.mean(0)
     rates = checked_rates(centred, checked, features.shape[1] * eps_sq, largest_norm(centred))

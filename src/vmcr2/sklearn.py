@@ -150,7 +150,7 @@ class NearestSubspaceClassifier(ClassifierMixin, BaseEstimator):
                 energies, owners = (torch.cat(parts)[-most:] for parts in zip(self._recent, judged, strict=True))
                 self._recent = energies, owners
                 self.temperature_ = _temperature(features, energies, owners)
-            checked, _ = as_membership(features, places, k)
+            checked = as_membership(features, places, k)
             self._stream.add(features, checked)
             blocks, energies, _ = self._stream.blocks(self.n_components_)
             self.components_ = spanned(blocks, energies).numpy()

@@ -66,7 +66,7 @@ def class_subspaces(
     Raises:
         InputError: a wrong argument (a ValueError).
     """
-    checked, _ = as_membership(features, membership, num_classes)
+    checked = as_membership(features, membership, num_classes)
     d = features.shape[1]
     if n_components is None:
         n_components = default_components(d, num_classes)
