@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 import vmcr2
 from vmcr2.lab import networks, sources
+from vmcr2.lab.objectives import CrossEntropyHead
 from vmcr2.lab.terminal import markdown_table
 from vmcr2.subspaces import class_subspaces, nearest_subspace
 
@@ -41,17 +42,6 @@ OPTIMISERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 }
 BATCHES = (64, 256, 1000)
 OBJECTIVES = ("vmcr2", "mcr2", "ce")
-
-
-class Head(nn.Module):
-    """Cross-entropy's linear layer."""
-
-    def __init__(self, feature_dim: int, num_classes: int) -> None:
-        super().__init__()
-        self.linear = nn.Linear(feature_dim, num_classes)
-
-    def forward(self, features: Tensor, labels: Tensor) -> Tensor:
-        return nn.functional.cross_entropy(self.linear(features), labels)
 
 
 def without_norms(module: nn.Module) -> nn.Module:
@@ -79,7 +69,11 @@ def trained(objective: str, data: str, norms: bool, optimiser: str, batch: int, 
     torch.manual_seed(seed)
     model = networks.build(network, tuple(x.shape[1:]), d)
     model = model if norms else without_norms(model)
-    kinds = {"vmcr2": lambda: vmcr2.VMCR2Loss(k, d), "mcr2": lambda: vmcr2.MCR2Loss(k), "ce": lambda: Head(d, k)}
+    kinds = {
+        "vmcr2": lambda: vmcr2.VMCR2Loss(k, d),
+        "mcr2": lambda: vmcr2.MCR2Loss(k),
+        "ce": lambda: CrossEntropyHead(d, k),
+    }
     loss = kinds[objective]()
     optimizer = OPTIMISERS[optimiser]([*model.parameters(), *loss.parameters()])
     generator = torch.Generator().manual_seed(seed)

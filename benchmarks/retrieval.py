@@ -25,11 +25,11 @@ from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
 from pytorch_metric_learning.utils.inference import CustomKNN
 from runs import Line, MissingRunError, Runs, best_rate
 from torch import Tensor, nn
-from torch.nn import functional
 
 import vmcr2
 from vmcr2.lab import networks, sources
 from vmcr2.lab.augmentation import Augmentation, augmented, plain
+from vmcr2.lab.objectives import CrossEntropyHead
 from vmcr2.lab.processes import keep_freed_memory
 from vmcr2.lab.terminal import markdown_table, mean_and_spread
 from vmcr2.subspaces import class_subspaces, subspace_energies
@@ -38,17 +38,6 @@ RESULTS = Path(__file__).parent.parent / "results"
 RUNS = Runs(RESULTS / "retrieval.jsonl", ("method", "seed", "lr", "held"))
 CLASSES, HELD_CLASSES, D, EPOCHS = 300, 60, 384, 20
 SHIFTED = Augmentation(padding=2, crop=28)
-
-
-class Softmax(nn.Module):
-    """Cross-entropy of a linear layer."""
-
-    def __init__(self, k: int) -> None:
-        super().__init__()
-        self.linear = nn.Linear(D, k)
-
-    def forward(self, features: Tensor, labels: Tensor) -> Tensor:
-        return functional.cross_entropy(self.linear(features), labels)
 
 
 def _ours(**given: Any) -> Callable[[int], nn.Module]:
@@ -67,7 +56,7 @@ METHODS: dict[str, tuple[str, Callable[[int], nn.Module], tuple[float, ...]]] = 
     "vmcr2-rho0.25": ("V-MCR², ρ = 0.25", _ours(balance=0.25), (0.2, 0.5, 1.0)),
     "vmcr2-energy1": ("V-MCR², energy 1", _ours(energy=1.0), (0.2, 0.5, 1.0)),
     "mcr2": ("MCR²", vmcr2.MCR2Loss, (0.003, 0.01, 0.03)),
-    "ce": ("cross-entropy", Softmax, (0.3, 1.0, 3.0)),
+    "ce": ("cross-entropy", lambda k: CrossEntropyHead(D, k), (0.3, 1.0, 3.0)),
     "normsoftmax": ("NormSoftmax", lambda k: losses.NormalizedSoftmaxLoss(k, D), (0.03, 0.1, 0.3)),
     "arcface": ("ArcFace", lambda k: losses.ArcFaceLoss(k, D), (0.03, 0.1, 0.3)),
     "supcon": ("SupCon", lambda k: losses.SupConLoss(), (0.1, 0.3, 1.0)),
@@ -129,7 +118,7 @@ def novelty(criterion: nn.Module, z: Tensor, y: Tensor, seen: Tensor, unseen: Te
         "subspaces": auroc(*(subspace_energies(each, bases).amax(1) for each in (seen, unseen))),
         "k-NN": auroc(*((each @ z.T).topk(5, dim=1).values[:, -1] for each in (seen, unseen))),
     }
-    if not isinstance(criterion, Softmax):
+    if not isinstance(criterion, CrossEntropyHead):
         return found
     weight, bias = criterion.linear.weight, criterion.linear.bias
     logits = [criterion.linear(each) for each in (seen, unseen)]

@@ -393,7 +393,7 @@ def chosen_device(name: str) -> torch.device:
 def _prepare(recipe: Recipe, data_root: str | Path | None) -> _Prepared:
     """Makes ready in every process; what is wrong in one is an error in all."""
     dataset = processes.in_turns(lambda: sources.load(recipe.data, data_root))
-    prepared = processes.everywhere(lambda: _built(recipe, dataset))
+    prepared = processes.everywhere(lambda: _prepared_here(recipe, dataset))
     digests = processes.gathered(prepared.fingerprint)
     others = [str(rank) for rank, digest in enumerate(digests) if digest != digests[0]]
     if others:
@@ -401,7 +401,7 @@ def _prepare(recipe: Recipe, data_root: str | Path | None) -> _Prepared:
     return prepared
 
 
-def _built(recipe: Recipe, dataset: Dataset) -> _Prepared:
+def _prepared_here(recipe: Recipe, dataset: Dataset) -> _Prepared:
     """Builds the network and sends a few samples through it, so that what is wrong shows now."""
     digest = sources.fingerprint(dataset)
     m = len(dataset.train_labels)
@@ -475,14 +475,14 @@ def _check_state(run: RunFolder, state: Any, prepared: _Prepared) -> None:
         got = prepared.recipe.epochs
         raise InputError(f"epochs must be at least the {state['epoch']} that {run.path} has, got {got}")
     # Read as recipes, so that a setting that is newer than the checkpoint has its default in both.
-    if recipes.from_text(state["recipe"], str(run.checkpoint_file)) != _identity(prepared.recipe):
+    if recipes.from_text(state["recipe"], str(run.checkpoint_file)) != _comparable(prepared.recipe):
         raise InputError(f"{run.checkpoint_file} belongs to another recipe than {run.recipe_file}")
     classes = state["trained"].get("config", {}).get("classes")
     if state["data"] != prepared.fingerprint or classes != list(prepared.dataset.class_names):
         raise InputError(f"{run.checkpoint_file} was trained on data that differs from what is there now")
 
 
-def _identity(recipe: Recipe) -> Recipe:
+def _comparable(recipe: Recipe) -> Recipe:
     """Returns the recipe but for the number of epochs, which may grow, and for where data lies."""
     if not recipe.tied_to_epochs:
         recipe = replace(recipe, epochs=max(1, recipe.warmup_epochs))
@@ -579,7 +579,7 @@ class _Run:
             "criterion": self.prepared.objective.criterion.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "rng": torch.get_rng_state(),
-            "recipe": recipes.to_json(_identity(self.prepared.recipe)),
+            "recipe": recipes.to_json(_comparable(self.prepared.recipe)),
             "data": self.prepared.fingerprint,
             "trained": self.trained,
         }
