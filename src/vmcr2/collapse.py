@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -101,7 +102,7 @@ class CollapseWatch:
         if membership.num_classes < 2:
             return  # ΔR of one class is 0 whatever its features
         rates = checked_rates(features, membership, eps_sq)
-        reduction, expansion = float(rates.reduction), float(rates.expansion)
+        reduction, expansion = torch.stack([rates.reduction, rates.expansion]).tolist()
         of_lines = reduction_of_lines(membership.sizes, features.shape[1], eps_sq)
         if of_lines < 1e-6:
             return  # in one dimension there is no ΔR
