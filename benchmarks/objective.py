@@ -73,7 +73,7 @@ def gradient_step(loss: Callable[[Tensor, Tensor], Tensor], z: Tensor, labels: T
 
 
 def variational(d: int, k: int, s: int, structure: str) -> vmcr2.VMCR2Loss:
-    loss = vmcr2.VMCR2Loss(k, d, atoms_per_class=s, structure=structure)  # type: ignore[arg-type]
+    loss = vmcr2.VMCR2Loss(k, d, atoms_per_class=s, structure=structure)
     loss.latch(*training_set(d, k))
     return loss
 
@@ -139,7 +139,7 @@ def soft() -> dict[str, float]:
     rows = torch.softmax(torch.randn(m, k, generator=torch.Generator().manual_seed(0)), 1)
     found = {}
     for structure, (kind, membership) in itertools.product(("shared", "block"), (("soft", rows), ("labels", labels))):
-        loss = vmcr2.VMCR2Loss(k, d, structure=structure)  # type: ignore[arg-type]
+        loss = vmcr2.VMCR2Loss(k, d, structure=structure)
         loss(z, membership)
         found[f"{structure}, {kind}"] = timed(gradient_step(loss, z, membership)).median
     return found

@@ -147,14 +147,8 @@ def held(rank, world):
         value = state[f"dictionary.{name}"]
         assert value.shape == shape
         assert value.to_local().shape == (len(own), *shape[1:])
-        assert (
-            dist.tensor.distribute_tensor(torch.zeros(shape), value.device_mesh, [dist.tensor.Shard(0)])
-            .to_local(
-                # what DTensor itself would give this rank
-            )
-            .shape
-            == (len(own), *shape[1:])
-        )
+        by_torch = dist.tensor.distribute_tensor(torch.zeros(shape), value.device_mesh, [dist.tensor.Shard(0)])
+        assert by_torch.to_local().shape == (len(own), *shape[1:])
         assert value.to_local().untyped_storage().data_ptr() == getattr(loss.dictionary, name).data_ptr() or not own
 
 

@@ -314,7 +314,7 @@ class Dictionary(nn.Module):
     atoms: Float[Tensor, "d q"]
     codes: Float[Tensor, "c k"]
     latched: Bool[Tensor, " k"]
-    first: Int[Tensor, " 1"] | None
+    first_class: Int[Tensor, " 1"] | None
 
     def __init__(
         self,
@@ -338,7 +338,7 @@ class Dictionary(nn.Module):
             self.register_buffer("latched", torch.empty(num_classes, dtype=torch.bool))
             # What overwrites all ranks' buffers with the first one's, as DistributedDataParallel does, shows here.
             first = None if shards is None else torch.empty(1, dtype=torch.long)
-            self.register_buffer("first", first, persistent=False)
+            self.register_buffer("first_class", first, persistent=False)
             self.reset_parameters()
 
     @torch.no_grad()
@@ -351,8 +351,8 @@ class Dictionary(nn.Module):
         self.atoms.T[numbers, numbers % d] = 1
         self.codes.zero_()
         self.latched.zero_()
-        if self.shards is not None and self.first is not None:
-            self.first.fill_(self.shards.own.start)
+        if self.shards is not None and self.first_class is not None:
+            self.first_class.fill_(self.shards.own.start)
         self.steps = 0
         self._known: tuple[Tensor, Tensor, int] | None = None
         self.changed = True  # not yet known to be the same on all ranks

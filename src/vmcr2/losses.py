@@ -492,7 +492,7 @@ class VMCR2Loss(_OverRanks):
         """Returns the membership, and whether the dictionary is shared and every class keeps to its own atoms."""
         shards, beside = self.dictionary.shards, None
         if shards is not None:
-            beside = self.dictionary.first
+            beside = self.dictionary.first_class
         elif self.structure == "shared" and self.step == "ascent":
             beside = self.dictionary.confined()[None]
         if shards is not None and len(shards.own) != len(self.dictionary.latched):

@@ -140,13 +140,6 @@ TABLE3: dict[str, dict[ObjectiveName, Printed]] = {
     "cifar100-strong": {"vmcr2": Printed(130.2177, 0.6951), "ce": Printed(None, 0.7146)},
     "tiny-imagenet-strong": {"vmcr2": Printed(134.9504, 0.4189), "ce": Printed(None, 0.4843)},
 }
-# Not in the paper: the property that MCR² is known for. The first two are there for those without a GPU; rivals beyond
-# cross-entropy are in benchmarks/noise.py.
-NOISE: dict[str, dict[ObjectiveName, Printed]] = {
-    f"{name}-noise{percent}": {"mcr2": Printed(), "vmcr2": Printed(), "ce": Printed()}
-    for name in ("digits", "omniglot100", "mnist", "cifar10", "cifar100")
-    for percent in (0, 10, 20, 30, 40, 50)
-}
 FIGURE1: dict[str, dict[ObjectiveName, Printed]] = {
     name: {"mcr2": Printed(), "vmcr2": Printed()}
     for name in ("mnist", "cifar10", "cifar100-d100", "cifar100", "tiny-imagenet-d200", "tiny-imagenet")
