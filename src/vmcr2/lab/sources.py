@@ -16,7 +16,7 @@ import hashlib
 import os
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -117,9 +117,9 @@ class Dataset:
         return replace(self, **{name: getattr(self, name).to(device) for name in names})
 
 
-def default_data_root() -> Path:
-    """Returns $VMCR2_DATA_ROOT, or ./data."""
-    return Path(os.environ.get(DATA_ROOT_VARIABLE) or "data")
+def _root(data_root: str | Path | None) -> Path:
+    """Returns the folder of named data sets; by default $VMCR2_DATA_ROOT, or ./data."""
+    return Path(os.environ.get(DATA_ROOT_VARIABLE) or "data") if data_root is None else Path(data_root)
 
 
 def load(settings: DataSettings, data_root: str | Path | None = None) -> Dataset:
@@ -132,7 +132,7 @@ def load(settings: DataSettings, data_root: str | Path | None = None) -> Dataset
     Raises:
         InputError: the source is unknown, or its files are missing, damaged or of the wrong form (a ValueError).
     """
-    root = default_data_root() if data_root is None else Path(data_root)
+    root = _root(data_root)
     path = _place(settings.source, data_root)
     if settings.image_size is not None and (settings.source in _NAMED or path.suffix == ".npz"):
         raise InputError(f"data.image_size scales a folder's images; those of {settings.source} keep theirs")
@@ -182,7 +182,7 @@ def _place(source: str, data_root: str | Path | None) -> Path:
     path = Path(source)
     if path.suffix != ".npz" or path.is_file() or path.is_absolute():
         return path
-    return (default_data_root() if data_root is None else Path(data_root)) / path
+    return _root(data_root) / path
 
 
 def fingerprint(dataset: Dataset) -> str:
@@ -364,13 +364,11 @@ def _tiny_imagenet(root: Path) -> Dataset:
     wnids = sorted(_tiny_lines(folder / "wnids.txt"))
     words = dict(line.split("\t", 1) for line in _tiny_lines(folder / "words.txt") if "\t" in line)
     places = {wnid: j for j, wnid in enumerate(wnids)}
-    ranked, test = [], []
+    files, test = [], []
     for wnid in wnids:
         listed = _tiny_lines(folder / "train" / wnid / f"{wnid}_boxes.txt")
-        names = [line.split("\t")[0] for line in listed]
-        ranked += [(i, places[wnid], folder / "train" / wnid / "images" / name) for i, name in enumerate(names)]
-    # Class after class in turn, so that the first so many samples hold all classes alike.
-    train = [(file, label) for _, label, file in sorted(ranked)]
+        files.append([folder / "train" / wnid / "images" / line.split("\t")[0] for line in listed])
+    train = _in_turn(files)
     for line in _tiny_lines(folder / "val" / "val_annotations.txt"):
         name, wnid, *_ = [*line.split("\t"), "", ""]
         if wnid not in places:
@@ -395,6 +393,15 @@ def _tiny_imagenet(root: Path) -> Dataset:
     with replacing(cached) as file:
         np.savez(file, allow_pickle=False, **arrays)
     return read_npz(cached)
+
+
+def _in_turn(files: Sequence[Sequence[Path]]) -> list[tuple[Path, int]]:
+    """Returns the files of classes with their labels: the first of each class, then the second, and so on.
+
+    So the first so many samples hold all classes alike.
+    """
+    most = max(map(len, files), default=0)
+    return [(own[i], j) for i in range(most) for j, own in enumerate(files) if i < len(own)]
 
 
 def _tiny_lines(file: Path) -> list[str]:
@@ -492,16 +499,8 @@ def _listed(root: Path, *, needs_test: bool) -> tuple[list[str], dict[str, list[
         raise InputError(
             f"{root}: test/ has classes that train/ lacks: {unknown}" if names else f"{root}/train is empty"
         )
-    # Class after class in turn, so that the first so many samples hold all classes alike.
     parts = {
-        part: [
-            (file, j)
-            for _, j, file in sorted(
-                (i, j, file)
-                for j, name in enumerate(names)
-                for i, file in enumerate(image_files(classes[name]) if name in classes else [])
-            )
-        ]
+        part: _in_turn([image_files(classes[name]) if name in classes else [] for name in names])
         for part, classes in folders.items()
     }
     filled = {label for _, label in parts["train"]}
