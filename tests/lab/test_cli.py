@@ -97,7 +97,7 @@ def test_compare_goes_on_where_it_was(tmp_path, capsys):
         (["evaluate", "nowhere"], "there is no run folder nowhere"),
         (["train", "digits", "--data.source", "nothing"], "data.source must be one of"),
         (["train", "omniglot100", "--data-root", "nowhere.zip/x"], "omniglot is not under the data root"),
-        (["train", "no/such/folder"], "got 'no/such/folder': there is no such file or folder"),
+        (["train", "no/such/folder"], "recipe or data must be a file or folder that exists, got 'no/such/folder'"),
         (["recipes", "digit"], "did you mean digits?"),
         (["reproduce", "tabel2"], "did you mean table2?"),
     ],
