@@ -583,3 +583,15 @@ def test_a_state_does_not_follow_a_default_device():
     loss = vmcr2.VMCR2Loss(4, 8)
     with torch.device("meta"):
         loss.load_state_dict(loss.state_dict())
+
+
+@pytest.mark.parametrize(
+    "estimator", [vmcr2.NearestSubspaceClassifier(), vmcr2.CodingRateTransformer(), vmcr2.CodingRateClassifier()]
+)
+def test_masked_arrays_are_refused(estimator):
+    z, y = unit_rows(20, 4).numpy(), np.arange(20) % 2
+    with pytest.raises(vmcr2.InputError, match="X must have no masked entries, got"):
+        estimator.fit(np.ma.masked_less(z, 0), y)
+    for method in (estimator.fit, estimator.partial_fit):
+        with pytest.raises(vmcr2.InputError, match="y must have no masked entries, got 10"):
+            method(z, np.ma.masked_equal(y, 1))

@@ -59,13 +59,19 @@ def has_collapsed(reductions: Sequence[float]) -> bool:
     return len(reductions) > looks and max(reductions[-looks:]) < _LASTING.of_best * reductions[0]
 
 
-def of_balance(balance: float) -> str:
-    """Returns a sentence on ρ for a message of a collapse; empty unless ρ is high enough to be the reason."""
+def of_balance(balance: float, given: bool) -> str:
+    """Returns a sentence on ρ for a message of a collapse; empty unless ρ is high enough to be the reason.
+
+    Args:
+        balance: ρ.
+        given: whether it follows from a µ that was given, rather than being given itself.
+    """
     if balance <= _HEAVY:
         return ""
+    cure = "lower mu (mu=None takes the ρ of balance, by default 0.05)" if given else "lower balance"
     return (
         f" ρ = mu * m * eps_sq / feature_dim is {balance:.2g}: from about 1 the dictionary cannot lead the features, "
-        "so lower mu (mu=None takes ρ = 0.05)."
+        f"so {cure}."
     )
 
 
@@ -87,7 +93,7 @@ class CollapseWatch:
         self.steps += 1
         return not self.warned and self.steps % _WATCH_EVERY == 1
 
-    def look(self, features: Float[Tensor, "m d"], rows_or_labels: Tensor, eps_sq: float, balance: float) -> None:
+    def look(self, features: Float[Tensor, "m d"], rows_or_labels: Tensor, eps_sq: float, advice: str) -> None:
         """Looks at ΔR of a batch.
 
         Args:
@@ -95,7 +101,7 @@ class CollapseWatch:
             rows_or_labels: labels (m,), or soft rows (m, k), of which each counts by its largest entry: with a share
                 of every class in every sample there would be k determinants of d×d.
             eps_sq: ε².
-            balance: ρ, for the warning.
+            advice: from `of_balance`, for the warning.
         """
         labels = rows_or_labels.argmax(1) if rows_or_labels.ndim == 2 else rows_or_labels
         membership = as_membership(features, labels.unique(return_inverse=True)[1], None)
@@ -116,6 +122,6 @@ class CollapseWatch:
         self.warned = True
         warnings.warn(
             f"the features have collapsed: ΔR of a batch is {reduction:.3g}, where the best so far would have been "
-            f"{best:.3g}.{of_balance(balance)} Lower the learning rate, or clip the network's gradients",
+            f"{best:.3g}.{advice} Lower the learning rate, or clip the network's gradients",
             stacklevel=5,  # the call of the loss, past its `forward` and Module's own two
         )

@@ -511,10 +511,10 @@ def label_quality(
 
     The score is ½ (1 + a − b): a is the share of the sample's energy in its class's subspace, b the largest share in
     another class's. A sample is judged by subspaces found without it (five folds) and, in a few rounds, without the
-    samples that a round before fitted another class better (the samples of a class are dealt to the folds in their
-    order, on which scores depend a little); so subspaces of high dimension do not memorise wrong
+    samples that a round before fitted another class better; so subspaces of high dimension do not memorise wrong
     labels, and up to half of the labels may be wrong. Of a class's only sample nothing can be said, as no other shows
-    what the class is like: it keeps its label, with score 0.5. What each of these steps is worth: docs/estimators.md.
+    what the class is like: it keeps its label, with score 0.5. The samples of a class are dealt to the folds in their
+    order, on which scores depend a little. What each of these steps is worth: docs/estimators.md.
 
     Args:
         features: Z, (m, d), NumPy or torch, finite, no row zero; their scale does not matter.
@@ -654,7 +654,7 @@ def _named(values: np.ndarray, class_names: Sequence[str] | None) -> tuple[str, 
         raise InputError(f"class_names must be a list, a tuple or an array of names, got {class_names!r}")
     if values.dtype.kind not in "iu" or values.min() < 0 or values.max() >= len(class_names):
         raise InputError(
-            f"class_names has length {len(class_names)}, so labels must be integers from 0 to {len(class_names) - 1}, "
+            f"class_names has length {len(class_names)}, so labels must be integers >= 0 and below that, "
             f"got labels from {values[0]} to {values[-1]}"
         )
     return tuple(str(class_names[value]) for value in values.tolist())

@@ -31,7 +31,7 @@ from vmcr2.checks import (
     pair_of,
     read_conditions,
 )
-from vmcr2.collapse import CollapseWatch
+from vmcr2.collapse import CollapseWatch, of_balance
 from vmcr2.dictionary import Dictionary, Structure, ascending_step, paper_step
 from vmcr2.distributed import Shards, agree, broadcast, check_group, gather_rows, process_rank, require_equal
 from vmcr2.errors import InputError, NotLatchedError, NumericalError
@@ -488,12 +488,12 @@ class VMCR2Loss(_OverRanks):
         """Whether each rank holds its own range of classes alone."""
         return self.dictionary.shards is not None
 
-    def _check(self, features: Tensor, membership: Tensor) -> tuple[Membership, bool]:
-        """Returns the membership, and whether the dictionary is shared and every class keeps to its own atoms."""
+    def _check(self, features: Tensor, membership: Tensor, *, watched: bool = False) -> tuple[Membership, bool]:
+        """Returns the membership, and, `watched`, whether every class of a shared dictionary keeps to its own atoms."""
         shards, beside = self.dictionary.shards, None
         if shards is not None:
             beside = self.dictionary.first_class
-        elif self.structure == "shared" and self.step == "ascent":
+        elif watched and self.structure == "shared" and self.step == "ascent":
             beside = self.dictionary.confined()[None]
         if shards is not None and len(shards.own) != len(self.dictionary.latched):
             raise InputError(
@@ -536,7 +536,7 @@ class VMCR2Loss(_OverRanks):
         dictionary, group = self.dictionary, self.process_group
 
         def prepare() -> tuple[tuple[Membership, bool], list[int]]:
-            made = self._check(features, membership)
+            made = self._check(features, membership, watched=True)
             latched = self.sharded and bool(dictionary.known().any())
             return made, [len(features), int(dictionary.changed), int(latched), dictionary.steps]
 
@@ -554,7 +554,7 @@ class VMCR2Loss(_OverRanks):
         if dictionary.shards is not None:
             here, checked = part_of(gathered, rows_or_labels, dictionary.shards.own)
         elif gathered is not features:
-            checked, confined = self._check(gathered, rows_or_labels)
+            checked, confined = self._check(gathered, rows_or_labels, watched=True)
         dictionary.changed = False
         return _Batch(
             here.to(dtype),
@@ -613,7 +613,8 @@ class VMCR2Loss(_OverRanks):
                 self._latch(batch.features.detach(), batch.membership.detach(), new)
                 if self._watch.is_due():
                     balance = balance_at(self.mu_at(m), self.feature_dim, m, self.eps_sq)
-                    self._watch.look(batch.whole.detach(), batch.rows_or_labels.detach(), self.eps_sq, balance)
+                    advice = of_balance(balance, self.mu is not None)
+                    self._watch.look(batch.whole.detach(), batch.rows_or_labels.detach(), self.eps_sq, advice)
                 value = self._step(batch)
         else:
             value = precise_mismatch(batch.features, *self._part_for(batch), self.pull)

@@ -27,7 +27,7 @@ except ModuleNotFoundError as error:
     ) from error
 from torch import Tensor, nn
 
-from vmcr2.checks import check_choice, check_count, check_number
+from vmcr2.checks import check_choice, check_count, check_number, refuse_masked
 from vmcr2.embeddings import LabelQuality, label_quality, sorted_classes
 from vmcr2.errors import InputError, NumericalError
 from vmcr2.latching import MomentStream
@@ -95,7 +95,7 @@ class NearestSubspaceClassifier(ClassifierMixin, BaseEstimator):
             InputError: n_components is out of range (a ValueError); ValueError for wrong X or y.
         """
         with _all_or_nothing(self):
-            X, y = validate_data(self, X, y, dtype=_FLOATS)
+            X, y = _validated(self, X, y)
             check_classification_targets(y)
             self.classes_, labels = np.unique(y, return_inverse=True)
             k = len(_at_least_two(self.classes_))
@@ -126,7 +126,7 @@ class NearestSubspaceClassifier(ClassifierMixin, BaseEstimator):
         """
         with _all_or_nothing(self, changed=("_stream",)):
             first = not hasattr(self, "classes_")
-            X, y = validate_data(self, X, y, dtype=_FLOATS, reset=first)
+            X, y = _validated(self, X, y, reset=first)
             labels = _enter_classes(self, y, classes, first)
             if not first and self._stream is None:
                 warnings.warn("partial_fit starts afresh: fit keeps no samples", stacklevel=2)
@@ -166,7 +166,7 @@ class NearestSubspaceClassifier(ClassifierMixin, BaseEstimator):
     def _energies(self, X: Any) -> tuple[np.ndarray, np.ndarray]:
         """Returns ‖V^(j)ᵀ z‖² (m, k), −∞ for a class that has had no sample, and ‖z‖² (m, 1)."""
         check_is_fitted(self, "components_")
-        X = _with_squares(validate_data(self, X, dtype=_FLOATS, reset=False))
+        X = _with_squares(_validated(self, X, reset=False))
         dtype = np.result_type(X.dtype, self.components_.dtype)
         energies = subspace_energies(_tensor(X.astype(dtype)), _tensor(self.components_.astype(dtype))).numpy()
         energies[:, self.class_count_ == 0] = -np.inf
@@ -301,7 +301,7 @@ class CodingRateTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
         """
         self._check_parameters()
         with _all_or_nothing(self):
-            X, y = validate_data(self, X, y, dtype=_FLOATS)
+            X, y = _validated(self, X, y)
             check_classification_targets(y)
             X = _with_squares(X)
             self.classes_, labels = np.unique(y, return_inverse=True)
@@ -327,7 +327,7 @@ class CodingRateTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
         self._check_parameters()
         with _all_or_nothing(self, changed=("network_", "loss_", "_optimizer", "scaler_", "history_")):
             first = not hasattr(self, "classes_")
-            X, y = validate_data(self, X, y, dtype=_FLOATS, reset=first)
+            X, y = _validated(self, X, y, reset=first)
             labels = _enter_classes(self, y, np.unique(y) if first and classes is None else classes, first)
             if first:
                 self._begin(X.shape[1])
@@ -348,7 +348,7 @@ class CodingRateTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
     def _transformed(self, X: Any) -> np.ndarray:
         """Returns the features as an array, whatever `set_output` asks of `transform`."""
         check_is_fitted(self, "network_")
-        X = validate_data(self, X, dtype=_FLOATS, reset=False)
+        X = _validated(self, X, reset=False)
         return self._embed(self._inputs(X))
 
     def _check_parameters(self) -> None:
@@ -735,6 +735,13 @@ def _at_least_two(classes: np.ndarray) -> np.ndarray:
     if len(classes) < 2:
         raise InputError(f"y must hold at least 2 classes, got {len(classes)} class: {classes.tolist()}")
     return classes
+
+
+def _validated(estimator: Any, X: Any, *y: Any, **options: Any) -> Any:
+    """Returns X, and y where it is given, as scikit-learn validates them; masks, which it would drop, are refused."""
+    for name, array in zip("Xy", (X, *y), strict=False):
+        refuse_masked(name, array)
+    return validate_data(estimator, X, *y, dtype=_FLOATS, **options)
 
 
 def _enter_classes(estimator: Any, y: Any, classes: Any, first: bool) -> np.ndarray:

@@ -125,7 +125,7 @@ def held_out_energies(
         num_classes: k.
         n_components: r.
         learnt_from: the samples that subspaces are found from; None means all.
-        judged: the samples that are yielded; None means all but those that nothing can be learnt for.
+        judged: the samples that are yielded; None means all. A fold that nothing can be learnt for is left out.
     """
     folds = places_in_class(labels) % _FOLDS
     for fold in folds.unique().tolist():

@@ -50,9 +50,8 @@ def extract(
     def features(inputs: Tensor) -> Tensor:
         parts = [inputs[processes.share(len(inputs), rank, world)] for rank in range(world)]
         own = parts[process_rank()]
-        batches = (
-            own.split(max(1, batch_size // world)) if len(own) else [inputs[:1]]
-        )  # not every network accepts an empty batch
+        # Not every network accepts an empty batch.
+        batches = own.split(max(1, batch_size // world)) if len(own) else [inputs[:1]]
         found = torch.cat([model(plain(batch, augmentation)) for batch in batches])[: len(own)]
         return gather_rows(found, shares=[len(part) for part in parts])[0]
 

@@ -54,16 +54,16 @@ def write_csv(path: Path, rows: Iterable[Sequence[Any]]) -> None:
 
 def check_file(name: str, path: Path) -> None:
     """Raises InputError unless a file can be written at the path, which the user gave as `name`."""
-    if not path.resolve().parent.is_dir():
+    if not os.path.isdir(path.absolute().parent):  # unlike Path's, without an error of its own where one may not look
         raise InputError(f"{name} must lie in a folder that exists, got {path}")
-    if path.is_dir():
+    if os.path.isdir(path):
         raise InputError(f"{name} must be a file, got the folder {path}")
 
 
 def check_folder(name: str, path: Path) -> None:
     """Raises InputError unless the path is a folder, or can become one; the user gave it as `name`."""
-    nearest = next(each for each in (path, *path.absolute().parents) if each.exists())
-    if not nearest.is_dir():
+    nearest = next(each for each in (path, *path.absolute().parents) if os.path.exists(each))
+    if not os.path.isdir(nearest):
         raise InputError(f"{name} must be a folder, there already or new, got {path}: {nearest} is a file")
 
 

@@ -190,9 +190,10 @@ class Variational(Objective):
             measured = [line for line in history if f"{kind}_expansion" in line]
             reductions = [line[f"{kind}_expansion"] - line[f"{kind}_compression"] for line in measured]
             if has_collapsed(reductions):
+                advice = of_balance(balance, self.loss.mu is not None)
                 said = (
                     f"the features have collapsed: ΔR of {of} fell from {reductions[0]:.3g} to {reductions[-1]:.3g} "
-                    f"for good, the residual is {history[-1]['residual']:.3g}.{of_balance(balance)}"
+                    f"for good, the residual is {history[-1]['residual']:.3g}.{advice}"
                 )
                 raise NumericalError(said.removesuffix("."))  # the cure follows
 

@@ -303,7 +303,7 @@ def _present_or_downloaded(name: str, kind: Callable[..., Any], root: Path, **wh
                 f"{name} under the data root {root} is damaged (truncated?): {str(error) or type(error).__name__}. "
                 "Delete its files to have them fetched again."
             ) from error
-    absent = [each for each in (root, *root.absolute().parents) if not each.exists()]
+    absent = [each for each in (root, *root.absolute().parents) if not os.path.exists(each)]
     try:
         return kind(root=str(root), download=True, **which)
     except Exception as error:
