@@ -64,6 +64,7 @@ BASES: dict[str, Recipe] = {
         feature_dim=100,
         weight_decay=5e-4,
         schedule="cosine",
+        warmup_epochs=2,
         data=sources.DataSettings("cifar100", classes=20),
         augmentation=Augmentation(crop=32, padding=4, flip=True),
     ),
@@ -497,15 +498,33 @@ def table() -> None:
             if scored:
                 cell = _found(scored, f"cleanlab, {score}")
                 found_rows.append([f"cross-entropy out of sample, cleanlab's {score}", "–", "–", cell])
+        searched = [line for line in known if line["data"] == data and line["held"] and not line["failed"]]
+        if rows or searched:
+            text += f"\n## {data}: {base.network}, d = {base.feature_dim}, {base.epochs} epochs\n\n"
+        if searched and not rows:
+            text += (
+                "Only the runs that choose the learning rate, seed 0: 30 % wrong, trained on six sevenths of the "
+                "training set; the predictor is the best on the other seventh, whose labels are as wrong.\n\n"
+            )
+            text += markdown_table(["", "lr", "predictor", "noisy validation", "test"], _search_rows(searched))
         if rows:
             shares = [f"{share:.0%}" for share in LEVELS]
-            text += f"\n## {data}: {base.network}, d = {base.feature_dim}, {base.epochs} epochs\n\n"
             text += markdown_table(["", "lr", "predictor", "seeds", *shares, "similar"], rows)
             text += "\nFinding the 30 % wrong training labels, AUROC and precision at their true number, by score:\n\n"
             text += markdown_table(["features of", *_SCORES], found_rows)
     (RESULTS / "noise.md").write_text(text)
     print(text)
     _draw(curves)
+
+
+def _search_rows(lines: list[dict[str, Any]]) -> list[list[str]]:
+    """Returns a row of each run that has a validation split, by method and learning rate."""
+    methods, rows = list(NAMES), []
+    for line in sorted(lines, key=lambda line: (methods.index(line["method"]), line["lr"])):
+        best = max(line["validation"], key=lambda name: line["validation"][name])
+        values = [f"{line[part][best]:.3f}" for part in ("validation", "test")]
+        rows.append([NAMES[line["method"]], f"{line['lr']:g}", _PREDICTOR[best], *values])
+    return rows
 
 
 _PREDICTOR = {"head": "own head", "one": "subspace, 1", "many": "subspace, ⌊d/k⌋"}
