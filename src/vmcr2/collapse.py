@@ -46,20 +46,21 @@ _LASTING = _Low(of_best=0.2, of_expansion=0.1, looks=10)
 _DEEP = _Low(of_best=0.05, of_expansion=math.inf, looks=3)
 
 
-def has_collapsed(reductions: Sequence[float]) -> bool:
-    """Whether ΔR of a run has stayed below a fifth of what it was after the first epoch, ten times in a row.
+def has_collapsed(reductions: Sequence[float], *, of_first: float, looks: int) -> bool:
+    """Whether ΔR of a run has stayed below a share of what it was at first, so many times in a row.
 
     A healthy run may start with a dip, deep where its epochs are short, but recovers sooner. R plays no part here:
     after an epoch ΔR is no longer that of a fresh network, which may be high by chance.
 
     Args:
         reductions: ΔR after each epoch, or whenever it was measured.
+        of_first: the share of the first of them, in (0, 1).
+        looks: how many times in a row, at least 1.
     """
-    looks = _LASTING.looks
-    return len(reductions) > looks and max(reductions[-looks:]) < _LASTING.of_best * reductions[0]
+    return len(reductions) > looks and max(reductions[-looks:]) < of_first * reductions[0]
 
 
-def of_balance(balance: float, given: bool) -> str:
+def advice_on_balance(balance: float, given: bool) -> str:
     """Returns a sentence on ρ for a message of a collapse; empty unless ρ is high enough to be the reason.
 
     Args:
@@ -101,7 +102,7 @@ class CollapseWatch:
             rows_or_labels: labels (m,), or soft rows (m, k), of which each counts by its largest entry: with a share
                 of every class in every sample there would be k determinants of d×d.
             eps_sq: ε².
-            advice: from `of_balance`, for the warning.
+            advice: from `advice_on_balance`, for the warning.
         """
         labels = rows_or_labels.argmax(1) if rows_or_labels.ndim == 2 else rows_or_labels
         membership = as_membership(features, labels.unique(return_inverse=True)[1], None)

@@ -33,7 +33,7 @@ def wide_dtype(*tensors: Tensor) -> torch.dtype:
     return dtype
 
 
-def check_scale(feature_dim: int, eps_sq: float) -> None:
+def check_eps_sq(feature_dim: int, eps_sq: float) -> None:
     """Raises InputError where β = d/ε² is so small or large that float64 would lose the rates."""
     lowest, highest = FLOAT64_RANGE
     if not lowest <= feature_dim / eps_sq <= highest:
@@ -56,7 +56,7 @@ def rate_dtype(feature_dim: int, eps_sq: float, *tensors: Tensor, largest: float
         InputError: ε² is so small or large that float64 would not do either (a ValueError).
         NumericalError: features are too long for float64.
     """
-    check_scale(feature_dim, eps_sq)
+    check_eps_sq(feature_dim, eps_sq)
     beta = feature_dim / eps_sq
     if beta * largest * largest > _LARGEST_SCALE:
         raise NumericalError(

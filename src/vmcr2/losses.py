@@ -31,12 +31,12 @@ from vmcr2.checks import (
     pair_of,
     read_conditions,
 )
-from vmcr2.collapse import CollapseWatch, of_balance
+from vmcr2.collapse import CollapseWatch, advice_on_balance
 from vmcr2.dictionary import Dictionary, Structure, ascending_step, paper_step
 from vmcr2.distributed import Shards, agree, broadcast, check_group, gather_rows, process_rank, require_equal
 from vmcr2.errors import InputError, NotLatchedError, NumericalError
 from vmcr2.latching import MomentStream, batch_statistics, latched_blocks
-from vmcr2.linalg import check_scale, is_batched, rate_dtype, require_finite, wide_dtype
+from vmcr2.linalg import check_eps_sq, is_batched, rate_dtype, require_finite, wide_dtype
 from vmcr2.membership import Membership, as_membership, as_rows, part_of, read_membership
 from vmcr2.mismatch import Codes, mismatch, precise_mismatch
 from vmcr2.rates import checked_rates, expansion_rate, largest_norm
@@ -442,7 +442,7 @@ class VMCR2Loss(_OverRanks):
         super().__init__(process_group)
         check_count("num_classes", num_classes)
         check_count("feature_dim", feature_dim)
-        check_scale(feature_dim, check_number("eps_sq", eps_sq))
+        check_eps_sq(feature_dim, check_number("eps_sq", eps_sq))
         if atoms_per_class is None:
             atoms_per_class = default_components(feature_dim, num_classes)
         check_count("atoms_per_class", atoms_per_class, at_most=feature_dim, limit="feature_dim")
@@ -613,7 +613,7 @@ class VMCR2Loss(_OverRanks):
                 self._latch(batch.features.detach(), batch.membership.detach(), new)
                 if self._watch.is_due():
                     balance = balance_at(self.mu_at(m), self.feature_dim, m, self.eps_sq)
-                    advice = of_balance(balance, self.mu is not None)
+                    advice = advice_on_balance(balance, self.mu is not None)
                     self._watch.look(batch.whole.detach(), batch.rows_or_labels.detach(), self.eps_sq, advice)
                 value = self._step(batch)
         else:

@@ -31,7 +31,7 @@ from vmcr2.checks import check_choice, check_count, check_number, refuse_masked
 from vmcr2.embeddings import LabelQuality, label_quality, sorted_classes
 from vmcr2.errors import InputError, NumericalError
 from vmcr2.latching import MomentStream
-from vmcr2.linalg import check_scale
+from vmcr2.linalg import check_eps_sq
 from vmcr2.losses import SETTING_CHECKS, MCR2Loss, VMCR2Loss
 from vmcr2.membership import as_membership
 from vmcr2.subspaces import (
@@ -396,7 +396,7 @@ class CodingRateTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
         """Builds what is trained, for so many columns and `classes_`."""
         k = len(_at_least_two(self.classes_))
         self.feature_dim_ = self._feature_dim(k)
-        check_scale(self.feature_dim_, self.eps_sq)
+        check_eps_sq(self.feature_dim_, self.eps_sq)
         self.scaler_ = StandardScaler()
         self.history_: list[float] = []
         device = self._device()

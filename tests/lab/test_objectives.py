@@ -90,13 +90,16 @@ def test_a_collapse_is_told_from_a_dip():
     objective = objectives.build(replace(SMALL, vmcr2=settings), 10)
     objective.check(lines([5] + 9 * [0.1] + [2], [5] + 9 * [0.1] + [2]))  # it recovers
     objective.check(lines([5] + 9 * [0.1], [5] + 9 * [0.1]))  # too early to say
-    fallen = lines([5] + 10 * [0.2], [5] + 10 * [3])
-    with pytest.raises(NumericalError, match=r"ΔR of the batches fell from 5 to 0.2 for good") as said:
+    fallen = lines([5] + 10 * [0.9], [5] + 10 * [3])
+    with pytest.raises(NumericalError, match=r"ΔR of the batches fell from 5 to 0.9 for good") as said:
         objective.check(fallen)
     assert "mu" not in str(said.value)  # ρ is 0.05, which is no reason
     # Dropout's noise keeps the batches up, the training set has none.
     with pytest.raises(NumericalError, match="ΔR of the training set fell from 5 to 0.1 for good"):
         objective.check(lines([5] + 10 * [3], [5] + 10 * [0.1]))
+    objective.check(lines([5] + 10 * [3], [5] + 10 * [0.6]))  # the set's is above a tenth
+    with pytest.raises(NumericalError, match="ΔR of the training set"):  # five times are enough
+        objective.check(lines([5] + 10 * [3], [5] + 5 * [3] + 5 * [0.1]))
     patient = objectives.build(replace(SMALL, vmcr2=replace(settings, stop_on_collapse=False)), 10)
     patient.check(fallen)
     assert objective.cure == "Lower vmcr2.lr or vmcr2.balance"

@@ -15,12 +15,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from vmcr2.checks import check_count, check_flag, check_number
-from vmcr2.collapse import has_collapsed, of_balance
+from vmcr2.collapse import advice_on_balance, has_collapsed
 from vmcr2.distributed import agree, gather_rows
 from vmcr2.errors import NumericalError
 from vmcr2.lab.recipes import Recipe
 from vmcr2.losses import MCR2Loss, VMCR2Loss, balance_at
 from vmcr2.rates import rate_reduction
+
+_PATIENCE = 10  # epochs that ΔR may stay low
 
 
 class CrossEntropyHead(nn.Module):
@@ -176,21 +178,22 @@ class Variational(Objective):
         }
 
     def check(self, history: Sequence[dict[str, Any]]) -> None:
-        """Raises NumericalError where ΔR has stayed low for long, of the batches or of the training set.
+        """Raises NumericalError after a collapse: ΔR of the batches fell to a fifth, or of the set to a tenth.
 
         It happens where the penalty outweighs the rates, ρ = µ m ε²/d well above 1: the dictionary then follows the
         features instead of leading them; or where the learning rate is too high.
         """
-        if not self.stop_on_collapse:
+        if not self.stop_on_collapse or len(history) <= _PATIENCE:
             return
         m, d = history[-1]["batch_size"], self.loss.feature_dim
         balance = self.loss.balance if self.loss.mu is None else balance_at(self.loss.mu, d, m, self.eps_sq)
         # Dropout makes noise that passes for ΔR in a batch; the whole training set, where it was measured, has none.
-        for kind, of in (("batch", "the batches"), ("train", "the training set")):
+        kinds = (("train", "the training set", 0.1, 5), ("batch", "the batches", 0.2, _PATIENCE))
+        for kind, of, of_first, looks in kinds:
             measured = [line for line in history if f"{kind}_expansion" in line]
             reductions = [line[f"{kind}_expansion"] - line[f"{kind}_compression"] for line in measured]
-            if has_collapsed(reductions):
-                advice = of_balance(balance, self.loss.mu is not None)
+            if has_collapsed(reductions, of_first=of_first, looks=looks):
+                advice = advice_on_balance(balance, self.loss.mu is not None)
                 said = (
                     f"the features have collapsed: ΔR of {of} fell from {reductions[0]:.3g} to {reductions[-1]:.3g} "
                     f"for good, the residual is {history[-1]['residual']:.3g}.{advice}"

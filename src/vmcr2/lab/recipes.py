@@ -21,7 +21,7 @@ from vmcr2.lab import sources
 from vmcr2.lab.augmentation import Augmentation
 from vmcr2.lab.networks import check_network
 from vmcr2.lab.sources import DataSettings
-from vmcr2.linalg import check_scale
+from vmcr2.linalg import check_eps_sq
 from vmcr2.losses import SETTING_CHECKS, Reduction, Step
 
 ObjectiveName = Literal["vmcr2", "mcr2", "ce"]
@@ -55,8 +55,9 @@ class VMCR2Settings:
         latch_every: epochs between latchings; the first is before the first epoch.
         gradient_clip: the largest norm a step's gradient may have, None for any. 0.02 keeps networks without BatchNorm,
             whose first gradients are long, from collapsing.
-        stop_on_collapse: stop, with a reason, once ΔR of the batches, or of the training set, has been below a fifth
-            of what it was after the first epoch ten times in a row. A later latching may bring it back, slowly.
+        stop_on_collapse: stop, with a reason, once ΔR of the batches has been below a fifth of what it was after the
+            first epoch for ten epochs, or that of the training set below a tenth. A later latching may bring it back,
+            slowly.
     """
 
     lr: float = 0.5
@@ -196,7 +197,7 @@ class Recipe:
         check_count("warmup_epochs", self.warmup_epochs, at_least=0, at_most=self.epochs, limit="epochs")
         if self.schedule == "cosine" and self.lr_drops:
             raise InputError("lr_drops must be empty beside schedule cosine, which lowers the learning rate itself")
-        check_scale(self.feature_dim, check_number("eps_sq", self.eps_sq))
+        check_eps_sq(self.feature_dim, check_number("eps_sq", self.eps_sq))
         for name in ("momentum", "weight_decay", "checkpoint_seconds"):
             check_number(name, getattr(self, name), positive=False)
         if self.momentum >= 1:
