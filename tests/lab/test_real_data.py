@@ -14,8 +14,8 @@ from vmcr2.lab.trained import load
 
 def test_omniglot_many_classes_few_samples(data_root, tmp_path):
     base = RECIPES["omniglot100"]
-    data = replace(base.data, classes=50)
-    recipe = replace(base, epochs=20, batch_size=250, feature_dim=100, evaluate_every=20, device="cpu", data=data)
+    data = replace(base.data, classes=40)
+    recipe = replace(base, epochs=12, batch_size=100, feature_dim=80, evaluate_every=12, device="cpu", data=data)
     variational = train.start(recipe, tmp_path / "vmcr2", data_root).summary()
     exact = train.start(replace(recipe, objective="mcr2"), tmp_path / "mcr2", data_root).summary()
     assert variational["test_accuracy"] > 0.8
@@ -24,8 +24,10 @@ def test_omniglot_many_classes_few_samples(data_root, tmp_path):
     assert variational["train_compression"] < 0.75 * exact["train_compression"]
 
 
-@pytest.mark.parametrize(("source", "network", "channels"), [("mnist", "cnn", 1), ("cifar100", "resnet18", 3)])
-def test_the_papers_networks_on_their_data(data_root, tmp_path, source, network, channels):
+@pytest.mark.parametrize(
+    ("source", "classes", "network", "channels"), [("mnist", 2, "cnn", 1), ("cifar100", 10, "resnet18", 3)]
+)
+def test_the_papers_networks_on_their_data(data_root, tmp_path, source, classes, network, channels):
     """Architectures 1 and 2 at the paper's input size; two epochs of a subset, to see that they run and stay finite."""
     recipe = Recipe(
         name=source,
@@ -35,7 +37,7 @@ def test_the_papers_networks_on_their_data(data_root, tmp_path, source, network,
         feature_dim=128,
         evaluate_every=2,
         device="cpu",
-        data=DataSettings(source=source, classes=10, train_size=300),
+        data=DataSettings(source=source, classes=classes, train_size=300),
         augmentation=Augmentation(crop=32, padding=8 if channels == 1 else 4, flip=True),
         vmcr2=VMCR2Settings(atoms_per_class=5),
     )
