@@ -77,7 +77,8 @@ class _TrainOptions(_Options):
     """What train takes beside the recipe.
 
     Attributes:
-        resume: the run folder to continue. Beside it only --epochs may change, and --data.source where the data has moved.
+        resume: the run folder to continue. Beside it only --epochs may change, and --data.source where the data has
+            moved.
     """
 
     resume: Path | None = None
