@@ -369,3 +369,16 @@ def test_training_killed_and_resumed_by_state_dict_equals_training_that_was_not(
     for name, tensor in through.state_dict().items():
         assert torch.equal(tensor, resumed.state_dict()[name]), name
     assert resumed.dictionary.steps == 8
+
+
+@pytest.mark.parametrize(("eps_sq", "energy"), [(0.5, 1e-10), (1e4, 1e-3), (7.9e8, None)])
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_codes_that_all_add_little_are_kept(eps_sq, energy, structure):
+    z, labels = unit_rows(30, 8), torch.arange(30) % 3
+    loss = loss_at(z, labels, 3, 2, eps_sq=eps_sq, energy=energy, structure=structure)
+    for _ in range(3):
+        loss(z, labels)
+    sums = loss.dictionary.codes.sum(0)
+    assert (sums > 0).all()
+    if energy is not None:
+        torch.testing.assert_close(sums, torch.full_like(sums, energy), rtol=1e-5, atol=0)

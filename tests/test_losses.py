@@ -513,6 +513,25 @@ def test_a_state_that_is_refused_leaves_the_steps(wrong):
     assert loss.dictionary.steps == 1
 
 
+@pytest.mark.parametrize("wrong", ["structure", "atoms missing", "codes missing", "steps"])
+def test_a_state_that_is_refused_changes_nothing(wrong):
+    z, labels = unit_rows(30, 8), random_labels(30, 3)
+    loss = vmcr2.VMCR2Loss(3, 8, atoms_per_class=2).double()
+    state = loss_at(z, labels, 3, 2, structure="block" if wrong == "structure" else "shared").state_dict()
+    if wrong == "steps":
+        state["dictionary.steps"] = torch.tensor(-5)
+    elif wrong != "structure":
+        del state[f"dictionary.{wrong.split()[0]}"]
+    before = snapshot(loss)
+    with pytest.raises(
+        RuntimeError, match=r"size mismatch for dictionary.codes|Missing key|steps must be >= 0, got -5"
+    ):
+        loss.load_state_dict(state)
+    assert_unchanged(loss, before)
+    with pytest.raises(vmcr2.NotLatchedError):
+        loss.eval()(z, labels)
+
+
 def test_the_loss_has_no_parameters():
     assert not list(vmcr2.VMCR2Loss(3, 8).parameters())
 

@@ -358,7 +358,9 @@ def takes_a_state_of_few_classes(rank):
     few.latch(unit_rows(12, D, dtype=torch.float32), torch.arange(12) % 3)
     loss = vmcr2.VMCR2Loss(6, D, atoms_per_class=S, structure="block", sharded=True)
     before = loss.full_state_dict()
-    with pytest.raises(RuntimeError, match=r"dictionary\.codes: a state of another number of classes, got \(2, 3\)"):
+    with pytest.raises(
+        RuntimeError, match=r"dictionary\.codes: it must be a share of 6 classes, got a state of \(2, 3\)"
+    ):
         loss.load_state_dict(few.state_dict())
     after = loss.full_state_dict()
     return all(torch.equal(before[name], after[name]) for name in before)

@@ -222,8 +222,10 @@ def _ascended_codes(codes: Float[Tensor, "k c"], bound: _CodeBound, energy: floa
         best = best * (energy / _nonzero(best.sum(1, keepdim=True)))
         moves = moves & (codes.sum(1, keepdim=True) > 0)
     stepped = codes + _CODE_SHARE * (best - codes)
-    # A code that goes to 0 gets there, rather than halving down to where its square underflows.
-    stepped = torch.where(stepped <= _NEGLIGIBLE * bound.shift, 0, stepped)  # NaN stays, for the caller to see
+    # A code that goes to 0 gets there, rather than halving down to where its square underflows. Where ε² is large, or
+    # the energy small, all codes add little, and what a class has of them in all is the measure.
+    negligible = _NEGLIGIBLE * bound.shift.clamp_max(1.0 if energy is None else energy)
+    stepped = torch.where(stepped <= negligible, 0, stepped)  # NaN stays, for the caller to see
     return torch.where(moves, stepped, codes)
 
 
@@ -409,23 +411,29 @@ class Dictionary(nn.Module):
     ) -> None:
         loaded = {name: state_dict[f"{prefix}{name}"] for name in self._buffers if f"{prefix}{name}" in state_dict}
         by_class = "atoms" in loaded and loaded["atoms"].ndim == 3
-        for name, value in loaded.items():
-            part = self._own_part(name, value, by_class)
-            if part is None:
-                del state_dict[f"{prefix}{name}"]
-                error_msgs.append(
-                    f"size mismatch for {prefix}{name}: a state of another number of classes, got {tuple(value.shape)}"
-                )
-            else:
-                state_dict[f"{prefix}{name}"] = part
-        if f"{prefix}latched" not in state_dict and f"{prefix}codes" in state_dict:
-            state_dict[f"{prefix}latched"] = (state_dict[f"{prefix}codes"] > 0).any(0)
         steps = int(state_dict.pop(f"{prefix}steps", self.steps))
-        wrong = len(missing_keys) + len(error_msgs)  # of other modules, which share the lists
+        parts = {name: self._own_part(name, value, by_class) for name, value in loaded.items()}
+        wrong = []
+        for name, value in loaded.items():
+            part, own = parts[name], getattr(self, name)
+            if part is None or part.shape != own.shape:
+                of = tuple(own.shape) if self.shards is None else f"a share of {self.shards.num_classes} classes"
+                got = f"a state of {tuple(value.shape)}, of other classes, atoms, dimension or structure"
+                wrong.append(f"size mismatch for {prefix}{name}: it must be {of}, got {got}")
+        if steps < 0:
+            wrong.append(f"{prefix}steps must be >= 0, got {steps}")
+        absent = [f"{prefix}{name}" for name in ("atoms", "codes") if name not in loaded]
+        if wrong or (strict and absent):  # nothing is loaded: of some buffers without the others no dictionary is made
+            error_msgs += wrong
+            missing_keys += absent
+            return
+        state_dict |= {f"{prefix}{name}": part for name, part in parts.items()}
+        if "latched" not in loaded and "codes" in loaded:
+            state_dict[f"{prefix}latched"] = (state_dict[f"{prefix}codes"] > 0).any(0)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        if len(missing_keys) + len(error_msgs) == wrong:  # else these buffers are not those that took the steps
+        if not absent:  # else these buffers are not those that took the steps
             self.steps = steps
         self._known, self.changed = None, True
 

@@ -274,6 +274,7 @@ def balanced_mu(feature_dim: int, batch_size: int, *, eps_sq: float = 0.5, balan
     check_count("feature_dim", feature_dim)
     check_count("batch_size", batch_size)
     eps_sq, balance = check_number("eps_sq", eps_sq), check_number("balance", balance)
+    check_eps_sq(feature_dim, eps_sq)
     return balance * feature_dim / (batch_size * eps_sq)
 
 

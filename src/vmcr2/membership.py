@@ -383,6 +383,7 @@ def _from_rows(
             f"{name} rows must sum to 1",
             lambda: (
                 f"sums from {float(sums.min()):.3g} to {float(sums.max()):.3g}"
+                + ("; labels have shape (m,), not (m, 1)" if rows.shape[1] == 1 else "")
                 + (
                     "; divide rows that were worked out in 16 bits by their sums"
                     if bool(((sums - 1).abs() <= _TOLERANCE_16_BITS).all())

@@ -28,7 +28,7 @@ class RateReduction(NamedTuple):
 
     @property
     def reduction(self) -> Float[Tensor, ""]:
-        """ΔR = R − R_c, which MCR² maximises; ≥ 0 for labels and soft membership alike."""
+        """ΔR = R − R_c, which MCR² maximises; ≥ 0, but for rounding, for labels and soft membership alike."""
         return self.expansion - self.compression
 
 
@@ -108,7 +108,7 @@ def transrate(
         eps_sq: the squared precision ε² > 0; the authors' code calls this `eps`.
 
     Returns:
-        A scalar ≥ 0 in nats, worked out in float64. Differentiable.
+        A scalar in nats, ≥ 0 but for rounding, worked out in float64. Differentiable.
 
     Raises:
         InputError: a wrong argument (a ValueError).

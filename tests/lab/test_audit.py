@@ -3,6 +3,7 @@
 import csv
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from PIL import Image
 from small import SMALL
@@ -10,6 +11,7 @@ from small import SMALL
 from vmcr2.errors import InputError
 from vmcr2.lab import sources, train
 from vmcr2.lab.audit import audit
+from vmcr2.lab.augmentation import Augmentation
 from vmcr2.lab.recipes import RECIPES
 from vmcr2.lab.sources import DataSettings
 
@@ -54,8 +56,26 @@ def test_suspects_of_a_folder_are_files_whatever_part_of_it_is_trained_on(tmp_pa
 
 
 def test_data_that_changed_is_refused(tmp_path):
-    run = train.start(replace(SMALL, epochs=1, data=DataSettings(classes=3)), tmp_path / "run")
-    run.write_recipe(replace(run.recipe(), data=DataSettings(classes=4)))
-    with pytest.raises(InputError, match="digits has other classes or sizes than"):
+    def written(k):
+        read = sources.load(DataSettings(classes=k))
+        arrays = {"x_train": read.train_inputs, "y_train": read.train_labels}
+        arrays |= {"x_test": read.test_inputs, "y_test": read.test_labels}
+        np.savez(tmp_path / "data.npz", **{name: tensor.numpy() for name, tensor in arrays.items()})
+        return DataSettings(source=str(tmp_path / "data.npz"))
+
+    run = train.start(replace(SMALL, epochs=1, data=written(3)), tmp_path / "run")
+    written(4)
+    with pytest.raises(InputError, match=r"data\.npz has other classes or sizes than"):
         audit(run)
     assert not (run.path / "suspects.csv").exists()
+
+
+def test_images_one_pixel_high_are_shown(tmp_path):
+    images = np.random.default_rng(0).integers(0, 255, (60, 1, 8), dtype=np.uint8)
+    labels = np.arange(60) % 3
+    np.savez(tmp_path / "thin.npz", x_train=images, y_train=labels, x_test=images, y_test=labels)
+    data = DataSettings(source=str(tmp_path / "thin.npz"))
+    recipe = replace(SMALL, epochs=1, data=data, network="mlp", augmentation=Augmentation())
+    suspects, written = audit(train.start(recipe, tmp_path / "run"))
+    assert suspects
+    assert written[1].stat().st_size > 5000

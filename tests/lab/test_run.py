@@ -187,6 +187,33 @@ def test_a_run_from_before_a_setting_was_there_goes_on_with_its_default(tmp_path
     assert without_times([run.summary()]) == without_times([other.summary()])
 
 
+@pytest.mark.parametrize("part", ["model", "criterion", "optimizer"])
+def test_a_checkpoint_that_does_not_fit_leaves_a_complete_run_as_it_was(tmp_path, part):
+    run = train.start(replace(SMALL, epochs=2), tmp_path / "run")
+    torch.save(run.load_checkpoint() | {part: {"hello": 1}}, run.checkpoint_file)
+    before = {path.name: path.read_bytes() for path in run.path.iterdir() if path.is_file()}
+    with pytest.raises(InputError, match=r"checkpoint\.pt does not fit what its recipe makes here"):
+        train.resume(run, replace(SMALL, epochs=3))
+    assert before == {path.name: path.read_bytes() for path in run.path.iterdir() if path.is_file()}
+
+
+def test_files_that_hold_something_else_are_said_to_be_damaged(tmp_path):
+    run = train.start(replace(SMALL, epochs=1), tmp_path / "run")
+    for text in ("null", "[]", "{}", "3", "[" * 100_000):
+        run.summary_file.write_text(text)
+        with pytest.raises(InputError, match=r"summary\.json is damaged"):
+            run.summary()
+        run.metrics_file.write_text(f"{text}\n")
+        with pytest.raises(InputError, match=r"metrics\.jsonl is damaged"):
+            run.metrics()
+        run.recipe_file.write_text(text if text != "{}" else "[]")
+        with pytest.raises(InputError, match=r"recipe\.json is not a"):
+            run.recipe()
+    run.metrics_file.write_bytes(b"\xff\n")
+    with pytest.raises(InputError, match=r"metrics\.jsonl is damaged"):
+        run.metrics()
+
+
 def test_checkpoints_that_do_not_belong(tmp_path):
     run = train.start(replace(SMALL, epochs=2), tmp_path / "run")
     longer = replace(SMALL, epochs=4)

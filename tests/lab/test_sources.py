@@ -124,6 +124,11 @@ def test_npz_of_images_and_of_embeddings(tmp_path):
         ("y_train must hold one integer label", {"y_train": np.arange(20) / 2}),
         (r"y_test has classes that y_train lacks: \[-1\]", {"y_test": np.arange(8) % 4 - 1}),
         (r"labels must lie in \[0, 3\), .* got labels from 0 to 3", {"class_names": np.array(["a", "b", "c"])}),
+        (
+            r"class_names must be distinct names .* got shape \(2, 2\)",
+            {"class_names": np.array([["a", "b"], ["c", "d"]])},
+        ),
+        ("class_names must be distinct names .* got 1 of them again", {"class_names": np.array(["a", "b", "a", "c"])}),
         ("x_train must hold uint8 images", {"x_train": np.zeros((20, 6, 5))}),
         ("must be finite", {"x_train": np.full((20, 3), np.nan), "x_test": np.ones((8, 3))}),
         ("must be finite in float32", {"x_train": np.full((20, 3), 1e300), "x_test": np.ones((8, 3))}),

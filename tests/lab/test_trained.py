@@ -1,6 +1,7 @@
 """A trained run in use: loaded without its data, given images of all kinds, exported and read back."""
 
 import json
+import shutil
 import subprocess
 import sys
 import warnings
@@ -16,6 +17,7 @@ import vmcr2
 from vmcr2.errors import InputError
 from vmcr2.lab import sources, train, trained
 from vmcr2.lab.augmentation import Augmentation
+from vmcr2.lab.run import RunFolder
 from vmcr2.lab.sources import DataSettings
 
 
@@ -213,6 +215,51 @@ def test_subspaces_older_than_the_network_are_said(run):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         vmcr2.load(run)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": {}}, "does not fit the network of its recipe"),
+        ({"trained": {"config": {"classes": ["a"]}, "bases": None, "measured_at": 1}}, "has not been measured yet"),
+        ({"trained": None}, "is not a checkpoint of this program"),
+        ({"epoch": "three"}, "is not a checkpoint of this program"),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_is_refused(run, change, message):
+    changed = RunFolder(run.path)
+    torch.save(run.load_checkpoint() | change, run.path / "changed.pt")
+    object.__setattr__(changed, "checkpoint_file", run.path / "changed.pt")
+    with pytest.raises(InputError, match=message):
+        vmcr2.load(changed)
+
+
+def test_a_recipe_edited_since_is_refused(run, tmp_path):
+    edited = RunFolder(shutil.copytree(run.path, tmp_path / "run"))
+    edited.write_recipe(replace(run.recipe(), eps_sq=0.01))
+    with pytest.raises(InputError, match=r"checkpoint\.pt belongs to another recipe than .*recipe\.json"):
+        vmcr2.load(edited)
+
+
+def test_damaged_weights_and_features_that_overflow_are_no_silent_nan(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    rows, labels = torch.randn(60, 5, generator=generator), torch.arange(60) % 3
+    np.savez(tmp_path / "rows.npz", x_train=rows, y_train=labels, x_test=rows, y_test=labels)
+    data = DataSettings(source=str(tmp_path / "rows.npz"))
+    recipe = replace(SMALL, epochs=1, data=data, network="mlp", augmentation=Augmentation())
+    made = train.start(recipe, tmp_path / "run")
+    loaded = vmcr2.load(made)
+    for scale in (1e30, 1e37):
+        with pytest.raises(vmcr2.NumericalError, match=r"\d+ of 60 samples features that are not of norm 1"):
+            loaded.predict(rows * scale)
+    expected = loaded.embed(rows)
+    for dtype in (torch.float64, torch.bfloat16):
+        torch.testing.assert_close(loaded.to(dtype).embed(rows).float(), expected, atol=0.02, rtol=0)
+    state = made.load_checkpoint()
+    state["trained"]["bases"][0, 0, 0] = torch.nan
+    torch.save(state, made.checkpoint_file)
+    with pytest.raises(InputError, match="is damaged: NaN or infinite entries in subspaces"):
+        vmcr2.load(made)
 
 
 def test_a_model_that_is_being_trained_further_predicts_as_in_eval_mode_and_stays_as_it_is(run):

@@ -264,7 +264,8 @@ def draw_suspects(dataset: Dataset, judged: LabelQuality, path: Path, title: str
             members = order[labels[order] == j][: width - 1]
             own = np.flatnonzero(labels == j)
             for axes, sample in zip(cells, [own[scores[own].argmax()], *members], strict=False):
-                axes.imshow(images[sample].squeeze(), cmap="gray" if images.shape[3] == 1 else None)
+                shown = images[sample][..., 0] if images.shape[3] == 1 else images[sample]
+                axes.imshow(shown, cmap="gray" if images.shape[3] == 1 else None)
                 wrapped = _readable(names[judged.suggested[sample]], 16)
                 said = "fits best" if axes is cells[0] else f"{wrapped}?\n{scores[sample]:.2f}"
                 axes.set_title(said, fontsize=6.5)

@@ -95,9 +95,10 @@ def _head_for(layers: list[nn.Module], input_shape: tuple[int, ...], feature_dim
 
 def _cnn(input_shape: tuple[int, ...], feature_dim: int) -> nn.Module:
     """Architecture 1 of the paper, for MNIST at 32×32: two convolutions, no BatchNorm, dropout."""
+    channels = _channels(input_shape)
     height, width = input_shape[1] - 4, input_shape[2] - 4
     return nn.Sequential(
-        nn.Conv2d(_channels(input_shape), 32, 3),
+        nn.Conv2d(channels, 32, 3),
         nn.ReLU(),
         nn.Conv2d(32, 64, 3),
         nn.ReLU(),

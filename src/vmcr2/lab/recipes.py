@@ -10,7 +10,7 @@ import json
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -367,7 +367,7 @@ def from_text(text: str, name: str) -> Recipe:
     """
     try:
         fields = json.loads(text)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise InputError(f"{name} is not a readable recipe: {error}") from error
     return _structured(fields, name)
 
@@ -396,6 +396,13 @@ def _structured(fields: Any, name: str) -> Recipe:
     except cattrs.BaseValidationError as error:
         lines = cattrs.transform_error(error, format_exception=say)
         raise InputError(f"{name} is not a valid recipe: {'; '.join(lines)}") from error
+
+
+def comparable(recipe: Recipe) -> Recipe:
+    """Returns the recipe but for the number of epochs, which may grow, and for where data lies."""
+    if not recipe.tied_to_epochs:
+        recipe = replace(recipe, epochs=max(1, recipe.warmup_epochs))
+    return replace(recipe, data=sources.without_place(recipe.data))
 
 
 def differences(one: Recipe, other: Recipe) -> list[str]:

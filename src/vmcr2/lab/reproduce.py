@@ -211,9 +211,12 @@ def _records(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        records = json.loads(path.read_text(encoding="utf-8"))
+        for record in records:
+            _identity(record)
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise InputError(f"{path} is damaged ({error}); delete it, the runs beside it are kept") from error
+    return records
 
 
 def _rendered(records: list[dict[str, Any]], rows: Rows, name: str, ours: bool) -> str:

@@ -31,6 +31,23 @@ from vmcr2.lab import recipes
 from vmcr2.lab.files import check_folder, is_free, replacing, write_atomically, write_json
 from vmcr2.lab.recipes import Recipe
 
+# What a checkpoint holds, and what a summary has at least.
+_STATE = {
+    "epoch": int,
+    "seconds": float,
+    "model": dict,
+    "criterion": dict,
+    "optimizer": dict,
+    "rng": torch.Tensor,
+    "recipe": str,
+    "data": str,
+    "trained": dict,
+}
+_SUMMARY = (
+    *("recipe", "objective", "seed", "epochs", "train_reduction", "train_expansion", "train_compression"),
+    *("test_accuracy", "head_accuracy", "evaluated_on", "seconds_per_epoch", "device", "threads", "torch"),
+)
+
 
 class _Inside:
     """The path of a file in the run folder."""
@@ -148,7 +165,8 @@ class RunFolder:
         """Returns the latest checkpoint with its tensors on the CPU, or None where none was written yet.
 
         Raises:
-            InputError: checkpoint.pt is damaged; it and the previous one are left as they are (a ValueError).
+            InputError: checkpoint.pt is damaged or something else; it and the previous one are left as they are (a
+                ValueError).
         """
         if not self.checkpoint_file.exists():
             if self.previous_checkpoint_file.exists():
@@ -163,7 +181,7 @@ class RunFolder:
                 broken = archive.testzip()
             if broken is not None:
                 raise ValueError(f"checksum of {broken} is wrong")
-            return torch.load(self.checkpoint_file, map_location="cpu", weights_only=True)
+            state = torch.load(self.checkpoint_file, map_location="cpu", weights_only=True)
         except Exception as error:
             previous = self.previous_checkpoint_file
             cure = (
@@ -173,16 +191,39 @@ class RunFolder:
                 else "there is no checkpoint before it; start the run anew"
             )
             raise InputError(f"{self.checkpoint_file} is damaged ({error}); {cure}") from error
+        if not isinstance(state, dict) or not all(isinstance(state.get(name), kind) for name, kind in _STATE.items()):
+            raise InputError(
+                f"{self.checkpoint_file} is not a checkpoint of this program: it must hold {', '.join(sorted(_STATE))}"
+            )
+        return state
+
+    def check_recipe_of(self, state: dict[str, Any], recipe: Recipe) -> None:
+        """Raises InputError unless a checkpoint's recipe is this one, as far as a run must keep to it."""
+        # Read as recipes, so that a setting that is newer than the checkpoint has its default in both.
+        if recipes.from_text(state["recipe"], str(self.checkpoint_file)) != recipes.comparable(recipe):
+            raise InputError(f"{self.checkpoint_file} belongs to another recipe than {self.recipe_file}")
+
+    @contextmanager
+    def fits(self, what: str) -> Iterator[None]:
+        """Raises InputError where a checkpoint's contents cannot be taken in by `what`."""
+        try:
+            yield
+        except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
+            raise InputError(f"{self.checkpoint_file} does not fit {what}: {error}") from error
 
     def metrics(self) -> list[dict[str, Any]]:
         """Returns the lines of metrics.jsonl; a last line that was cut off by a kill is left out."""
         if not self.metrics_file.exists():
             return []
-        lines = self.metrics_file.read_text(encoding="utf-8").split("\n")
         try:
-            return [json.loads(line) for line in lines[:-1]]
-        except ValueError as error:
+            lines = self.metrics_file.read_text(encoding="utf-8").split("\n")
+            metrics = [json.loads(line) for line in lines[:-1]]
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{self.metrics_file} is damaged: {error}") from error
+        for line in metrics:
+            if not isinstance(line, dict) or not isinstance(line.get("epoch"), int):
+                raise InputError(f"{self.metrics_file} is damaged: a line must be an object with its epoch, got {line}")
+        return metrics
 
     def truncate_metrics(self, epochs: int) -> None:
         """Drops the lines after an epoch, which a resumed run will write again."""
@@ -223,11 +264,14 @@ class RunFolder:
         """Returns summary.json.
 
         Raises:
-            InputError: the run is not complete (a ValueError).
+            InputError: the run is not complete, or the file is damaged (a ValueError).
         """
         if not self.is_complete():
             raise InputError(f"{self.path} has no summary.json: the run is not complete; --resume it first")
         try:
-            return json.loads(self.summary_file.read_text(encoding="utf-8"))
-        except ValueError as error:
+            summary = json.loads(self.summary_file.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{self.summary_file} is damaged: {error}") from error
+        if not isinstance(summary, dict) or not set(_SUMMARY) <= summary.keys():
+            raise InputError(f"{self.summary_file} is damaged: it must hold {', '.join(_SUMMARY)}")
+        return summary

@@ -476,7 +476,13 @@ def read_npz(path: Path, *, needs_test: bool = True) -> Dataset:
         wanted = "x_train, y_train, x_test, y_test" if whole else "features and labels, or x_train and y_train"
         lacking = missing if whole else [name for name in missing if name in called]
         raise InputError(f"{path} must hold {wanted}; it lacks {', '.join(lacking)}{hint}")
-    names = [str(name) for name in np.atleast_1d(arrays["class_names"])] if "class_names" in arrays else None
+    names = None
+    if "class_names" in arrays:
+        given = np.atleast_1d(arrays["class_names"])
+        names = [str(name) for name in given]
+        if given.ndim != 1 or len(set(names)) < len(names):
+            got = f"shape {given.shape}" if given.ndim != 1 else f"{len(names) - len(set(names))} of them again"
+            raise InputError(f"{path}: class_names must be distinct names of shape (k,), got {got}")
     return _from_arrays(str(path), arrays[x_name], arrays[y_name], arrays["x_test"], arrays["y_test"], names, called)
 
 

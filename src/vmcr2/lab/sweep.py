@@ -98,6 +98,8 @@ def compared(out: Path) -> list[RunFolder]:
         names = [f"{summary['objective']}-seed{summary['seed']}" for summary in json.loads(file.read_text("utf-8"))]
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise InputError(f"{file} is not a readable comparison: {error}") from error
+    if not names:
+        raise InputError(f"{file} is not a readable comparison: it names no run")
     return [RunFolder.open(out / name) for name in names]
 
 

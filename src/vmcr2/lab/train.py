@@ -205,7 +205,7 @@ def start(
     with ExitStack() as stack:
         run = processes.first(lambda: stack.enter_context(RunFolder.created(out, recipe)))
         try:
-            _train(prepared, run, console, on_epoch)
+            _train(_Run(prepared, run), console, on_epoch)
         except KeyboardInterrupt as error:  # before the first epoch, too, there is a run to continue
             raise error if isinstance(error, Interrupted) else Interrupted(run.path) from error
     return run
@@ -263,14 +263,18 @@ def resume(
         state = run.load_checkpoint()
         if state is not None:
             _check_state(run, state, prepared)
+        return state
+
+    def reopen() -> None:
         if chosen != stored:
             run.summary_file.unlink(missing_ok=True)
             run.write_recipe(chosen)
-        return state
 
     with ExitStack() as stack:
         processes.first(lambda: stack.enter_context(run.held()))
-        _train(prepared, run, console, on_epoch, processes.first(load))
+        ready = _Run(prepared, run, processes.first(load))
+        processes.first(reopen)  # not before the state has been taken in
+        _train(ready, console, on_epoch)
     return run
 
 
@@ -466,27 +470,15 @@ def build(recipe: Recipe, input_shape: tuple[int, ...], num_classes: int) -> tup
     return model, objectives.build(recipe, num_classes)
 
 
-def _check_state(run: RunFolder, state: Any, prepared: _Prepared) -> None:
-    """Raises InputError unless a checkpoint has what it must, of this recipe and this data."""
-    expected = {"epoch", "seconds", "model", "criterion", "optimizer", "rng", "recipe", "data", "trained"}
-    if not isinstance(state, dict) or not expected <= state.keys():
-        raise InputError(f"{run.checkpoint_file} is not a checkpoint of this program: it must hold {sorted(expected)}")
+def _check_state(run: RunFolder, state: dict[str, Any], prepared: _Prepared) -> None:
+    """Raises InputError unless a checkpoint is of this recipe and this data."""
     if state["epoch"] > prepared.recipe.epochs:
         got = prepared.recipe.epochs
         raise InputError(f"epochs must be at least the {state['epoch']} that {run.path} has, got {got}")
-    # Read as recipes, so that a setting that is newer than the checkpoint has its default in both.
-    if recipes.from_text(state["recipe"], str(run.checkpoint_file)) != _comparable(prepared.recipe):
-        raise InputError(f"{run.checkpoint_file} belongs to another recipe than {run.recipe_file}")
+    run.check_recipe_of(state, prepared.recipe)
     classes = state["trained"].get("config", {}).get("classes")
     if state["data"] != prepared.fingerprint or classes != list(prepared.dataset.class_names):
         raise InputError(f"{run.checkpoint_file} was trained on data that differs from what is there now")
-
-
-def _comparable(recipe: Recipe) -> Recipe:
-    """Returns the recipe but for the number of epochs, which may grow, and for where data lies."""
-    if not recipe.tied_to_epochs:
-        recipe = replace(recipe, epochs=max(1, recipe.warmup_epochs))
-    return replace(recipe, data=sources.without_place(recipe.data))
 
 
 @dataclass(frozen=True)
@@ -529,9 +521,10 @@ class EpochBatches:
 class _Run:
     """What one run keeps between epochs: its optimizer, the latest measures, what is on the disk."""
 
-    def __init__(self, prepared: _Prepared, run: RunFolder, state: dict[str, Any] | None) -> None:
+    def __init__(self, prepared: _Prepared, run: RunFolder, state: dict[str, Any] | None = None) -> None:
         recipe, model, criterion = prepared.recipe, prepared.model, prepared.objective.criterion
         self.prepared, self.run = prepared, run
+        self.done = 0 if state is None else state["epoch"]
         self.measured: tuple[Features, Measures, Tensor] | None = None
         # What prediction needs without the training data.
         self.trained: dict[str, Any] = {"config": trained.config(recipe, prepared.dataset)}
@@ -548,10 +541,11 @@ class _Run:
         if state is not None:
             self.seconds = state["seconds"]
             self.trained |= {name: state["trained"].get(name) for name in ("bases", "measured_at")}
-            model.load_state_dict(state["model"])
-            criterion.load_state_dict(state["criterion"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            torch.set_rng_state(state["rng"])
+            with run.fits("what its recipe makes here"):
+                model.load_state_dict(state["model"])
+                criterion.load_state_dict(state["criterion"])
+                self.optimizer.load_state_dict(state["optimizer"])
+                torch.set_rng_state(state["rng"])
             if prepared.device.type == "cuda" and "cuda_rng" in state:
                 torch.cuda.set_rng_state(state["cuda_rng"], prepared.device)
 
@@ -579,7 +573,7 @@ class _Run:
             "criterion": self.prepared.objective.criterion.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "rng": torch.get_rng_state(),
-            "recipe": recipes.to_json(_comparable(self.prepared.recipe)),
+            "recipe": recipes.to_json(recipes.comparable(self.prepared.recipe)),
             "data": self.prepared.fingerprint,
             "trained": self.trained,
         }
@@ -637,15 +631,12 @@ class _Run:
 
 
 def _train(
-    prepared: _Prepared,
-    run: RunFolder,
+    state_of_run: _Run,
     console: Console | None,
     on_epoch: OnEpoch | None,
-    state: dict[str, Any] | None = None,
 ) -> None:
+    prepared, run, done = state_of_run.prepared, state_of_run.run, state_of_run.done
     recipe = prepared.recipe
-    state_of_run = _Run(prepared, run, state)
-    done = 0 if state is None else state["epoch"]
     title = f"{recipe.name} {recipe.objective} seed {recipe.seed}"
     if not processes.is_first():
         console = Console(quiet=True, force_terminal=False)
@@ -675,7 +666,7 @@ def _train(
                 raise Interrupted(run.path)
 
         try:
-            _fit_recipe(state_of_run, done, after)
+            _fit_recipe(state_of_run, after)
             state_of_run.finish()
             if processes.any_of(interrupt.asked):
                 raise Interrupted(run.path)
@@ -687,9 +678,9 @@ def _train(
             raise LostProcessError(run.path) from error
 
 
-def _fit_recipe(state_of_run: _Run, done: int, after: OnEpoch) -> None:
-    """Runs `fit` as a recipe has it, from the epoch after `done` on."""
-    prepared, run = state_of_run.prepared, state_of_run.run
+def _fit_recipe(state_of_run: _Run, after: OnEpoch) -> None:
+    """Runs `fit` as a recipe has it, from the epoch after those that are done on."""
+    prepared, run, done = state_of_run.prepared, state_of_run.run, state_of_run.done
     recipe = prepared.recipe
 
     def history() -> list[dict[str, Any]]:

@@ -22,8 +22,8 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
-from vmcr2.checks import Condition, check_count, iterator_of, read_conditions, refuse_masked
-from vmcr2.errors import InputError
+from vmcr2.checks import UNIT_NORM_TOLERANCE, Condition, check_count, iterator_of, read_conditions, refuse_masked
+from vmcr2.errors import InputError, NumericalError
 from vmcr2.lab import networks, objectives, sources
 from vmcr2.lab.augmentation import Augmentation, plain
 from vmcr2.lab.files import is_free, write_atomically, write_json
@@ -134,16 +134,27 @@ class TrainedModel(
         Raises:
             InputError: images are not of that kind or size, embeddings not finite, or a file cannot be read (a
                 ValueError).
+            NumericalError: features came out that are not of norm 1.
         """
         given, device = self._inputs(images), self.subspaces.device
         modes = {module: module.training for module in self.model.modules()}
         self.model.eval()  # also where it is being trained further
         try:
-            parts = [self.model(plain(batch.to(device), self.augmentation)) for batch in given.split(_AT_ONCE)]
+            parts = [
+                self.model(plain(batch.to(device), self.augmentation).to(self.subspaces.dtype))
+                for batch in given.split(_AT_ONCE)
+            ]
         finally:
             for module, mode in modes.items():
                 module.training = mode
-        return torch.cat(parts)
+        features = torch.cat(parts)
+        fine = (features.float().norm(dim=1) - 1).abs() <= UNIT_NORM_TOLERANCE
+        if not bool(fine.all()):
+            raise NumericalError(
+                f"the network gives {int((~fine).sum())} of {len(fine)} samples features that are not of norm 1: "
+                "inputs so large that they overflow, or weights that are spoilt"
+            )
+        return features
 
     @torch.no_grad()
     def scores(self, images: Any) -> Float[Tensor, "m k"]:
@@ -270,6 +281,9 @@ def load(path: RunFolder | str | Path, components: int | None = None) -> Trained
     """
     exported = isinstance(path, str | os.PathLike) and (Path(path) / "model.safetensors").is_file()
     trained = _load_exported(Path(path)) if exported else _load_run(path)
+    spoilt = [name for name, value in trained.state_dict().items() if not bool(value.isfinite().all())]
+    if spoilt:
+        raise InputError(f"the model in {path} is damaged: NaN or infinite entries in {', '.join(spoilt)}")
     if components is not None:
         most = trained.subspaces.shape[2]
         check_count("components", components, at_most=most, limit="those of the model")
@@ -297,9 +311,12 @@ def _load_run(path: RunFolder | str | Path) -> TrainedModel:
         summary = run.summary()
         about |= {name: round(summary[name], 4) for name in ("train_reduction", "test_accuracy")}
         about["evaluated_on"] = summary["evaluated_on"]
-    trained = TrainedModel(**kept["config"], components=kept["bases"].shape[2], about=about)
-    trained.model.load_state_dict(state["model"])
-    trained.subspaces.copy_(kept["bases"])
+    with run.fits("the network of its recipe"):
+        trained = TrainedModel(**kept["config"], components=kept["bases"].shape[2], about=about)
+        trained.model.load_state_dict(state["model"])
+        if kept["bases"].shape != trained.subspaces.shape:
+            raise ValueError(f"subspaces of {tuple(kept['bases'].shape)}, where {tuple(trained.subspaces.shape)} fit")
+        trained.subspaces.copy_(kept["bases"])
     return trained.eval()
 
 
@@ -330,9 +347,10 @@ def load_objective(path: RunFolder | str | Path) -> Objective:
     Raises:
         InputError: the run has no checkpoint, or a damaged one (a ValueError).
     """
-    _, recipe, state = _open(path)
-    objective = objectives.build(recipe, len(state["trained"]["config"]["classes"]))
-    objective.criterion.load_state_dict(state["criterion"])
+    run, recipe, state = _open(path)
+    with run.fits("the objective of its recipe"):
+        objective = objectives.build(recipe, len(state["trained"]["config"]["classes"]))
+        objective.criterion.load_state_dict(state["criterion"])
     objective.criterion.eval()
     return objective
 
@@ -344,6 +362,7 @@ def _open(path: RunFolder | str | Path) -> tuple[RunFolder, Recipe, dict[str, An
         raise InputError(f"{run.path} has no checkpoint yet; --resume it")
     if "config" not in state["trained"]:
         raise InputError(f"{run.checkpoint_file} was written by an earlier version; train it again")
+    run.check_recipe_of(state, recipe)
     return run, recipe, state
 
 
