@@ -214,6 +214,14 @@ def test_files_that_hold_something_else_are_said_to_be_damaged(tmp_path):
         run.metrics()
 
 
+def test_lost_metrics_are_said(tmp_path):
+    run = train.start(replace(SMALL, epochs=2), tmp_path / "run")
+    run.metrics_file.unlink()
+    with pytest.warns(UserWarning, match=r"metrics\.jsonl lacks 2 of 2 epochs"):
+        train.resume(run, replace(SMALL, epochs=3))
+    assert [line["epoch"] for line in run.metrics()] == [3]
+
+
 def test_checkpoints_that_do_not_belong(tmp_path):
     run = train.start(replace(SMALL, epochs=2), tmp_path / "run")
     longer = replace(SMALL, epochs=4)

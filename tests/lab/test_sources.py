@@ -382,6 +382,22 @@ def test_a_class_of_one_sample_is_not_held_out_and_that_is_said(tmp_path):
         sources.load(DataSettings(source=str(file), validation=0.2))
 
 
+@pytest.mark.parametrize("ending", ["jpg", "png", "webp", "tif"])
+def test_photos_are_turned_as_their_exif_data_says(tmp_path, ending):
+    pixels = np.zeros((16, 32, 3), dtype=np.uint8)
+    pixels[:, :16] = 255  # the left half is white: turned by a quarter to the right, the upper one
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for name in ("a", "b"):
+        (tmp_path / "train" / name).mkdir(parents=True)
+        for number in range(4):
+            Image.fromarray(pixels).save(tmp_path / "train" / name / f"{number}.{ending}", exif=exif)
+    dataset = sources.load(sources.resolved(DataSettings(source=str(tmp_path), validation=0.5)))
+    assert dataset.train_inputs.shape[1:] == (3, 32, 16)
+    assert dataset.train_inputs[0, :, :14].min() > 200
+    assert dataset.train_inputs[0, :, 18:].max() < 50
+
+
 def test_pictures_of_16_bits_and_with_transparency_are_read_as_they_look(tmp_path):
     ramp = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
     Image.fromarray(ramp).save(tmp_path / "wide.png")

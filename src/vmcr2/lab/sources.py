@@ -34,6 +34,8 @@ from vmcr2.lab._torchvision import import_torchvision
 from vmcr2.lab.files import replacing
 
 DATA_ROOT_VARIABLE = "VMCR2_DATA_ROOT"
+_ORIENTATION = 0x0112  # the EXIF tag; from 5 on a photo lies on its side
+_SIDEWAYS = 5
 _ARRAYS = {"x_train", "y_train", "x_test", "y_test", "features", "labels", "class_names"}  # read of a .npz file
 _MANY_FILES = 2000  # from which on decoding shows a progress bar
 _IMAGE_ENDINGS = {".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".pgm", ".webp", ".tif", ".tiff"}
@@ -570,7 +572,11 @@ def outline(path: Path) -> Outline:
     for file, _ in [*parts["train"], *parts["test"]]:
         try:
             with Image.open(file) as image:
-                shapes.setdefault((3, image.height, image.width), file)
+                width, height = image.size
+                # Pillow turns a TIFF by itself, and has its size as turned.
+                if image.format != "TIFF" and image.getexif().get(_ORIENTATION, 1) >= _SIDEWAYS:
+                    width, height = height, width
+                shapes.setdefault((3, height, width), file)
         except Exception as error:  # Pillow's decoders raise what they like
             raise InputError(f"{file} is not a readable image (truncated or damaged?): {error}") from error
     smallest = shapes[min(shapes, key=lambda shape: min(shape[1:]))].relative_to(path).as_posix()
@@ -585,21 +591,24 @@ def image_files(folder: Path) -> list[Path]:
 def decode(source: Any, size: tuple[int, int] | None = None, mode: str = "RGB") -> Any:
     """Returns a file or a PIL image as a PIL image of a size (width, height) and mode; None keeps its size.
 
-    What is transparent becomes white; of 16 bits the upper eight are taken.
+    What is transparent becomes white; of 16 bits the upper eight are taken; a photo is turned as its EXIF data says.
 
     Raises:
         InputError: it is not a readable image, or of 32 bits a channel, whose range is not known (a ValueError).
     """
-    from PIL import Image
+    from PIL import Image, ImageOps
 
     if isinstance(source, str | Path) and not Path(source).is_file():
         raise InputError(f"{source} is not a readable image: there is no such file")
     try:
         with source if isinstance(source, Image.Image) else Image.open(source) as image:
             if size is not None and not isinstance(source, Image.Image):
-                image.draft(mode, (2 * size[0], 2 * size[1]))  # a large JPEG is decoded at a coarser scale
+                image.draft(mode, (2 * max(size), 2 * max(size)))  # a large JPEG is decoded at a coarser scale
             wide = image.mode == "F" or (image.mode == "I" and image.format != "PPM")
             read = _as_mode(image, mode)
+            if (turn := image.getexif().get(_ORIENTATION, 1)) != 1:
+                read.getexif()[_ORIENTATION] = turn
+                read = ImageOps.exif_transpose(read)
     except Exception as error:  # Pillow's decoders raise what they like
         raise InputError(f"{source} is not a readable image (truncated or damaged?): {error}") from error
     if wide:

@@ -685,7 +685,12 @@ def _fit_recipe(state_of_run: _Run, after: OnEpoch) -> None:
 
     def history() -> list[dict[str, Any]]:
         run.truncate_metrics(done)
-        return run.metrics()
+        lines = run.metrics()
+        if len(lines) < done:
+            warnings.warn(
+                f"{run.metrics_file} lacks {done - len(lines)} of {done} epochs, and so will curves", stacklevel=2
+            )
+        return lines
 
     def batches(epoch: int, *, augment: bool) -> EpochBatches:
         return EpochBatches(prepared.dataset, recipe, epoch, augment, process_rank(), world_size())
