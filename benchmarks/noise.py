@@ -466,12 +466,14 @@ def table() -> None:
                 lr, predictor = chosen(data, method, kept)
             except MissingRunError:
                 continue
-            members = [
+            finals = [
                 line
                 for line in known
-                if line["data"] == data and line["method"] == method and line["lr"] == lr
+                if line["data"] == data and line["method"] == method
                 and line["held"] == (method == "ce-stopped") and not line["failed"]
             ]  # fmt: skip
+            members = [line for line in finals if line["lr"] == lr]
+            others = [line for line in finals if line["lr"] != lr]
             cells, seeds = [], 0
             for share, kind in [*((share, "symmetric") for share in LEVELS), (CHOSEN_AT, "similar")]:
                 values = [
@@ -486,6 +488,10 @@ def table() -> None:
                     )
             if seeds:
                 rows.append([title, f"{lr:g}", _PREDICTOR[predictor], str(seeds), *cells])
+            for other in others if seeds else []:  # asked for by hand, where the chosen rate had failed
+                value, column = f"{other['test'][predictor]:.3f}", LEVELS.index(other["share"])
+                cells = [value if place == column else "–" for place in range(len(LEVELS) + 1)]
+                rows.append([f"{title}, at another rate", f"{other['lr']:g}", _PREDICTOR[predictor], "1", *cells])
             scored = [
                 line
                 for line in members
@@ -561,7 +567,10 @@ def _draw(curves: dict[str, dict[str, list[tuple[float, float, float]]]]) -> Non
             ours = method.startswith("vmcr2")
             share, mean, spread = (np.array(values) for values in zip(*points, strict=True))
             if ours:
-                colour, marker = {"vmcr2": "navy", "vmcr2-1": "dodgerblue"}.get(method, "mediumorchid"), "o"
+                colour, marker = (
+                    {"vmcr2": "navy", "vmcr2-1": "dodgerblue", "vmcr2-1-pull": "teal"}.get(method, "mediumorchid"),
+                    "o",
+                )
             else:
                 place = rivals.index(method)
                 colour, marker = f"C{1 + place % 9}", "svD^Xp"[place % 6]
@@ -578,7 +587,9 @@ def _draw(curves: dict[str, dict[str, list[tuple[float, float, float]]]]) -> Non
     for axes in panels.flat:
         lines |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
     note = "hollow: one seed; else mean and\nstandard deviation of 2 or 3"
-    figure.legend(lines.values(), lines.keys(), loc="outside right upper", fontsize=8, title=note, title_fontsize=8)
+    spare = panels.size > len(drawn)  # the last panel is empty
+    place, at = (panels.flat[-1], "center left") if spare else (figure, "outside right upper")
+    place.legend(lines.values(), lines.keys(), loc=at, fontsize=8, title=note, title_fontsize=8)
     figure.savefig(RESULTS / "noise.png", dpi=130)
     plt.close(figure)
 
