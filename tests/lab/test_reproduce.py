@@ -156,9 +156,10 @@ def test_timings_are_kept_row_by_row(monkeypatch, tmp_path):
     assert after["rows"].keys() == {"mnist", "cifar10"}
     assert "cifar10, vmcr2 block" in path.read_text()
     assert "another machine" in path.read_text()
-    stored.write_text("[")
-    with pytest.raises(InputError, match="table1.json is damaged"):
-        reproduce.table1(Request(out=tmp_path), QUIET)
+    for text in ("[", "[{}]", "null", "3"):
+        stored.write_text(text)
+        with pytest.raises(InputError, match="table1.json is damaged"):
+            reproduce.table1(Request(out=tmp_path), QUIET)
 
 
 @pytest.mark.parametrize(

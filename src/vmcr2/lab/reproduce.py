@@ -207,14 +207,15 @@ def _identity(record: dict[str, Any]) -> tuple[str, ObjectiveName, int]:
     return record["row"], record["objective"], record["seed"]
 
 
-def _records(path: Path) -> list[dict[str, Any]]:
+def _records(path: Path, names: tuple[str, ...] = ("row", "objective", "seed")) -> list[dict[str, Any]]:
+    """Returns the records in a file, none where it is not there; each has at least the fields of these names."""
     if not path.is_file():
         return []
     try:
         records = json.loads(path.read_text(encoding="utf-8"))
-        for record in records:
-            _identity(record)
-    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        if not isinstance(records, list) or any(not set(names) <= set(record) for record in records):
+            raise ValueError(f"it must hold a list of objects with {', '.join(names)}")
+    except (ValueError, TypeError, RecursionError) as error:
         raise InputError(f"{path} is damaged ({error}); delete it, the runs beside it are kept") from error
     return records
 
@@ -282,7 +283,7 @@ def table1(request: Request, console: Console) -> list[Path]:
     device = train.chosen_device("auto")
     where = describe_device(device)
     stored = request.out / "table1.json"
-    everywhere = {record["where"]: record["rows"] for record in _records(stored)}
+    everywhere = {record["where"]: record["rows"] for record in _records(stored, ("where", "rows"))}
     known: dict[str, Any] = everywhere.setdefault(where, {})
     request.out.mkdir(parents=True, exist_ok=True)
     for row in rows:
