@@ -473,25 +473,25 @@ def table() -> None:
                 and line["held"] == (method == "ce-stopped") and not line["failed"]
             ]  # fmt: skip
             members = [line for line in finals if line["lr"] == lr]
-            others = [line for line in finals if line["lr"] != lr]
-            cells, seeds = [], 0
-            for share, kind in [*((share, "symmetric") for share in LEVELS), (CHOSEN_AT, "similar")]:
-                values = [
-                    line["test"][predictor] for line in members if line["share"] == share and line["kind"] == kind
-                ]
-                seeds = max(seeds, len(values))
-                cells.append(mean_and_spread(values, 3))
-                if values and kind == "symmetric":
-                    spread_value = statistics.stdev(values) if len(values) > 1 else math.nan
-                    curves.setdefault(data, {}).setdefault(method, []).append(
-                        (share, statistics.mean(values), spread_value)
-                    )
-            if seeds:
-                rows.append([title, f"{lr:g}", _PREDICTOR[predictor], str(seeds), *cells])
-            for other in others if seeds else []:  # asked for by hand, where the chosen rate had failed
-                value, column = f"{other['test'][predictor]:.3f}", LEVELS.index(other["share"])
-                cells = [value if place == column else "–" for place in range(len(LEVELS) + 1)]
-                rows.append([f"{title}, at another rate", f"{other['lr']:g}", _PREDICTOR[predictor], "1", *cells])
+            # Other rates are those that were asked for by hand, where training at the chosen one had failed.
+            for rate in dict.fromkeys([lr, *(line["lr"] for line in finals)]):
+                cells, seeds = [], 0
+                for share, kind in [*((share, "symmetric") for share in LEVELS), (CHOSEN_AT, "similar")]:
+                    values = [
+                        line["test"][predictor]
+                        for line in finals
+                        if (line["lr"], line["share"], line["kind"]) == (rate, share, kind)
+                    ]
+                    seeds = max(seeds, len(values))
+                    cells.append(mean_and_spread(values, 3))
+                    if values and kind == "symmetric" and rate == lr:
+                        spread_value = statistics.stdev(values) if len(values) > 1 else math.nan
+                        curves.setdefault(data, {}).setdefault(method, []).append(
+                            (share, statistics.mean(values), spread_value)
+                        )
+                if seeds:
+                    named = title if rate == lr else f"{title}, at another rate"
+                    rows.append([named, f"{rate:g}", _PREDICTOR[predictor], str(seeds), *cells])
             scored = [
                 line
                 for line in members
@@ -567,10 +567,8 @@ def _draw(curves: dict[str, dict[str, list[tuple[float, float, float]]]]) -> Non
             ours = method.startswith("vmcr2")
             share, mean, spread = (np.array(values) for values in zip(*points, strict=True))
             if ours:
-                colour, marker = (
-                    {"vmcr2": "navy", "vmcr2-1": "dodgerblue", "vmcr2-1-pull": "teal"}.get(method, "mediumorchid"),
-                    "o",
-                )
+                colours = {"vmcr2": "navy", "vmcr2-1": "dodgerblue", "vmcr2-1-pull": "teal"}
+                colour, marker = colours.get(method, "mediumorchid"), "o"
             else:
                 place = rivals.index(method)
                 colour, marker = f"C{1 + place % 9}", "svD^Xp"[place % 6]
@@ -587,8 +585,8 @@ def _draw(curves: dict[str, dict[str, list[tuple[float, float, float]]]]) -> Non
     for axes in panels.flat:
         lines |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
     note = "hollow: one seed; else mean and\nstandard deviation of 2 or 3"
-    spare = panels.size > len(drawn)  # the last panel is empty
-    place, at = (panels.flat[-1], "center left") if spare else (figure, "outside right upper")
+    room = panels.size > len(drawn)  # the last panel is empty
+    place, at = (panels.flat[-1], "center left") if room else (figure, "outside right upper")
     place.legend(lines.values(), lines.keys(), loc=at, fontsize=8, title=note, title_fontsize=8)
     figure.savefig(RESULTS / "noise.png", dpi=130)
     plt.close(figure)

@@ -522,6 +522,7 @@ def test_a_state_that_is_refused_changes_nothing(wrong):
         state["dictionary.steps"] = torch.tensor(-5)
     elif wrong != "structure":
         del state[f"dictionary.{wrong.split()[0]}"]
+    state["dictionary.first_class"] = torch.zeros(1)  # which only a sharded dictionary has, and no state
     before = snapshot(loss)
     with pytest.raises(
         RuntimeError, match=r"size mismatch for dictionary.codes|Missing key|steps must be >= 0, got -5"

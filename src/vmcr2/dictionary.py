@@ -409,7 +409,8 @@ class Dictionary(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        loaded = {name: state_dict[f"{prefix}{name}"] for name in self._buffers if f"{prefix}{name}" in state_dict}
+        kept = ("atoms", "codes", "latched")
+        loaded = {name: state_dict[f"{prefix}{name}"] for name in kept if f"{prefix}{name}" in state_dict}
         by_class = "atoms" in loaded and loaded["atoms"].ndim == 3
         steps = int(state_dict.pop(f"{prefix}steps", self.steps))
         parts = {name: self._own_part(name, value, by_class) for name, value in loaded.items()}

@@ -398,6 +398,16 @@ def test_photos_are_turned_as_their_exif_data_says(tmp_path, ending):
     assert dataset.train_inputs[0, :, 18:].max() < 50
 
 
+@pytest.mark.parametrize("damaged", [b"Exif\0\0garbage", b"Exif\0\0II*\0\xff\xff\xff\xff"])
+def test_damaged_exif_data_is_no_reason_to_refuse_a_photo(tmp_path, damaged):
+    for number in range(4):
+        folder = tmp_path / "train" / "ab"[number % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (16, 8), "white").save(folder / f"{number}.jpg", exif=damaged)
+    dataset = sources.load(sources.resolved(DataSettings(source=str(tmp_path), validation=0.5)))
+    assert dataset.train_inputs.shape[1:] == (3, 8, 16)
+
+
 def test_pictures_of_16_bits_and_with_transparency_are_read_as_they_look(tmp_path):
     ramp = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
     Image.fromarray(ramp).save(tmp_path / "wide.png")

@@ -34,8 +34,8 @@ from vmcr2.lab._torchvision import import_torchvision
 from vmcr2.lab.files import replacing
 
 DATA_ROOT_VARIABLE = "VMCR2_DATA_ROOT"
-_ORIENTATION = 0x0112  # the EXIF tag; from 5 on a photo lies on its side
-_SIDEWAYS = 5
+_ORIENTATION = 0x0112  # the EXIF tag
+_SIDEWAYS = (5, 6, 7, 8)
 _ARRAYS = {"x_train", "y_train", "x_test", "y_test", "features", "labels", "class_names"}  # read of a .npz file
 _MANY_FILES = 2000  # from which on decoding shows a progress bar
 _IMAGE_ENDINGS = {".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".pgm", ".webp", ".tif", ".tiff"}
@@ -574,7 +574,7 @@ def outline(path: Path) -> Outline:
             with Image.open(file) as image:
                 width, height = image.size
                 # Pillow turns a TIFF by itself, and has its size as turned.
-                if image.format != "TIFF" and image.getexif().get(_ORIENTATION, 1) >= _SIDEWAYS:
+                if image.format != "TIFF" and _orientation(image) in _SIDEWAYS:
                     width, height = height, width
                 shapes.setdefault((3, height, width), file)
         except Exception as error:  # Pillow's decoders raise what they like
@@ -606,14 +606,22 @@ def decode(source: Any, size: tuple[int, int] | None = None, mode: str = "RGB") 
                 image.draft(mode, (2 * max(size), 2 * max(size)))  # a large JPEG is decoded at a coarser scale
             wide = image.mode == "F" or (image.mode == "I" and image.format != "PPM")
             read = _as_mode(image, mode)
-            if (turn := image.getexif().get(_ORIENTATION, 1)) != 1:
-                read.getexif()[_ORIENTATION] = turn
+            if (turn := _orientation(image)) != 1:
+                read.getexif()[_ORIENTATION] = turn  # which not every conversion keeps
                 read = ImageOps.exif_transpose(read)
     except Exception as error:  # Pillow's decoders raise what they like
         raise InputError(f"{source} is not a readable image (truncated or damaged?): {error}") from error
     if wide:
         raise InputError(f"{source} must have 8 or 16 bits a channel, it has 32, whose range is not known; convert it")
     return read if size is None or size == read.size else read.resize(size, Image.Resampling.BILINEAR)
+
+
+def _orientation(image: Any) -> Any:
+    """Returns how a photo must be turned, 1 for not at all; damaged EXIF data is no reason to refuse the picture."""
+    try:
+        return image.getexif().get(_ORIENTATION, 1)
+    except Exception:  # Pillow's parser raises what it likes
+        return 1
 
 
 def _as_mode(image: Any, mode: str) -> Any:

@@ -236,25 +236,7 @@ def resume(
         Interrupted: Ctrl-C was pressed; the run can be resumed.
         LostProcessError: another process of the run has ended; it can be resumed.
     """
-
-    def plan() -> tuple[Recipe, Recipe | None]:
-        """Returns the recipe of the folder, and the one to go on with where there is anything to do."""
-        stored = run.recipe()
-        chosen = stored if recipe is None else replace(recipe, data=sources.resolved(recipe.data))
-        refuse_other_recipe(run, stored, chosen, data_root)
-        chosen = _with_others(chosen, stored)
-        if (
-            not run.is_complete()
-            or chosen.epochs > stored.epochs
-            or sources.has_moved(stored.data, chosen.data, data_root)
-        ):
-            return stored, chosen
-        if console is not None:
-            text = f"{run.path} is complete at {stored.epochs} epochs: nothing to do"
-            console.print(text, highlight=False, soft_wrap=True)
-        return stored, None
-
-    stored, chosen = processes.first(plan)
+    stored, chosen = processes.first(lambda: _planned(run, recipe, data_root, console))
     if chosen is None:
         return run
     prepared = _prepare(chosen, data_root)
@@ -276,6 +258,23 @@ def resume(
         processes.first(reopen)  # not before the state has been taken in
         _train(ready, console, on_epoch)
     return run
+
+
+def _planned(
+    run: RunFolder, recipe: Recipe | None, data_root: str | Path | None, console: Console | None
+) -> tuple[Recipe, Recipe | None]:
+    """Returns the recipe of a folder, and the one to go on with where there is anything to do."""
+    stored = run.recipe()
+    chosen = stored if recipe is None else replace(recipe, data=sources.resolved(recipe.data))
+    refuse_other_recipe(run, stored, chosen, data_root)
+    chosen = _with_others(chosen, stored)
+    moved = sources.has_moved(stored.data, chosen.data, data_root)
+    if not run.is_complete() or chosen.epochs > stored.epochs or moved:
+        return stored, chosen
+    if console is not None:
+        text = f"{run.path} is complete at {stored.epochs} epochs: nothing to do"
+        console.print(text, highlight=False, soft_wrap=True)
+    return stored, None
 
 
 def refuse_other_recipe(run: RunFolder, stored: Recipe, recipe: Recipe, data_root: str | Path | None = None) -> None:
@@ -630,11 +629,7 @@ class _Run:
         )
 
 
-def _train(
-    state_of_run: _Run,
-    console: Console | None,
-    on_epoch: OnEpoch | None,
-) -> None:
+def _train(state_of_run: _Run, console: Console | None, on_epoch: OnEpoch | None) -> None:
     prepared, run, done = state_of_run.prepared, state_of_run.run, state_of_run.done
     recipe = prepared.recipe
     title = f"{recipe.name} {recipe.objective} seed {recipe.seed}"
