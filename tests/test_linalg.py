@@ -16,6 +16,7 @@ from vmcr2.linalg import (
     product,
     rate_dtype,
     require_finite,
+    unit_rows,
     wide_dtype,
 )
 
@@ -30,6 +31,21 @@ def test_half_logdet_equals_the_sum_over_eigenvalues(n, rank, log_scale, seed):
     matrix = positive(n, rank, scale=10**log_scale, seed=seed)
     expected = 0.5 * torch.log1p(torch.linalg.eigvalsh(matrix).clamp_min(0)).sum()
     torch.testing.assert_close(half_logdet(matrix), expected, rtol=1e-9, atol=1e-9)
+
+
+def test_unit_rows_are_those_of_torch_and_nan_where_norms_overflow():
+    rows = normal(5, 7).float().requires_grad_()
+    same = rows.detach().clone().requires_grad_()
+    with torch.no_grad():
+        rows[1] = same[1] = 0
+    weights = normal(5, 7).float()
+    made, expected = unit_rows(rows), torch.nn.functional.normalize(same, dim=1)
+    (made * weights).sum().backward()
+    (expected * weights).sum().backward()
+    assert torch.equal(made, expected)
+    assert torch.equal(rows.grad, same.grad)
+    assert unit_rows(rows.half()).dtype == torch.float32
+    assert unit_rows(torch.full((1, 4), 1e20)).isnan().all()
 
 
 def test_half_logdet_takes_batches():

@@ -6,7 +6,7 @@ import difflib
 import math
 import numbers
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 import numpy as np
 import torch
@@ -62,10 +62,46 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> str:
     return value
 
 
+def check_fields(settings: Any, prefix: str = "") -> None:
+    """Checks a frozen dataclass's flags and choices, by the types of its fields, and makes NumPy's scalars Python's.
+
+    So what a loop over an array gives can be written as JSON.
+
+    Args:
+        settings: the dataclass, from its `__post_init__`.
+        prefix: what the user writes before the names of its fields.
+
+    Raises:
+        InputError: a flag is not True or False, or a choice none of those there are.
+    """
+    for name, kind in get_type_hints(type(settings)).items():
+        value = getattr(settings, name)
+        if isinstance(value, np.generic):
+            value = value.item()
+            object.__setattr__(settings, name, value)
+        if kind is bool:
+            check_flag(f"{prefix}{name}", value)
+        elif get_origin(kind) is Literal:
+            check_choice(f"{prefix}{name}", value, get_args(kind))
+
+
 def refuse_masked(name: str, value: Any) -> None:
     """Raises InputError for a NumPy array with masked entries, whose mask would be lost without a word."""
     if isinstance(value, np.ma.MaskedArray) and (missing := int(np.ma.count_masked(value))):
         raise InputError(f"{name} must have no masked entries, got {missing}; leave those samples out, or fill them in")
+
+
+def tensor_of(array: np.ndarray, name: str = "X") -> Tensor:
+    """Returns a tensor of an array, copied where torch could not share it; `name` is what the caller calls it.
+
+    Raises:
+        InputError: torch has no such dtype.
+    """
+    array = np.ascontiguousarray(array)
+    try:
+        return torch.from_numpy(array if array.flags.writeable else array.copy())
+    except (TypeError, ValueError) as error:  # the latter of another byte order
+        raise InputError(f"{name} must hold numbers, got an array of dtype {array.dtype} ({error})") from error
 
 
 def did_you_mean(name: str, known: Iterable[str], prefix: str = "") -> str:

@@ -87,6 +87,16 @@ def is_tracked(tensor: Tensor) -> bool:
     )
 
 
+def unit_rows(features: Float[Tensor, "m d"]) -> Float[Tensor, "m d"]:
+    """Returns every row at norm 1, in float32 or wider: the constraint Z ∈ S of eq. (1). Differentiable.
+
+    A row of zeros stays. One whose norm overflows has no direction left: it becomes NaN, to be found.
+    """
+    features = features.to(wide_dtype(features))
+    norms = torch.linalg.vector_norm(features, dim=1, keepdim=True)
+    return features / norms.where(norms.isfinite(), torch.nan).clamp_min(1e-12)
+
+
 class _Product(Function):
     """A B, whose derivatives keep their precision also where they are taken under autocast."""
 
@@ -162,6 +172,11 @@ def gram(rows: Float[Tensor, "*b n d"]) -> Float[Tensor, "*b n n"]:
     result = _Gram.apply(rows)
     assert isinstance(result, Tensor)
     return result
+
+
+def or_one(values: Tensor) -> Tensor:
+    """Returns values ≥ 0 with 1 for 0: to divide by where 0 / 0 stands for 0."""
+    return torch.where(values > 0, values, 1)
 
 
 def _shifted(matrix: Float[Tensor, "*b n n"]) -> Float[Tensor, "*b n n"]:

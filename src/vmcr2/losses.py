@@ -157,7 +157,7 @@ class MCR2Loss(_OverRanks):
             checked = as_membership(gathered, rows_or_labels, self.num_classes, unit=True)
         loss = -checked_rates(gathered, checked, self.eps_sq).reduction
         require_finite(loss)
-        return loss.to(torch.promote_types(features.dtype, torch.float32))
+        return loss.to(wide_dtype(features))
 
     def extra_repr(self) -> str:
         """Returns the settings, for `repr`."""
@@ -622,7 +622,7 @@ class VMCR2Loss(_OverRanks):
         value = value * self.mu_at(m) if self.reduction == "sum" else value / m
         if weight:
             value = value - weight * expansion_rate(batch.whole, self.eps_sq).double()
-        value = value.to(torch.promote_types(features.dtype, torch.float32))
+        value = value.to(wide_dtype(features))
         if not moving:
             require_finite(value, otherwise=_SPOILT)
         return value

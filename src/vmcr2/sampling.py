@@ -120,7 +120,7 @@ class ClassBalancedBatchSampler(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         """Yields this rank's share of each batch of the epoch: of all, or of those left after `load_state_dict`."""
         start, self.start = self.start, 0
-        generator = torch.Generator("cpu").manual_seed(self.seed * 1_000_003 + self.epoch)
+        generator = epoch_generator(self.seed, self.epoch)
         classes = _Turns(len(self.members), generator)
         turns = [_Turns(len(own), generator) for own in self.members]
         for number in range(self.batches):
@@ -132,6 +132,19 @@ class ClassBalancedBatchSampler(Sampler[list[int]]):
                 continue
             self.done = number + 1
             yield torch.cat(batch)[self.share].tolist()
+
+
+def batch_count(m: int, batch_size: int) -> int:
+    """Returns how many batches m ≥ 2 samples make, as equal as can be and of 2 at least: BatchNorm takes none alone.
+
+    So there may be one sample more in a batch than `batch_size`.
+    """
+    return min(-(-m // batch_size), m // 2)
+
+
+def epoch_generator(seed: int, epoch: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """Returns what everything random of an epoch is drawn from: it follows from the epoch's number alone."""
+    return torch.Generator(device).manual_seed(seed * 1_000_003 + epoch)
 
 
 @contextmanager

@@ -27,13 +27,14 @@ except ModuleNotFoundError as error:
     ) from error
 from torch import Tensor, nn
 
-from vmcr2.checks import check_choice, check_count, check_number, refuse_masked
+from vmcr2.checks import check_choice, check_count, check_number, refuse_masked, tensor_of
 from vmcr2.embeddings import LabelQuality, label_quality, sorted_classes
 from vmcr2.errors import InputError, NumericalError
 from vmcr2.latching import MomentStream
-from vmcr2.linalg import check_eps_sq
+from vmcr2.linalg import check_eps_sq, unit_rows
 from vmcr2.losses import SETTING_CHECKS, MCR2Loss, VMCR2Loss
 from vmcr2.membership import as_membership
+from vmcr2.sampling import batch_count
 from vmcr2.subspaces import (
     check_components,
     class_subspaces,
@@ -102,7 +103,7 @@ class NearestSubspaceClassifier(ClassifierMixin, BaseEstimator):
             self._stream: MomentStream | None = None
             self._recent: tuple[Tensor, Tensor] | None = None  # a stream's latest energies, and labels
             self._set_components(X.shape[1])
-            features = _tensor(_with_squares(X))
+            features = tensor_of(_in_range(X))
             self.components_ = class_subspaces(features, torch.from_numpy(labels), k, self.n_components_).numpy()
             self.temperature_ = _temperature(features, *_fold_energies(features, labels, k, self.n_components_))
             self.class_count_ = np.bincount(labels, minlength=k)
@@ -137,7 +138,7 @@ class NearestSubspaceClassifier(ClassifierMixin, BaseEstimator):
                 self.class_count_ = np.zeros(k, dtype=np.int64)
                 self._stream, self._recent = MomentStream(k, d, torch.float64, torch.device("cpu")), None
             assert self._stream is not None
-            features, places = _tensor(_with_squares(X).astype(np.float64)), torch.from_numpy(labels)
+            features, places = tensor_of(_in_range(X).astype(np.float64)), torch.from_numpy(labels)
             most = min(_RECENT, max(1, _LIKELIHOODS // k))
             if self._recent is None:
                 energies, owners = _fold_energies(features, labels, k, self.n_components_)
@@ -146,7 +147,7 @@ class NearestSubspaceClassifier(ClassifierMixin, BaseEstimator):
                 self._recent = energies[spread], owners[spread]
             else:
                 part = _spread(len(features), k)
-                judged = subspace_energies(features[part], _tensor(self.components_)), places[part]
+                judged = subspace_energies(features[part], tensor_of(self.components_)), places[part]
                 energies, owners = (torch.cat(parts)[-most:] for parts in zip(self._recent, judged, strict=True))
                 self._recent = energies, owners
                 self.temperature_ = _temperature(features, energies, owners)
@@ -166,11 +167,10 @@ class NearestSubspaceClassifier(ClassifierMixin, BaseEstimator):
     def _energies(self, X: Any) -> tuple[np.ndarray, np.ndarray]:
         """Returns ‖V^(j)ᵀ z‖² (m, k), −∞ for a class that has had no sample, and ‖z‖² (m, 1)."""
         check_is_fitted(self, "components_")
-        X = _with_squares(_validated(self, X, reset=False))
-        dtype = np.result_type(X.dtype, self.components_.dtype)
-        energies = subspace_energies(_tensor(X.astype(dtype)), _tensor(self.components_.astype(dtype))).numpy()
+        X = _in_range(_validated(self, X, reset=False)).astype(np.float64)
+        energies = subspace_energies(tensor_of(X), tensor_of(self.components_)).numpy()
         energies[:, self.class_count_ == 0] = -np.inf
-        return energies, np.square(X.astype(dtype)).sum(1, keepdims=True)
+        return energies, np.square(X).sum(1, keepdims=True)
 
     def decision_function(self, X: Any) -> np.ndarray:
         """Returns minus the squared distance to each subspace, (m, k); for two classes the difference (m,).
@@ -303,7 +303,7 @@ class CodingRateTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
         with _all_or_nothing(self):
             X, y = _validated(self, X, y)
             check_classification_targets(y)
-            X = _with_squares(X)
+            X = _in_range(X)
             self.classes_, labels = np.unique(y, return_inverse=True)
             self._begin(X.shape[1])
             self._fit(X, labels)
@@ -331,7 +331,7 @@ class CodingRateTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
             labels = _enter_classes(self, y, np.unique(y) if first and classes is None else classes, first)
             if first:
                 self._begin(X.shape[1])
-            self._partial_fit(_with_squares(X), labels)
+            self._partial_fit(_in_range(X), labels)
         return self
 
     def transform(self, X: Any) -> np.ndarray:
@@ -441,8 +441,10 @@ class CodingRateTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
 
     def _fit(self, X: np.ndarray, labels: np.ndarray) -> None:
         self.scaler_.fit(X.astype(np.float64))
-        inputs, places = _tensor(self._inputs(X)), torch.from_numpy(labels)
-        epochs = max(_EPOCHS, -(-_STEPS // self._steps(len(inputs)))) if self.epochs is None else self.epochs
+        inputs, places = tensor_of(self._inputs(X)), torch.from_numpy(labels)
+        epochs = self.epochs
+        if epochs is None:
+            epochs = max(_EPOCHS, -(-_STEPS // batch_count(len(inputs), self.batch_size)))
         progress = _Progress(type(self).__name__, epochs, bool(self.verbose))
         with _seeded(self._seed, self._device()), progress:
             for epoch in range(epochs):
@@ -455,15 +457,12 @@ class CodingRateTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
     def _partial_fit(self, X: np.ndarray, labels: np.ndarray) -> None:
         self.scaler_.partial_fit(X.astype(np.float64))
         with _seeded(self._seed + len(self.history_), self._device()):
-            self._epoch(_tensor(self._inputs(X)), torch.from_numpy(labels), None)
-
-    def _steps(self, m: int) -> int:
-        return max(1, min(-(-m // self.batch_size), m // 2))
+            self._epoch(tensor_of(self._inputs(X)), torch.from_numpy(labels), None)
 
     def _batches(self, inputs: Tensor, labels: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Returns shuffled batches of nearly equal size, of 2 samples at least: BatchNorm takes none alone."""
-        device = self._device()
-        parts = torch.randperm(len(inputs), device="cpu").tensor_split(self._steps(len(inputs)))
+        """Returns the batches of a shuffled epoch; of `partial_fit` there may be a single sample."""
+        device, number = self._device(), max(1, batch_count(len(inputs), self.batch_size))
+        parts = torch.randperm(len(inputs), device="cpu").tensor_split(number)
         return [(inputs[part].to(device), labels[part].to(device)) for part in parts]
 
     def _features(self, inputs: Tensor, network: nn.Module | None = None) -> Tensor:
@@ -471,10 +470,7 @@ class CodingRateTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
         if not isinstance(features, Tensor) or features.shape != (len(inputs), self.feature_dim_):
             got = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
             raise InputError(f"network must map to shape ({len(inputs)}, feature_dim = {self.feature_dim_}), got {got}")
-        features = features.to(torch.promote_types(features.dtype, torch.float32))
-        norms = torch.linalg.vector_norm(features, dim=1, keepdim=True)
-        # Where the norm overflows there is no direction to be had: NaN, to be found, rather than zeros.
-        return (features / norms.where(norms.isfinite(), torch.nan).clamp_min(1e-12)).float()
+        return unit_rows(features).float()
 
     def _latch(self, inputs: Tensor, labels: Tensor) -> None:
         if isinstance(self.loss_, VMCR2Loss):
@@ -527,7 +523,7 @@ class CodingRateTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
     @torch.no_grad()
     def _embed(self, inputs: np.ndarray) -> np.ndarray:
         device = self._device()
-        network, parts = self.network_.to(device).eval(), _tensor(inputs).split(_EMBEDDED)
+        network, parts = self.network_.to(device).eval(), tensor_of(inputs).split(_EMBEDDED)
         if device.type == "cpu" and isinstance(network, _MLP):  # a network of the user's is promised float32
             # In float64 a sample's features do not depend on which others it is embedded with, by rounding of products.
             network, parts = copy.deepcopy(network).double(), tuple(part.double() for part in parts)
@@ -652,7 +648,7 @@ class CodingRateClassifier(ClassifierMixin, CodingRateTransformer):
         self._check_components()
         super()._partial_fit(X, labels)
         X, labels = self._keep(X, labels)
-        features = _tensor(self._embed(self._inputs(X)))
+        features = tensor_of(self._embed(self._inputs(X)))
         before = getattr(self, "subspaces_", None)
         self.subspaces_ = _of_all_classes(features, labels, len(self.classes_), self.n_components, before)
 
@@ -714,13 +710,7 @@ class CodingRateClassifier(ClassifierMixin, CodingRateTransformer):
         return label_quality(features, y, self.n_components)
 
 
-def _tensor(array: np.ndarray) -> Tensor:
-    """Returns a tensor of the array, copied where torch could not share it."""
-    array = np.ascontiguousarray(array)
-    return torch.from_numpy(array if array.flags.writeable else array.copy())
-
-
-def _with_squares(X: np.ndarray) -> np.ndarray:
+def _in_range(X: np.ndarray) -> np.ndarray:
     largest = float(np.abs(X).max())
     if largest > _LARGEST:
         raise InputError(f"X must have entries of at most {_LARGEST:g} in size, got {largest:g}: float64 overflows")

@@ -54,11 +54,16 @@ def objective(
     )
 
 
+def atom_energies(dictionary: Codes, class_weights: Float[Tensor, " k"]) -> Float[Tensor, " q"]:
+    """Returns Ã γ, each atom's energy per sample of the batch."""
+    return dictionary.by_atom(dictionary.codes * class_weights[:, None])
+
+
 def model_moment(dictionary: Codes, class_weights: Float[Tensor, " k"], eps_sq: float) -> Float[Tensor, "d d"]:
     """Returns β Γ Diag(Ã γ) Γᵀ, of which R^v is ½ logdet(I + ·)."""
-    energies = dictionary.by_atom(dictionary.codes * class_weights[:, None])
     beta = dictionary.atoms.shape[1] / eps_sq
-    return dictionary.total((dictionary.atoms * (beta * energies)[:, None]).mT @ dictionary.atoms)
+    energies = atom_energies(dictionary, class_weights)[:, None]
+    return dictionary.total((dictionary.atoms * (beta * energies)).mT @ dictionary.atoms)
 
 
 def variational_expansion(dictionary: Codes, class_weights: Float[Tensor, " k"], eps_sq: float) -> Float[Tensor, ""]:
@@ -82,7 +87,7 @@ def expansion_atom_gradient(
 ) -> Float[Tensor, "q d"]:
     """Returns ∂R^v/∂Γ = β S⁻¹ Γ Diag(Ã γ), as rows."""
     beta = dictionary.atoms.shape[1] / eps_sq
-    return beta * dictionary.by_atom(dictionary.codes * class_weights[:, None])[:, None] * solved
+    return beta * atom_energies(dictionary, class_weights)[:, None] * solved
 
 
 def exposures(dictionary: Codes, solved: Float[Tensor, "q d"]) -> Float[Tensor, " q"]:

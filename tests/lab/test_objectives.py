@@ -159,6 +159,10 @@ def test_expansion_ends_at_its_share_of_the_epochs_also_on_resuming(tmp_path, mo
     assert recipe.expand_epochs == 2
     assert replace(recipe, vmcr2=replace(recipe.vmcr2, expand_until=0.01)).expand_epochs == 1
     assert replace(recipe, epochs=5).expand_epochs == 3
+    hundred = replace(recipe, epochs=100)
+    for percent in (1, 7, 28, 29, 55, 57):  # whose products with 100 lie beside a whole number in floating point
+        assert replace(hundred, vmcr2=replace(recipe.vmcr2, expand_until=percent / 100)).expand_epochs == percent
+    assert replace(hundred, vmcr2=replace(recipe.vmcr2, expand_until=1e-12)).expand_epochs == 1
     for objective, expand, until in (("vmcr2", 0.3, 1), ("vmcr2", 0.0, 0.5), ("ce", 0.3, 0.5)):
         settings = replace(recipe.vmcr2, expand=expand, expand_until=until)
         assert not replace(recipe, objective=objective, vmcr2=settings).tied_to_epochs  # more may be given later

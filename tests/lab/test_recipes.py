@@ -77,6 +77,43 @@ def test_choices_are_checked_without_json_too():
         replace(SMALL.vmcr2, reduction="none")
 
 
+@pytest.mark.parametrize(
+    ("message", "make"),
+    [
+        ("sync_batchnorm must be True or False, got 'no'", lambda: replace(SMALL, sync_batchnorm="no")),
+        ("channels_last must be True or False, got 3", lambda: replace(SMALL, channels_last=3)),
+        ("vmcr2.stop_on_collapse must be True or False", lambda: replace(SMALL.vmcr2, stop_on_collapse="no")),
+        ("augmentation.flip must be True or False, got 'no'", lambda: Augmentation(flip="no")),
+    ],
+)
+def test_flags_are_checked_without_json_too(message, make):
+    with pytest.raises(InputError, match=message):
+        make()
+
+
+def test_numbers_from_numpy_are_written_as_json():
+    seed, number = np.arange(4)[3], np.float32(0.5)
+    recipe = replace(
+        SMALL,
+        seed=seed,
+        eps_sq=number,
+        lr_drops=tuple(np.array([0.5, 0.75])),
+        channels_last=np.bool_(True),
+        vmcr2=replace(SMALL.vmcr2, pull=number),
+        data=replace(SMALL.data, train_size=np.int64(50)),
+    )
+    assert json.loads(recipes.to_json(recipe))["seed"] == 3
+    assert recipe == replace(
+        SMALL,
+        seed=3,
+        eps_sq=0.5,
+        lr_drops=(0.5, 0.75),
+        channels_last=True,
+        vmcr2=replace(SMALL.vmcr2, pull=0.5),
+        data=replace(SMALL.data, train_size=50),
+    )
+
+
 def test_the_learning_rate_at_every_moment():
     drops = replace(SMALL, objective="ce", epochs=4, lr_drops=(0.5, 0.75), ce=CESettings(lr=0.1))
     assert [drops.lr_at(epoch) for epoch in (0.5, 2, 2.5, 4)] == pytest.approx([0.1, 0.1, 0.01, 0.001])

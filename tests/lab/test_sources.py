@@ -408,6 +408,17 @@ def test_damaged_exif_data_is_no_reason_to_refuse_a_photo(tmp_path, damaged):
     assert dataset.train_inputs.shape[1:] == (3, 8, 16)
 
 
+def test_a_picture_that_is_given_stays_open(tmp_path):
+    frames = [Image.new("L", (8, 8), shade) for shade in (0, 200)]
+    frames[0].save(tmp_path / "two.gif", save_all=True, append_images=frames[1:])
+    with Image.open(tmp_path / "two.gif") as picture:
+        read = []
+        for number in range(2):
+            picture.seek(number)
+            read.append(np.array(sources.decode(picture, mode="L"))[0, 0])
+    assert read == [0, 200]
+
+
 def test_pictures_of_16_bits_and_with_transparency_are_read_as_they_look(tmp_path):
     ramp = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
     Image.fromarray(ramp).save(tmp_path / "wide.png")

@@ -76,6 +76,14 @@ def test_files_and_images_are_read_as_the_arrays_are(run, tmp_path):
     assert torch.equal(loaded.embed(pixels), whole)  # without the channel
     assert torch.allclose(loaded.embed(images), whole, atol=1e-6)
     assert loaded.embed(images[0]).shape == (1, 32)
+    assert torch.equal(loaded.embed(pixels[..., ::-1]), loaded.embed(pixels[..., ::-1].copy()))  # of negative strides
+    frozen = pixels.copy()
+    frozen.setflags(write=False)
+    with warnings.catch_warnings(action="error"):
+        assert torch.equal(loaded.embed(frozen), whole)
+    files = np.array([str(tmp_path / f"{i}.png") for i in range(3)])
+    for several in (files, files.astype(object)):
+        assert torch.equal(loaded.embed(several), loaded.embed(files.tolist()))
     # Scaled down again; colour and size do not matter.
     assert torch.allclose(loaded.embed([str(tmp_path / f"{i}.png") for i in range(3)]), whole, atol=0.1)
 
@@ -91,6 +99,8 @@ def test_files_and_images_are_read_as_the_arrays_are(run, tmp_path):
         (3, "images must be an array, a path, an image, .*got int"),
         ([np.zeros((8, 8), np.uint8)] * 2, r"got a sequence of arrays: stack them \(numpy.stack, torch.stack\)$"),
         ([torch.zeros(8, 8)], r"got a sequence of arrays: stack them"),
+        (np.array([object()]), "is not a readable image"),
+        (np.zeros((2, 8, 8), ">f4"), r"images must hold numbers, got an array of dtype >f4"),
     ],
 )
 def test_images_of_another_kind_are_refused(run, images, message):
@@ -170,6 +180,14 @@ def test_the_hubs_mixin_writes_and_reads_the_same_folder_offline(run, tmp_path):
         again = trained.TrainedModel.from_pretrained(str(tmp_path / folder), local_files_only=True)
         assert again.predict(images) == loaded.predict(images)
     assert vmcr2.load(tmp_path / "hub").about == loaded.about
+    fewer = vmcr2.load(run, components=np.int64(2))
+    fewer.save_pretrained(tmp_path / "fewer-hub")
+    trained.export(fewer, tmp_path / "fewer-ours")
+    for folder in ("fewer-hub", "fewer-ours"):
+        again = trained.TrainedModel.from_pretrained(str(tmp_path / folder), local_files_only=True)
+        assert again.subspaces.shape[2] == 2
+        assert "test_accuracy" not in again.about
+        assert again.predict(images) == vmcr2.load(tmp_path / folder).predict(images) == fewer.predict(images)
 
 
 def test_what_is_not_installed_is_named():

@@ -10,7 +10,7 @@ from jaxtyping import Float, Shaped, UInt8
 from torch import Tensor
 from torch.nn import functional
 
-from vmcr2.checks import check_count
+from vmcr2.checks import check_count, check_fields
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ class Augmentation:
     flip: bool = False
 
     def __post_init__(self) -> None:
+        check_fields(self, "augmentation.")
         if self.crop is not None:
             check_count("augmentation.crop", self.crop)
         check_count("augmentation.padding", self.padding, at_least=0)

@@ -15,7 +15,7 @@ from vmcr2.lab import processes
 from vmcr2.lab.augmentation import Augmentation, plain
 from vmcr2.lab.networks import autocast
 from vmcr2.lab.sources import Dataset
-from vmcr2.rates import RateReduction, rate_reduction
+from vmcr2.rates import rate_reduction
 from vmcr2.subspaces import class_subspaces, nearest_subspace
 
 _SHOWN_CLASSES = 10  # of which figures have samples
@@ -96,7 +96,7 @@ def measure(
         predict: a classifier that was trained with the network, whose accuracy is given beside, or None.
     """
     k = dataset.num_classes
-    rates: RateReduction = rate_reduction(features.train, dataset.train_labels, num_classes=k, eps_sq=eps_sq)
+    rates = rate_reduction(features.train, dataset.train_labels, num_classes=k, eps_sq=eps_sq)
     predicted = nearest_subspace(features.test, bases)
     return Measures(
         float(rates.expansion),
@@ -115,10 +115,8 @@ def accuracy(predicted: Shaped[Tensor, " t"], labels: Shaped[Tensor, " t"]) -> f
 @torch.no_grad()
 def accuracy_by_components(features: Features, dataset: Dataset, components: list[int]) -> dict[int, float]:
     """Returns the nearest-subspace test accuracy for each dimension of the subspaces."""
-    return {
-        r: accuracy(nearest_subspace(features.test, subspaces(features, dataset, r)), dataset.test_labels)
-        for r in components
-    }
+    bases = subspaces(features, dataset, max(components))  # strongest directions first
+    return {r: accuracy(nearest_subspace(features.test, bases[..., :r]), dataset.test_labels) for r in components}
 
 
 @torch.no_grad()

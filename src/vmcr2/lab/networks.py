@@ -18,14 +18,15 @@ from vmcr2.checks import did_you_mean
 from vmcr2.distributed import process_rank, sum_over_ranks, total_over_ranks, world_size
 from vmcr2.errors import InputError
 from vmcr2.lab._torchvision import import_torchvision
+from vmcr2.linalg import unit_rows
 
 
 class Normalize(nn.Module):
-    """Scales every row to norm 1, in float32 or wider: the constraint Z ∈ S of eq. (1)."""
+    """`unit_rows` as the last layer of a network."""
 
     def forward(self, features: Float[Tensor, "m d"]) -> Float[Tensor, "m d"]:
         """Returns the rows at norm 1."""
-        return functional.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=1)
+        return unit_rows(features)
 
 
 class WholeMapConv2d(nn.Conv2d):

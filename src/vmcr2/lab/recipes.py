@@ -12,9 +12,9 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal
 
-from vmcr2.checks import check_choice, check_count, check_number, did_you_mean
+from vmcr2.checks import check_count, check_fields, check_number, did_you_mean
 from vmcr2.dictionary import Structure
 from vmcr2.errors import InputError
 from vmcr2.lab import sources
@@ -78,6 +78,7 @@ class VMCR2Settings:
     stop_on_collapse: bool = True
 
     def __post_init__(self) -> None:
+        check_fields(self, "vmcr2.")
         for name, value in vars(self).items():
             if name in SETTING_CHECKS:
                 SETTING_CHECKS[name](f"vmcr2.{name}", value)
@@ -101,6 +102,7 @@ class MCR2Settings:
     lr: float = 1e-2
 
     def __post_init__(self) -> None:
+        check_fields(self, "mcr2.")
         check_number("mcr2.lr", self.lr)
 
 
@@ -118,6 +120,7 @@ class CESettings:
     scale: float = 1.0
 
     def __post_init__(self) -> None:
+        check_fields(self, "ce.")
         check_number("ce.lr", self.lr)
         check_number("ce.scale", self.scale)
 
@@ -184,9 +187,7 @@ class Recipe:
     ce: CESettings = field(default_factory=CESettings)
 
     def __post_init__(self) -> None:
-        for name, kind in get_type_hints(type(self)).items():
-            if get_origin(kind) is Literal:
-                check_choice(name, getattr(self, name), get_args(kind))
+        check_fields(self)
         check_network(self.network)
         check_count("seed", self.seed, at_least=0, at_most=2**40)
         if not self.name or not self.name.replace("-", "").replace("_", "").replace(".", "").isalnum():
@@ -206,6 +207,7 @@ class Recipe:
             check_number("lr_drops", share)
             if share >= 1:
                 raise InputError(f"lr_drops must be shares of the epochs, between 0 and 1, got {share}")
+        object.__setattr__(self, "lr_drops", tuple(map(float, self.lr_drops)))
         atoms = self.vmcr2.atoms_per_class
         if self.objective == "vmcr2" and atoms is not None:
             check_count("vmcr2.atoms_per_class", atoms, at_most=self.feature_dim, limit="feature_dim")
@@ -221,7 +223,8 @@ class Recipe:
         """Epochs in which `vmcr2.expand` counts; None for all, however many they become."""
         if self.vmcr2.expand == 0 or self.vmcr2.expand_until == 1:
             return None
-        return math.ceil(self.vmcr2.expand_until * self.epochs)
+        share = round(self.vmcr2.expand_until * self.epochs, 6)  # since 0.07 * 100 is a little above 7
+        return max(1, math.ceil(share))
 
     @property
     def tied_to_epochs(self) -> str | None:

@@ -18,7 +18,7 @@ import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ import torch
 from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
 
-from vmcr2.checks import check_count, check_number
+from vmcr2.checks import check_count, check_fields, check_number
 from vmcr2.errors import InputError
 from vmcr2.lab._torchvision import import_torchvision
 from vmcr2.lab.files import replacing
@@ -66,6 +66,7 @@ class DataSettings:
     label_noise: float = 0.0
 
     def __post_init__(self) -> None:
+        check_fields(self, "data.")
         for name, least in (("classes", 2), ("train_size", 1), ("test_size", 1), ("image_size", 1)):
             value = getattr(self, name)
             if value is not None:
@@ -601,7 +602,7 @@ def decode(source: Any, size: tuple[int, int] | None = None, mode: str = "RGB") 
     if isinstance(source, str | Path) and not Path(source).is_file():
         raise InputError(f"{source} is not a readable image: there is no such file")
     try:
-        with source if isinstance(source, Image.Image) else Image.open(source) as image:
+        with nullcontext(source) if isinstance(source, Image.Image) else Image.open(source) as image:
             if size is not None and not isinstance(source, Image.Image):
                 image.draft(mode, (2 * max(size), 2 * max(size)))  # a large JPEG is decoded at a coarser scale
             wide = image.mode == "F" or (image.mode == "I" and image.format != "PPM")

@@ -32,7 +32,9 @@ from vmcr2.lab.recipes import OBJECTIVES, Recipe
 from vmcr2.lab.run import RunFolder
 from vmcr2.lab.sources import Dataset
 from vmcr2.lab.terminal import EpochProgress, device_name
+from vmcr2.linalg import wide_dtype
 from vmcr2.rates import reduction_of_lines
+from vmcr2.sampling import batch_count, epoch_generator
 from vmcr2.subspaces import nearest_subspace
 
 Batches = Iterable[tuple[Tensor, Tensor]]
@@ -119,7 +121,7 @@ def _fit_epoch(
                     group["lr"] = lr_at(epoch - 1 + (steps + 0.5) / length)
             with networks.autocast(device, precision):
                 features = model(inputs.to(device, non_blocking=True))
-            features = features.to(torch.promote_types(features.dtype, torch.float32))
+            features = features.to(wide_dtype(features))
             labels = given.to(device, non_blocking=True)
             loss = criterion(features, labels)
             optimizer.zero_grad()
@@ -438,7 +440,7 @@ def _prepared_here(recipe: Recipe, dataset: Dataset) -> _Prepared:
 
 def _check_shares(recipe: Recipe, m: int, least: int) -> None:
     """Raises InputError where a process would get fewer than so many samples of some batch."""
-    smallest = m // _batches(m, recipe.batch_size)
+    smallest = m // batch_count(m, recipe.batch_size)
     most = smallest // least
     if world_size() > most:
         why = ", of which BatchNorm needs 2 a process (or sync_batchnorm)" if least == 2 else ""
@@ -446,11 +448,6 @@ def _check_shares(recipe: Recipe, m: int, least: int) -> None:
             f"the processes must be at most {most} for batches of {smallest} samples{why}, got {world_size()}: start "
             f"fewer, or raise batch_size from {recipe.batch_size}"
         )
-
-
-def _batches(m: int, batch_size: int) -> int:
-    """Returns how many batches m samples make."""
-    return min(-(-m // batch_size), m // 2)
 
 
 def build(recipe: Recipe, input_shape: tuple[int, ...], num_classes: int) -> tuple[nn.Module, Objective]:
@@ -484,8 +481,8 @@ def _check_state(run: RunFolder, state: dict[str, Any], prepared: _Prepared) -> 
 class EpochBatches:
     """One pass over a training set, in an order and with an augmentation that follow from the epoch's number alone.
 
-    So there is no state to save between epochs. The batches are as equal as can be, and of two samples at least, as
-    BatchNorm needs. Several processes share each of them, as `tensor_split` does, and crops and flips are those of one.
+    So there is no state to save between epochs. Several processes share each batch, as `tensor_split` does, and crops
+    and flips are those of one.
 
     Attributes:
         dataset: on the device to train on.
@@ -504,11 +501,11 @@ class EpochBatches:
     world: int = 1
 
     def __len__(self) -> int:
-        return _batches(len(self.dataset.train_labels), self.recipe.batch_size)
+        return batch_count(len(self.dataset.train_labels), self.recipe.batch_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         device = self.dataset.train_labels.device
-        generator = torch.Generator(device).manual_seed(self.recipe.seed * 1_000_003 + self.epoch)
+        generator = epoch_generator(self.recipe.seed, self.epoch, device)
         order = torch.randperm(len(self.dataset.train_labels), generator=generator, device=device)
         for rows in order.tensor_split(len(self)):
             share = processes.share(len(rows), self.rank, self.world)

@@ -22,7 +22,15 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
-from vmcr2.checks import UNIT_NORM_TOLERANCE, Condition, check_count, iterator_of, read_conditions, refuse_masked
+from vmcr2.checks import (
+    UNIT_NORM_TOLERANCE,
+    Condition,
+    check_count,
+    iterator_of,
+    read_conditions,
+    refuse_masked,
+    tensor_of,
+)
 from vmcr2.errors import InputError, NumericalError
 from vmcr2.lab import networks, objectives, sources
 from vmcr2.lab.augmentation import Augmentation, plain
@@ -187,9 +195,11 @@ class TrainedModel(
 
     def _inputs(self, images: Any) -> Shaped[Tensor, "m ..."]:
         shape = self.image_shape
+        if isinstance(images, np.ndarray) and images.dtype.kind in "OSU":
+            images = images.tolist()  # paths or images, as of a column of a frame
         if isinstance(images, Tensor | np.ndarray):
             refuse_masked("images", images)
-            given = torch.as_tensor(images)
+            given = images if isinstance(images, Tensor) else tensor_of(images, "images")
             if len(shape) == 3 and shape[0] == 1 and given.shape[1:] == shape[1:]:
                 given = given[:, None]
             fits = given.is_floating_point() if len(shape) == 1 else given.dtype == torch.uint8
@@ -241,6 +251,10 @@ It knows these classes only and names one of them for any input; the largest of 
 inputs that are like none. Inputs must be prepared as in training: same size, same meaning of light and dark.
 """
 
+    def save_pretrained(self, save_directory: str | Path, *, config: Any = None, **options: Any) -> Any:
+        """Writes a folder by huggingface_hub, which keeps the arguments of construction where `config` is not given."""
+        return super().save_pretrained(save_directory, config=config or self.config, **options)
+
     def generate_model_card(self, *_: Any, **__: Any) -> Any:
         """Returns the card as huggingface_hub wants it."""
         from huggingface_hub import ModelCard  # pyrefly: ignore[missing-import]
@@ -287,6 +301,7 @@ def load(path: RunFolder | str | Path, components: int | None = None) -> Trained
     if components is not None:
         most = trained.subspaces.shape[2]
         check_count("components", components, at_most=most, limit="those of the model")
+        components = int(components)  # JSON takes no integers of NumPy
         trained.subspaces = trained.subspaces[..., :components].contiguous()
         trained.config["components"] = components
         if components < most:  # what was measured is of all
