@@ -20,12 +20,10 @@ import torch
 from torch import Tensor
 
 import vmcr2
-from vmcr2.lab import sources
 from vmcr2.lab.evaluate import extract
 from vmcr2.lab.objectives import CrossEntropyHead
-from vmcr2.lab.run import RunFolder
 from vmcr2.lab.terminal import describe_device, markdown_table
-from vmcr2.lab.trained import load, load_objective
+from vmcr2.lab.trained import Checkpoint
 from vmcr2.subspaces import class_subspaces, subspace_energies
 
 RESULTS = Path(__file__).parent.parent / "results"
@@ -47,11 +45,10 @@ def margin(shares: Tensor, labels: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def scores(run: RunFolder, root: Path | None) -> tuple[str, dict[str, Tensor]]:
+def scores(checkpoint: Checkpoint, root: Path | None) -> tuple[str, dict[str, Tensor]]:
     """Returns the run's data set and each score of its test labels; low is suspect."""
-    recipe, trained = run.recipe(), load(run)
-    data = sources.load(recipe.data, root)
-    features = extract(trained.model, data, recipe.augmentation, 1000)
+    recipe, data = checkpoint.recipe, checkpoint.data(root)
+    features = extract(checkpoint.model().model, data, recipe.augmentation, 1000)
     k, labels = data.num_classes, data.test_labels
     found = {
         f"subspaces of the training set, {r} component{'s' * (r > 1)}": margin(
@@ -60,7 +57,7 @@ def scores(run: RunFolder, root: Path | None) -> tuple[str, dict[str, Tensor]]:
         for r in (1, recipe.feature_dim // k)
     }
     found["label_quality of the test set alone"] = torch.from_numpy(vmcr2.label_quality(features.test, labels).scores)
-    head = load_objective(run).criterion
+    head = checkpoint.objective().criterion
     if isinstance(head, CrossEntropyHead):
         found["own softmax, margin"] = margin(head.logits(features.test).softmax(1), labels)
     return recipe.data.source, found
@@ -76,9 +73,9 @@ def main() -> None:
 
     rows: list[list[Any]] = []
     for path in arguments.runs:
-        run = RunFolder.open(path)
-        source, found = scores(run, arguments.data_root)
-        summary = run.summary()
+        checkpoint = Checkpoint.open(path)
+        source, found = scores(checkpoint, arguments.data_root)
+        summary = checkpoint.run.summary()
         title = f"{source}, {summary['objective']}, {summary['epochs']} epochs"
         wrong = confirmed(arguments.errors, source, len(next(iter(found.values()))))
         for name, score in found.items():

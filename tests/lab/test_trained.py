@@ -131,7 +131,7 @@ def test_a_run_on_embeddings_takes_embeddings(tmp_path):
 
 @pytest.mark.parametrize("path", [None, 3, b"run"])
 def test_what_is_no_path_is_refused(path):
-    for call in (vmcr2.load, trained.load_objective):
+    for call in (vmcr2.load, trained.Checkpoint.open):
         with pytest.raises(InputError, match=f"path must be that of a run folder, got {type(path).__name__}"):
             call(path)
 

@@ -10,7 +10,7 @@ from vmcr2.lab import figures
 from vmcr2.lab.evaluate import extract
 from vmcr2.lab.files import write_csv
 from vmcr2.lab.run import RunFolder
-from vmcr2.lab.trained import data_of, load
+from vmcr2.lab.trained import Checkpoint
 
 
 @dataclass(frozen=True)
@@ -45,9 +45,9 @@ def audit(run: RunFolder, data_root: str | Path | None = None) -> tuple[list[Sus
     Raises:
         InputError: the run has no checkpoint, or its data is not there or has other classes (a ValueError).
     """
-    trained, recipe = load(run), run.recipe()
-    dataset = data_of(run, trained, data_root)
-    features = extract(trained.model, dataset, recipe.augmentation, recipe.batch_size, recipe.precision).train
+    checkpoint = Checkpoint.open(run)
+    model, dataset, recipe = checkpoint.model().model, checkpoint.data(data_root), checkpoint.recipe
+    features = extract(model, dataset, recipe.augmentation, recipe.batch_size, recipe.precision).train
     judged = vmcr2.label_quality(features, dataset.train_labels)
     names = dataset.class_names
     suspects = [

@@ -132,7 +132,7 @@ def _to_train(arguments: list[str]) -> tuple[RunFolder | None, Recipe, _TrainOpt
     recipe, options = _parse(f"train {name or chosen.name}", chosen, _TrainOptions, flags)
     out = options.out or Path("runs") / f"{recipe.name}-{recipe.objective}-seed{recipe.seed}"
     # torchrun --max-restarts starts the same command again, which then finds what it has begun.
-    again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and (out / "recipe.json").is_file()
+    again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and RunFolder(out).is_begun()
     return RunFolder.open(out) if again else None, recipe, dataclasses.replace(options, out=out)
 
 
@@ -162,18 +162,17 @@ def evaluate(run: _Run, data_root: Path | None = None, components: tuple[int, ..
     from vmcr2.checks import check_count
     from vmcr2.lab.evaluate import accuracy_by_components, extract, measure, subspaces
     from vmcr2.lab.files import write_json
-    from vmcr2.lab.run import RunFolder
     from vmcr2.lab.terminal import table
-    from vmcr2.lab.trained import data_of, load, load_objective
+    from vmcr2.lab.trained import Checkpoint
     from vmcr2.subspaces import default_components
 
-    folder = RunFolder.open(run)
-    trained, recipe = load(folder), folder.recipe()
+    checkpoint = Checkpoint.open(run)
+    recipe = checkpoint.recipe
     for r in components:
         check_count("components", r, at_most=recipe.feature_dim, limit="feature_dim")
-    dataset = data_of(folder, trained, data_root)
-    features = extract(trained.model, dataset, recipe.augmentation, recipe.batch_size, recipe.precision)
-    predict = load_objective(folder).predict
+    model, dataset = checkpoint.model().model, checkpoint.data(data_root)
+    features = extract(model, dataset, recipe.augmentation, recipe.batch_size, recipe.precision)
+    predict = checkpoint.objective().predict
     measured = asdict(measure(features, dataset, subspaces(features, dataset), recipe.eps_sq, predict))
     usual = default_components(recipe.feature_dim, dataset.num_classes)
     tried = components or tuple(sorted({r for r in (1, 2, 4, 8) if r <= recipe.feature_dim} | {usual}))

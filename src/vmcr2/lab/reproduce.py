@@ -90,11 +90,11 @@ class Request:
 
         So a figure shows the runs of a table that was made shorter.
         """
-        folder = self.folder(recipe)
+        run = RunFolder(self.folder(recipe))
         asked = self.epochs is not None or self.evaluate_every is not None
-        if asked or not (folder / "summary.json").is_file():
+        if asked or not run.is_complete():
             return recipe
-        made = RunFolder.open(folder).recipe()
+        made = run.recipe()
         return replace(recipe, epochs=made.epochs, evaluate_every=made.evaluate_every)
 
     def folder(self, recipe: Recipe) -> Path:
@@ -159,7 +159,8 @@ def _runs(
 
 
 def _is_complete(folder: Path, recipe: Recipe) -> bool:
-    return (folder / "summary.json").is_file() and RunFolder.open(folder).recipe().epochs >= recipe.epochs
+    run = RunFolder(folder)
+    return run.is_complete() and run.recipe().epochs >= recipe.epochs
 
 
 def _announce(missing: list[Recipe], console: Console) -> None:

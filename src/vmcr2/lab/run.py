@@ -96,8 +96,7 @@ class RunFolder:
         check_folder("out", self.path)
         if is_free(self.path):
             return
-        begun = self.recipe_file.is_file()
-        what = "a run is there already; continue it with --resume" if begun else "it is taken"
+        what = "a run is there already; continue it with --resume" if self.is_begun() else "it is taken"
         raise InputError(f"out must be a new or empty folder, got {self.path}: {what}, or choose another --out")
 
     @classmethod
@@ -113,7 +112,7 @@ class RunFolder:
         run = cls(path)
         if not path.is_dir():
             raise InputError(f"there is no run folder {path}")
-        if not run.recipe_file.is_file():
+        if not run.is_begun():
             what = "it has no recipe.json"
             if (path / "comparison.json").is_file():
                 names = sorted(file.parent.name for file in path.glob("*/recipe.json"))
@@ -130,6 +129,10 @@ class RunFolder:
     def recipe(self) -> Recipe:
         """Returns the recipe of the run."""
         return recipes.from_json(self.recipe_file)
+
+    def is_begun(self) -> bool:
+        """Whether there is a run in the folder."""
+        return self.recipe_file.is_file()
 
     def is_complete(self) -> bool:
         """Whether the run has reached its end."""

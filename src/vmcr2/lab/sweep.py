@@ -48,7 +48,7 @@ def compare(
         if not several:
             raise InputError(f"{name} must name at least one, got none")
     out = Path(out)
-    if (out / "recipe.json").is_file():
+    if RunFolder(out).is_begun():
         raise InputError(f"out must be a folder to hold runs, got {out}, which is a run itself")
     recipe = replace(recipe, data=sources.resolved(recipe.data))
     planned = [
@@ -73,8 +73,7 @@ def refuse_conflicts(planned: Sequence[tuple[Path, Recipe]], data_root: str | Pa
     """Raises InputError if the folder of a planned run holds something else, before any of them is run."""
     for path, recipe in planned:
         check_folder("out", path)
-        if (path / "recipe.json").is_file():
-            run = RunFolder.open(path)
+        if (run := RunFolder(path)).is_begun():
             train.refuse_other_recipe(run, run.recipe(), recipe, data_root)
         elif not is_free(path):
             raise InputError(f"{path} exists and is not a run folder; choose another --out")
@@ -82,8 +81,8 @@ def refuse_conflicts(planned: Sequence[tuple[Path, Recipe]], data_root: str | Pa
 
 def completed(path: Path, recipe: Recipe, data_root: str | Path | None, console: Console | None) -> RunFolder:
     """Returns the run of a recipe in a folder, after starting it or going on with it as far as is needed."""
-    if (path / "recipe.json").is_file():
-        return train.resume(RunFolder.open(path), recipe, data_root, console)
+    if (run := RunFolder(path)).is_begun():
+        return train.resume(run, recipe, data_root, console)
     return train.start(recipe, path, data_root, console)
 
 

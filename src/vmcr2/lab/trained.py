@@ -14,6 +14,7 @@ import json
 import os
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -294,10 +295,7 @@ def load(path: RunFolder | str | Path, components: int | None = None) -> Trained
             (a ValueError).
     """
     exported = isinstance(path, str | os.PathLike) and (Path(path) / "model.safetensors").is_file()
-    trained = _load_exported(Path(path)) if exported else _load_run(path)
-    spoilt = [name for name, value in trained.state_dict().items() if not bool(value.isfinite().all())]
-    if spoilt:
-        raise InputError(f"the model in {path} is damaged: NaN or infinite entries in {', '.join(spoilt)}")
+    trained = _load_exported(Path(path)) if exported else Checkpoint.open(path).model()
     if components is not None:
         most = trained.subspaces.shape[2]
         check_count("components", components, at_most=most, limit="those of the model")
@@ -310,75 +308,108 @@ def load(path: RunFolder | str | Path, components: int | None = None) -> Trained
     return trained
 
 
-def _load_run(path: RunFolder | str | Path) -> TrainedModel:
-    run, recipe, state = _open(path)
-    kept = state["trained"]
-    if kept["bases"] is None:
-        raise InputError(f"{run.path} has not been measured yet, so it has no subspaces; --resume it")
-    if kept["measured_at"] != state["epoch"]:
-        warnings.warn(
-            f"the subspaces of {run.path} are those of epoch {kept['measured_at']}, its network that of epoch "
-            f"{state['epoch']}: --resume it to have both at its end",
-            stacklevel=2,
-        )
-    about: dict[str, Any] = {"recipe": recipe.name, "objective": OBJECTIVES[recipe.objective], "epochs": state["epoch"]}
-    if run.is_complete():
-        summary = run.summary()
-        about |= {name: round(summary[name], 4) for name in ("train_reduction", "test_accuracy")}
-        about["evaluated_on"] = summary["evaluated_on"]
-    with run.fits("the network of its recipe"):
-        trained = TrainedModel(**kept["config"], components=kept["bases"].shape[2], about=about)
-        trained.model.load_state_dict(state["model"])
-        if kept["bases"].shape != trained.subspaces.shape:
-            raise ValueError(f"subspaces of {tuple(kept['bases'].shape)}, where {tuple(trained.subspaces.shape)} fit")
-        trained.subspaces.copy_(kept["bases"])
+@dataclass(frozen=True)
+class Checkpoint:
+    """A run's last checkpoint, read once, and what can be made of it.
+
+    Attributes:
+        run: the run folder.
+        recipe: its recipe.
+        state: what checkpoint.pt holds.
+    """
+
+    run: RunFolder
+    recipe: Recipe
+    state: dict[str, Any]
+
+    @classmethod
+    def open(cls, path: RunFolder | str | Path) -> Checkpoint:
+        """Reads the checkpoint of a run folder.
+
+        Raises:
+            InputError: there is no run or no checkpoint, or a damaged one (a ValueError).
+        """
+        run = path if isinstance(path, RunFolder) else RunFolder.open(path)
+        recipe, state = run.recipe(), run.load_checkpoint()
+        if state is None:
+            raise InputError(f"{run.path} has no checkpoint yet; --resume it")
+        if "config" not in state["trained"]:
+            raise InputError(f"{run.checkpoint_file} was written by an earlier version; train it again")
+        run.check_recipe_of(state, recipe)
+        return cls(run, recipe, state)
+
+    def model(self) -> TrainedModel:
+        """Returns the network with its subspaces, on the CPU and in eval mode; warns where they are older than it.
+
+        Raises:
+            InputError: the run has not been measured yet, or the checkpoint does not fit or is damaged (a ValueError).
+        """
+        run, recipe, state = self.run, self.recipe, self.state
+        kept = state["trained"]
+        if kept["bases"] is None:
+            raise InputError(f"{run.path} has not been measured yet, so it has no subspaces; --resume it")
+        if kept["measured_at"] != state["epoch"]:
+            warnings.warn(
+                f"the subspaces of {run.path} are those of epoch {kept['measured_at']}, its network that of epoch "
+                f"{state['epoch']}: --resume it to have both at its end",
+                stacklevel=2,
+            )
+        about: dict[str, Any] = {"recipe": recipe.name, "objective": OBJECTIVES[recipe.objective]}
+        about["epochs"] = state["epoch"]
+        if run.is_complete():
+            summary = run.summary()
+            about |= {name: round(summary[name], 4) for name in ("train_reduction", "test_accuracy")}
+            about["evaluated_on"] = summary["evaluated_on"]
+        with run.fits("the network of its recipe"):
+            trained = TrainedModel(**kept["config"], components=kept["bases"].shape[2], about=about)
+            trained.model.load_state_dict(state["model"])
+            if kept["bases"].shape != trained.subspaces.shape:
+                fit = tuple(trained.subspaces.shape)
+                raise ValueError(f"subspaces of {tuple(kept['bases'].shape)}, where {fit} fit")
+            trained.subspaces.copy_(kept["bases"])
+        return _sound(trained, run.path)
+
+    def objective(self) -> Objective:
+        """Returns what the run was trained on, with its dictionary or classifier, in eval mode.
+
+        Raises:
+            InputError: the checkpoint does not fit (a ValueError).
+        """
+        with self.run.fits("the objective of its recipe"):
+            objective = objectives.build(self.recipe, len(self.state["trained"]["config"]["classes"]))
+            objective.criterion.load_state_dict(self.state["criterion"])
+        objective.criterion.eval()
+        return objective
+
+    def data(self, data_root: str | Path | None = None) -> Dataset:
+        """Returns the data that the run was trained and measured on; warns where it has changed since.
+
+        Args:
+            data_root: where named data sets lie.
+
+        Raises:
+            InputError: the data is not there, or has other classes or sizes (a ValueError).
+        """
+        source, known = self.recipe.data.source, self.state["trained"]["config"]
+        dataset = sources.load(self.recipe.data, data_root)
+        sizes = list(dataset.train_inputs.shape[1:])
+        if list(dataset.class_names) != known["classes"] or sizes != known["image_shape"]:
+            raise InputError(f"{source} has other classes or sizes than {self.run.path} was trained on")
+        if self.state["data"] != sources.fingerprint(dataset):
+            warnings.warn(f"{source} has changed since {self.run.path} was trained on it", stacklevel=2)
+        return dataset
+
+
+def _sound(trained: TrainedModel, path: Path) -> TrainedModel:
+    """Returns the model, in eval mode.
+
+    Raises:
+        InputError: it holds NaN.
+    """
+    spoilt = [name for name, value in trained.state_dict().items() if not bool(value.isfinite().all())]
+    if spoilt:
+        raise InputError(f"the model in {path} is damaged: NaN or infinite entries in {', '.join(spoilt)}")
     return trained.eval()
-
-
-def data_of(run: RunFolder, trained: TrainedModel, data_root: str | Path | None = None) -> Dataset:
-    """Returns the data that a run was trained and measured on; warns where it has changed since.
-
-    Args:
-        run: with a checkpoint.
-        trained: loaded from it.
-        data_root: where named data sets lie.
-
-    Raises:
-        InputError: the data is not there, or has other classes or sizes (a ValueError).
-    """
-    settings = run.recipe().data
-    dataset = sources.load(settings, data_root)
-    if dataset.class_names != trained.classes or dataset.train_inputs.shape[1:] != trained.image_shape:
-        raise InputError(f"{settings.source} has other classes or sizes than {run.path} was trained on")
-    _, _, state = _open(run)
-    if state["data"] != sources.fingerprint(dataset):
-        warnings.warn(f"{settings.source} has changed since {run.path} was trained on it", stacklevel=2)
-    return dataset
-
-
-def load_objective(path: RunFolder | str | Path) -> Objective:
-    """Returns what a run was trained on, with the dictionary or classifier of its last checkpoint, in eval mode.
-
-    Raises:
-        InputError: the run has no checkpoint, or a damaged one (a ValueError).
-    """
-    run, recipe, state = _open(path)
-    with run.fits("the objective of its recipe"):
-        objective = objectives.build(recipe, len(state["trained"]["config"]["classes"]))
-        objective.criterion.load_state_dict(state["criterion"])
-    objective.criterion.eval()
-    return objective
-
-
-def _open(path: RunFolder | str | Path) -> tuple[RunFolder, Recipe, dict[str, Any]]:
-    run = path if isinstance(path, RunFolder) else RunFolder.open(path)
-    recipe, state = run.recipe(), run.load_checkpoint()
-    if state is None:
-        raise InputError(f"{run.path} has no checkpoint yet; --resume it")
-    if "config" not in state["trained"]:
-        raise InputError(f"{run.checkpoint_file} was written by an earlier version; train it again")
-    run.check_recipe_of(state, recipe)
-    return run, recipe, state
 
 
 def export(trained: TrainedModel, folder: str | Path) -> None:
@@ -417,7 +448,7 @@ def _load_exported(folder: Path) -> TrainedModel:
         raise
     except Exception as error:  # safetensors has errors of its own
         raise InputError(f"{folder} holds no readable model: {error}") from error
-    return trained.eval()
+    return _sound(trained, folder)
 
 
 def _safetensors() -> Any:
