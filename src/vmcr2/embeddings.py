@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ from torch.nn import functional
 from vmcr2.checks import UNIT_NORM_TOLERANCE, check_number, refuse_masked
 from vmcr2.errors import InputError, NumericalError
 from vmcr2.linalg import require_finite
-from vmcr2.membership import as_membership
+from vmcr2.membership import Membership, as_membership
 from vmcr2.rates import checked_rates, transrate
 from vmcr2.subspaces import check_components, default_components, held_out_energies
 
@@ -267,7 +267,7 @@ def report(
     require_finite(*rates)
     spectrum = torch.linalg.svdvals(unit).square() / m
     spectrum = functional.pad(spectrum, (0, d - len(spectrum)))
-    overlap, ranks = _overlaps_and_ranks(unit, places, len(names))
+    overlap, ranks = _overlaps_and_ranks(unit, membership)
     counts = membership.sizes.numpy()
     maximum = largest_reduction(d, counts, eps_sq)
     centre = float(unit.mean(0).norm())
@@ -353,6 +353,15 @@ def _warnings(
     return texts
 
 
+def bisected(beyond: Callable[[Any], Any], low: Any, high: Any, rounds: int) -> tuple[Any, Any]:
+    """Returns the ends between which `beyond`, false at `low` and true at `high`, turns; entry by entry of arrays."""
+    for _ in range(rounds):
+        middle = 0.5 * (low + high)
+        over = beyond(middle)
+        low, high = np.where(over, low, middle), np.where(over, middle, high)
+    return low, high
+
+
 def _worth(scaled: Any) -> Any:
     """Returns what one more dimension adds to R, up to ½, where β times the energy in each of a class's own is this."""
     return np.log1p(scaled) - scaled / (1 + scaled)
@@ -360,11 +369,7 @@ def _worth(scaled: Any) -> Any:
 
 def _energy_worth(price: float, beta: float) -> float:
     """Returns the energy of a direction, at most 1, at which one more dimension is worth the price."""
-    low, high = 0.0, 1.0
-    for _ in range(60):
-        middle = 0.5 * (low + high)
-        low, high = (low, middle) if _worth(beta * middle) > price else (middle, high)
-    return high
+    return float(bisected(lambda energy: _worth(beta * energy) > price, 0.0, 1.0, 60)[1])
 
 
 def largest_reduction(feature_dim: int, class_counts: Int[np.ndarray, " k"], eps_sq: float) -> float:
@@ -393,12 +398,11 @@ def largest_reduction(feature_dim: int, class_counts: Int[np.ndarray, " k"], eps
 
     def directions(price: float) -> np.ndarray:
         """The r_j from 1 to `most` at which one more direction adds no more to ΔR than its price."""
-        low, high = np.ones_like(most), most.copy()
-        for _ in range(30):
-            middle = 0.5 * (low + high)
-            more = _worth(beta * weights / middle) - weights * _worth(beta / middle) > price
-            low, high = np.where(more, middle, low), np.where(more, high, middle)
-        return low
+
+        def enough(r: np.ndarray) -> np.ndarray:
+            return _worth(beta * weights / r) - weights * _worth(beta / r) <= price
+
+        return bisected(enough, np.ones_like(most), most, 30)[0]
 
     def allotted(price: float) -> tuple[np.ndarray, np.ndarray, float]:
         """Returns r_j, how many classes of a size have directions of their own, the dimensions the others take."""
@@ -406,14 +410,13 @@ def largest_reduction(feature_dim: int, class_counts: Int[np.ndarray, " k"], eps
         own = weights > even
         return directions(price), alike * own, float(weights @ (alike * ~own)) / even if even else 0.0
 
-    low, high = 0.0, float(_worth(beta))
-    r, own, _ = allotted(low)
+    def fits(price: float) -> bool:
+        r, own, left = allotted(price)
+        return bool(r @ own + left <= d)
+
+    r, own, _ = allotted(0.0)
     if r @ own > d:
-        for _ in range(40):
-            price = 0.5 * (low + high)
-            r, own, left = allotted(price)
-            low, high = (price, high) if r @ own + left > d else (low, price)
-        r, own, _ = allotted(high)
+        r, own, _ = allotted(bisected(fits, 0.0, float(_worth(beta)), 40)[1])
     value = (r * (np.log1p(beta * weights / r) - weights * np.log1p(beta / r))) @ own
     shared, left = 1 - weights @ own, d - r @ own
     if (own == 0).any():
@@ -428,15 +431,14 @@ def effective_rank(eigenvalues: Float[Tensor, "k d"]) -> Float[Tensor, " k"]:
     return torch.special.entr(shares).sum(1).exp()
 
 
-def _overlaps_and_ranks(unit: Tensor, labels: Tensor, k: int) -> tuple[np.ndarray, np.ndarray]:
+def _overlaps_and_ranks(unit: Tensor, membership: Membership) -> tuple[np.ndarray, np.ndarray]:
     """Returns the cosines between classes' second moments, or lower bounds of them, and each class's effective rank."""
-    d = unit.shape[1]
-    membership = as_membership(unit, labels, k)
+    d, k = unit.shape[1], membership.num_classes
     most = min(d, int(membership.sizes.max()))
     whole = k * d * max(d, most) <= _MOMENT_ELEMENTS
     ranks, norms = (torch.empty(k, dtype=unit.dtype, device="cpu") for _ in range(2))
     vectors = []
-    for j, rows in enumerate(unit[labels.argsort(stable=True)].split(membership.sizes.tolist())):
+    for j, rows in enumerate(unit[membership.rows_or_labels.argsort(stable=True)].split(membership.sizes.tolist())):
         _, values, directions = torch.linalg.svd(rows / len(rows) ** 0.5, full_matrices=False)
         energies = values.square()
         ranks[j] = effective_rank(energies[None])[0].cpu()

@@ -28,7 +28,7 @@ except ModuleNotFoundError as error:
 from torch import Tensor, nn
 
 from vmcr2.checks import check_choice, check_count, check_number, refuse_masked, tensor_of
-from vmcr2.embeddings import LabelQuality, label_quality, sorted_classes
+from vmcr2.embeddings import LabelQuality, bisected, label_quality, sorted_classes
 from vmcr2.errors import InputError, NumericalError
 from vmcr2.latching import MomentStream
 from vmcr2.linalg import check_eps_sq, unit_rows
@@ -787,12 +787,12 @@ def _temperature(features: Tensor, energies: Tensor, labels: Tensor) -> float:
     scale = float(energies[known].amax(1).mean())
     table, own = energies[known].double() / scale, labels[known, None]
     gains = table - table.gather(1, own)
-    low, high = -2.0, 5.0  # of log10 1/τ
-    for _ in range(30):
-        middle = 0.5 * (low + high)
-        slope = (torch.softmax(10**middle * gains, 1) * gains).sum(1).mean()
-        low, high = (middle, high) if slope < 0 else (low, middle)
-    return scale / 10**high
+
+    def falls(exponent: float) -> bool:
+        """Whether the likelihood falls from 1/τ = 10 to this on."""
+        return not (torch.softmax(10**exponent * gains, 1) * gains).sum(1).mean() < 0
+
+    return scale / 10 ** float(bisected(falls, -2.0, 5.0, 30)[1])
 
 
 def _of_all_classes(

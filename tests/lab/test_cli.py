@@ -5,12 +5,13 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
-from small import without_times
+from small import SMALL, without_times
 
 import vmcr2
 from vmcr2 import __version__
@@ -185,7 +186,7 @@ def test_training_that_diverges_ends_with_code_3_and_says_what_to_change(tmp_pat
 
 
 def test_bench_prints_and_writes_what_a_step_costs(tmp_path, monkeypatch, capsys):
-    tiny = bench.Workload(100, (1, 8, 8), 4, "mlp", 16, 2, 50, 1.0, 0.5)
+    tiny = bench.Workload(replace(SMALL, batch_size=50), 100, (1, 8, 8), 4)
     monkeypatch.setattr(bench, "WORKLOADS", {"mnist": tiny})
     assert main(["bench", "--rows", "mnist", "--seconds", "0.01", "--out", str(tmp_path / "bench.json")]) == 0
     assert "mnist, vmcr2" in capsys.readouterr().out

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 from rich.console import Console
+from small import SMALL
 
 from vmcr2.errors import InputError, NumericalError
 from vmcr2.lab import bench, cli, paper, reproduce
@@ -141,7 +142,7 @@ def test_our_own_recipes_are_kept_apart(small, tmp_path):
 
 
 def test_timings_are_kept_row_by_row(monkeypatch, tmp_path):
-    tiny = bench.Workload(100, (1, 8, 8), 4, "mlp", 16, 2, 50, 1.0, 0.5)
+    tiny = bench.Workload(replace(SMALL, batch_size=50), 100, (1, 8, 8), 4)
     monkeypatch.setattr(bench, "WORKLOADS", {"mnist": tiny, "cifar10": tiny})
     epoch_cost = bench.epoch_cost
     monkeypatch.setattr(bench, "epoch_cost", lambda workload, device: epoch_cost(workload, device, 0.01))

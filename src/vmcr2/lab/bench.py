@@ -13,41 +13,33 @@ from torch.utils.benchmark import Timer
 from vmcr2.lab import networks
 from vmcr2.lab.augmentation import Augmentation, augmented
 from vmcr2.lab.objectives import CrossEntropyHead
+from vmcr2.lab.paper import PAPER, TABLE1
+from vmcr2.lab.recipes import Recipe
 from vmcr2.losses import MCR2Loss, VMCR2Loss
 
 
 @dataclass(frozen=True)
 class Workload:
-    """One row of Table 1: the sizes that decide what an epoch costs, and the paper's seconds on an A100.
+    """One row of Table 1: the recipe, and what of its data decides what an epoch costs.
 
     Attributes:
+        recipe: its network, d, s and batch size.
         samples: training images in an epoch.
         shape: of one image after augmentation.
         classes: k.
-        network: a featurizer's name.
-        feature_dim: d.
-        atoms_per_class: s.
-        batch_size: m.
-        paper_mcr2: seconds per epoch of MCR² in the paper.
-        paper_vmcr2: seconds per epoch of V-MCR² in the paper.
     """
 
+    recipe: Recipe
     samples: int
     shape: tuple[int, int, int]
     classes: int
-    network: str
-    feature_dim: int
-    atoms_per_class: int
-    batch_size: int
-    paper_mcr2: float
-    paper_vmcr2: float
 
 
 WORKLOADS: dict[str, Workload] = {
-    "mnist": Workload(60_000, (1, 32, 32), 10, "cnn", 128, 20, 1000, 11.56, 6.29),
-    "cifar10": Workload(50_000, (3, 32, 32), 10, "resnet18", 128, 20, 1000, 33.06, 20.71),
-    "cifar100": Workload(50_000, (3, 32, 32), 100, "resnet18", 500, 10, 2000, 157.45, 31.14),
-    "tiny-imagenet": Workload(100_000, (3, 32, 32), 200, "resnet18", 500, 10, 2000, 527.85, 44.23),
+    "mnist": Workload(PAPER["mnist"], 60_000, (1, 32, 32), 10),
+    "cifar10": Workload(PAPER["cifar10"], 50_000, (3, 32, 32), 10),
+    "cifar100": Workload(PAPER["cifar100"], 50_000, (3, 32, 32), 100),
+    "tiny-imagenet": Workload(PAPER["tiny-imagenet"], 100_000, (3, 32, 32), 200),
 }
 
 
@@ -115,8 +107,9 @@ def epoch_cost(workload: Workload, device: torch.device, seconds: float = 1.0) -
         seconds: of every timing, at least.
     """
     torch.manual_seed(0)
-    m, k, d = workload.batch_size, workload.classes, workload.feature_dim
-    model = networks.build(workload.network, workload.shape, d).to(device)
+    recipe, k = workload.recipe, workload.classes
+    m, d, s = recipe.batch_size, recipe.feature_dim, recipe.vmcr2.atoms_per_class
+    model = networks.build(recipe.network, workload.shape, d).to(device)
     optimizer = torch.optim.SGD(model.parameters(), 1e-3, momentum=0.9)
     images = torch.rand(m, *workload.shape, device=device)
     labels = torch.arange(m, device=device)[torch.randperm(m, device=device)] % k
@@ -130,8 +123,8 @@ def epoch_cost(workload: Workload, device: torch.device, seconds: float = 1.0) -
     criteria: dict[str, nn.Module] = {
         "ce": CrossEntropyHead(d, k).to(device),
         "mcr2": MCR2Loss(k),
-        "vmcr2": VMCR2Loss(k, d, atoms_per_class=workload.atoms_per_class).to(device),
-        "vmcr2 block": VMCR2Loss(k, d, atoms_per_class=workload.atoms_per_class, structure="block").to(device),
+        "vmcr2": VMCR2Loss(k, d, atoms_per_class=s).to(device),
+        "vmcr2 block": VMCR2Loss(k, d, atoms_per_class=s, structure="block").to(device),
     }
     many = nn.functional.normalize(torch.randn(20 * k, d, device=device), dim=1)
     for criterion in criteria.values():
@@ -158,7 +151,6 @@ def rows(costs: Mapping[str, EpochCost]) -> list[list[str]]:
     """Returns the table's lines: seconds per epoch, and of a step each part's median, quartile distance and share."""
     lines = []
     for name, cost in costs.items():
-        paper = {"mcr2": WORKLOADS[name].paper_mcr2, "vmcr2": WORKLOADS[name].paper_vmcr2}
         for objective, timing in cost.objectives.items():
             step = cost.step(objective)
             parts = [
@@ -169,7 +161,7 @@ def rows(costs: Mapping[str, EpochCost]) -> list[list[str]]:
                 [
                     f"{name}, {objective}",
                     f"{cost.epoch(objective):.3g}",
-                    str(paper.get(objective, "–")),
+                    str(TABLE1[name].get(objective, "–")),
                     f"{100 * cost.beyond_ce(objective):+.1f} %",
                     f"{1e3 * step:.3g}",
                     *parts,

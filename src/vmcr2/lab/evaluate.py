@@ -11,7 +11,6 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from vmcr2.distributed import gather_rows, process_rank, world_size
-from vmcr2.lab import processes
 from vmcr2.lab.augmentation import Augmentation, plain
 from vmcr2.lab.networks import autocast
 from vmcr2.lab.sources import Dataset
@@ -48,7 +47,7 @@ def extract(
     model.eval()
 
     def features(inputs: Tensor) -> Tensor:
-        parts = [inputs[processes.share(len(inputs), rank, world)] for rank in range(world)]
+        parts = inputs.tensor_split(world)
         own = parts[process_rank()]
         # Not every network accepts an empty batch.
         batches = own.split(max(1, batch_size // world)) if len(own) else [inputs[:1]]

@@ -207,7 +207,7 @@ def start(
     with ExitStack() as stack:
         run = processes.first(lambda: stack.enter_context(RunFolder.created(out, recipe)))
         try:
-            _train(_Run(prepared, run), console, on_epoch)
+            _Run(prepared, run).train(console, on_epoch)
         except KeyboardInterrupt as error:  # before the first epoch, too, there is a run to continue
             raise error if isinstance(error, Interrupted) else Interrupted(run.path) from error
     return run
@@ -258,7 +258,7 @@ def resume(
         processes.first(lambda: stack.enter_context(run.held()))
         ready = _Run(prepared, run, processes.first(load))
         processes.first(reopen)  # not before the state has been taken in
-        _train(ready, console, on_epoch)
+        ready.train(console, on_epoch)
     return run
 
 
@@ -517,9 +517,9 @@ class EpochBatches:
 class _Run:
     """What one run keeps between epochs: its optimizer, the latest measures, what is on the disk."""
 
-    def __init__(self, prepared: _Prepared, run: RunFolder, state: dict[str, Any] | None = None) -> None:
+    def __init__(self, prepared: _Prepared, folder: RunFolder, state: dict[str, Any] | None = None) -> None:
         recipe, model, criterion = prepared.recipe, prepared.model, prepared.objective.criterion
-        self.prepared, self.run = prepared, run
+        self.prepared, self.folder = prepared, folder
         self.done = 0 if state is None else state["epoch"]
         self.measured: tuple[Features, Measures, Tensor] | None = None
         # What prediction needs without the training data.
@@ -537,13 +537,90 @@ class _Run:
         if state is not None:
             self.seconds = state["seconds"]
             self.trained |= {name: state["trained"].get(name) for name in ("bases", "measured_at")}
-            with run.fits("what its recipe makes here"):
+            with folder.fits("what its recipe makes here"):
                 model.load_state_dict(state["model"])
                 criterion.load_state_dict(state["criterion"])
                 self.optimizer.load_state_dict(state["optimizer"])
                 torch.set_rng_state(state["rng"])
             if prepared.device.type == "cuda" and "cuda_rng" in state:
                 torch.cuda.set_rng_state(state["cuda_rng"], prepared.device)
+
+    def train(self, console: Console | None, on_epoch: OnEpoch | None) -> None:
+        """Trains to the recipe's end, or until it is interrupted, writing and showing what each epoch comes to."""
+        recipe, folder = self.prepared.recipe, self.folder
+        title = f"{recipe.name} {recipe.objective} seed {recipe.seed}"
+        if not processes.is_first():
+            console = Console(quiet=True, force_terminal=False)
+        with (
+            EpochProgress(title, recipe.epochs, self.done, console) as progress,
+            _Interrupt(folder, self.done, console) as interrupt,
+        ):
+
+            def note(line: dict[str, Any]) -> tuple[dict[str, Any], bool]:
+                """Writes and shows what an epoch came to; returns that, and whether to stop."""
+                stop = self.record(line, interrupt)
+                progress.update(line["epoch"], _figures(line))
+                if on_epoch is not None:
+                    on_epoch(line)
+                return line, stop
+
+            def after(line: dict[str, Any]) -> None:
+                epoch = line["epoch"]
+                if epoch % recipe.evaluate_every == 0 or epoch == recipe.epochs:
+                    try:
+                        line |= asdict(self.measure(epoch))
+                    except (InputError, NumericalError) as error:
+                        raise _diverged(self.prepared.objective, epoch, error) from error
+                    if epoch == recipe.epochs and recipe.objective != "ce":
+                        _warn_of_little(line["train_reduction"], self.prepared)
+                interrupt.asked = processes.any_of(interrupt.asked)
+                noted, stop = processes.first(lambda: note(line))
+                line |= noted
+                if stop and epoch < recipe.epochs:
+                    raise Interrupted(folder.path)
+
+            try:
+                self._fit(after)
+                self.finish()
+                if processes.any_of(interrupt.asked):
+                    raise Interrupted(folder.path)
+            except BaseException as error:
+                if not processes.is_loss(error):
+                    raise
+                if interrupt.asked:  # the first process has stopped at once
+                    raise Interrupted(folder.path) from None
+                raise LostProcessError(folder.path) from error
+
+    def _fit(self, after: OnEpoch) -> None:
+        """Runs `fit` as a recipe has it, from the epoch after those that are done on."""
+        prepared, folder, done, recipe = self.prepared, self.folder, self.done, self.prepared.recipe
+
+        def history() -> list[dict[str, Any]]:
+            folder.truncate_metrics(done)
+            lines = folder.metrics()
+            if len(lines) < done:
+                warnings.warn(
+                    f"{folder.metrics_file} lacks {done - len(lines)} of {done} epochs, and so will curves",
+                    stacklevel=2,
+                )
+            return lines
+
+        def batches(epoch: int, *, augment: bool) -> EpochBatches:
+            return EpochBatches(prepared.dataset, recipe, epoch, augment, process_rank(), world_size())
+
+        fit(
+            networks.distributed(prepared.model),
+            prepared.objective,
+            lambda epoch: batches(epoch, augment=True),
+            self.optimizer,
+            recipe.epochs,
+            latch_on=lambda epoch: batches(epoch, augment=False),
+            lr_at=recipe.lr_at,
+            precision=recipe.precision,
+            on_epoch=after,
+            done=done,
+            history=processes.first(history),
+        )
 
     def measure(self, epoch: int) -> Measures:
         """Measures the network on the whole data set, and keeps what the summary and a checkpoint need of it."""
@@ -575,13 +652,13 @@ class _Run:
         }
         if self.prepared.device.type == "cuda":
             state["cuda_rng"] = torch.cuda.get_rng_state(self.prepared.device)
-        self.run.save_checkpoint(state)
+        self.folder.save_checkpoint(state)
 
     def record(self, line: dict[str, Any], interrupt: _Interrupt) -> bool:
         """Writes what an epoch came to, and a checkpoint where one is due; returns whether to stop after it."""
         recipe, epoch = self.prepared.recipe, line["epoch"]
         self.seconds += line["seconds"]
-        self.run.add_metrics(line)
+        self.folder.add_metrics(line)
         interrupt.done = epoch
         due = time.monotonic() - self.saved_at >= recipe.checkpoint_seconds
         if epoch == recipe.epochs or interrupt.asked or due:
@@ -601,10 +678,10 @@ class _Run:
         objective = self.prepared.objective
         dataset = self.prepared.dataset
         arrays = for_figures(features, dataset, bases)
-        self.run.save_features(arrays | objective.arrays())
+        self.folder.save_features(arrays | objective.arrays())
         ranks = effective_rank(torch.from_numpy(arrays["spectra"]))
         first = nearest_subspace(features.test, bases[..., :1])  # bases start with the strongest direction
-        self.run.save_summary(
+        self.folder.save_summary(
             {
                 "recipe": recipe.name,
                 "objective": recipe.objective,
@@ -624,82 +701,6 @@ class _Run:
                 "python": platform.python_version(),
             }
         )
-
-
-def _train(state_of_run: _Run, console: Console | None, on_epoch: OnEpoch | None) -> None:
-    prepared, run, done = state_of_run.prepared, state_of_run.run, state_of_run.done
-    recipe = prepared.recipe
-    title = f"{recipe.name} {recipe.objective} seed {recipe.seed}"
-    if not processes.is_first():
-        console = Console(quiet=True, force_terminal=False)
-    with EpochProgress(title, recipe.epochs, done, console) as progress, _Interrupt(run, done, console) as interrupt:
-
-        def note(line: dict[str, Any]) -> tuple[dict[str, Any], bool]:
-            """Writes and shows what an epoch came to; returns that, and whether to stop."""
-            stop = state_of_run.record(line, interrupt)
-            progress.update(line["epoch"], _figures(line))
-            if on_epoch is not None:
-                on_epoch(line)
-            return line, stop
-
-        def after(line: dict[str, Any]) -> None:
-            epoch = line["epoch"]
-            if epoch % recipe.evaluate_every == 0 or epoch == recipe.epochs:
-                try:
-                    line |= asdict(state_of_run.measure(epoch))
-                except (InputError, NumericalError) as error:
-                    raise _diverged(prepared.objective, epoch, error) from error
-                if epoch == recipe.epochs and recipe.objective != "ce":
-                    _warn_of_little(line["train_reduction"], prepared)
-            interrupt.asked = processes.any_of(interrupt.asked)
-            noted, stop = processes.first(lambda: note(line))
-            line |= noted
-            if stop and epoch < recipe.epochs:
-                raise Interrupted(run.path)
-
-        try:
-            _fit_recipe(state_of_run, after)
-            state_of_run.finish()
-            if processes.any_of(interrupt.asked):
-                raise Interrupted(run.path)
-        except BaseException as error:
-            if not processes.is_loss(error):
-                raise
-            if interrupt.asked:  # the first process has stopped at once
-                raise Interrupted(run.path) from None
-            raise LostProcessError(run.path) from error
-
-
-def _fit_recipe(state_of_run: _Run, after: OnEpoch) -> None:
-    """Runs `fit` as a recipe has it, from the epoch after those that are done on."""
-    prepared, run, done = state_of_run.prepared, state_of_run.run, state_of_run.done
-    recipe = prepared.recipe
-
-    def history() -> list[dict[str, Any]]:
-        run.truncate_metrics(done)
-        lines = run.metrics()
-        if len(lines) < done:
-            warnings.warn(
-                f"{run.metrics_file} lacks {done - len(lines)} of {done} epochs, and so will curves", stacklevel=2
-            )
-        return lines
-
-    def batches(epoch: int, *, augment: bool) -> EpochBatches:
-        return EpochBatches(prepared.dataset, recipe, epoch, augment, process_rank(), world_size())
-
-    fit(
-        networks.distributed(prepared.model),
-        prepared.objective,
-        lambda epoch: batches(epoch, augment=True),
-        state_of_run.optimizer,
-        recipe.epochs,
-        latch_on=lambda epoch: batches(epoch, augment=False),
-        lr_at=recipe.lr_at,
-        precision=recipe.precision,
-        on_epoch=after,
-        done=done,
-        history=processes.first(history),
-    )
 
 
 def _warn_of_little(reduction: float, prepared: _Prepared) -> None:
