@@ -31,7 +31,7 @@ from torch.nn import functional
 import vmcr2
 from vmcr2.lab import sources, train
 from vmcr2.lab.augmentation import Augmentation, plain
-from vmcr2.lab.evaluate import Features, accuracy, extract, subspaces
+from vmcr2.lab.evaluate import Features, accuracy, extract, training_bases
 from vmcr2.lab.objectives import Objective, Variational
 from vmcr2.lab.processes import keep_freed_memory
 from vmcr2.lab.recipes import RECIPES, Recipe
@@ -259,7 +259,7 @@ def accuracies(
     judged = replace(dataset, test_inputs=inputs, test_labels=labels)
     features = extract(model, judged, recipe.augmentation, 1000)
     found = {
-        name: accuracy(nearest_subspace(features.test, subspaces(features, judged, r)), labels)
+        name: accuracy(nearest_subspace(features.test, training_bases(features, judged, r)), labels)
         for name, r in (("one", 1), ("many", None))
     }
     if isinstance(criterion, Head):

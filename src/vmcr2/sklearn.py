@@ -452,7 +452,7 @@ class CodingRateTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
                     self._latch(inputs, places)
                 self._epoch(inputs, places, lambda share, epoch=epoch: (epoch + share) / epochs)
                 progress.show(epoch + 1, self.history_[-1])
-            self._settle(inputs)
+            self._recompute_statistics(inputs)
 
     def _partial_fit(self, X: np.ndarray, labels: np.ndarray) -> None:
         self.scaler_.partial_fit(X.astype(np.float64))
@@ -502,7 +502,7 @@ class CodingRateTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
             _check_trained(self._features(batches[-1][0]))
 
     @torch.no_grad()
-    def _settle(self, inputs: Tensor) -> None:
+    def _recompute_statistics(self, inputs: Tensor) -> None:
         """Sets BatchNorm's running statistics to those of the trained network over all samples."""
         norms = [module for module in self.network_.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
         norms = [norm for norm in norms if norm.track_running_stats]

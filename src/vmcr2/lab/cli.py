@@ -160,7 +160,7 @@ def evaluate(run: _Run, data_root: Path | None = None, components: tuple[int, ..
         components: dimensions of the subspaces to try; by default 1, 2, 4, … and ⌊d/k⌋.
     """
     from vmcr2.checks import check_count
-    from vmcr2.lab.evaluate import accuracy_by_components, extract, measure, subspaces
+    from vmcr2.lab.evaluate import accuracy_by_components, extract, measure, training_bases
     from vmcr2.lab.files import write_json
     from vmcr2.lab.terminal import table
     from vmcr2.lab.trained import Checkpoint
@@ -173,7 +173,7 @@ def evaluate(run: _Run, data_root: Path | None = None, components: tuple[int, ..
     model, dataset = checkpoint.model().model, checkpoint.data(data_root)
     features = extract(model, dataset, recipe.augmentation, recipe.batch_size, recipe.precision)
     predict = checkpoint.objective().predict
-    measured = asdict(measure(features, dataset, subspaces(features, dataset), recipe.eps_sq, predict))
+    measured = asdict(measure(features, dataset, training_bases(features, dataset), recipe.eps_sq, predict))
     usual = default_components(recipe.feature_dim, dataset.num_classes)
     tried = components or tuple(sorted({r for r in (1, 2, 4, 8) if r <= recipe.feature_dim} | {usual}))
     by_components = accuracy_by_components(features, dataset, list(tried))

@@ -61,7 +61,7 @@ def extract(
         model.train(training)
 
 
-def subspaces(features: Features, dataset: Dataset, components: int | None = None) -> Float[Tensor, "k d r"]:
+def training_bases(features: Features, dataset: Dataset, components: int | None = None) -> Float[Tensor, "k d r"]:
     """Returns the bases of the classes' training features, by which eq. (8) classifies; None means ⌊d/k⌋ components."""
     return class_subspaces(features.train, dataset.train_labels, dataset.num_classes, components)
 
@@ -114,7 +114,7 @@ def accuracy(predicted: Shaped[Tensor, " t"], labels: Shaped[Tensor, " t"]) -> f
 @torch.no_grad()
 def accuracy_by_components(features: Features, dataset: Dataset, components: list[int]) -> dict[int, float]:
     """Returns the nearest-subspace test accuracy for each dimension of the subspaces."""
-    bases = subspaces(features, dataset, max(components))  # strongest directions first
+    bases = training_bases(features, dataset, max(components))  # strongest directions first
     return {r: accuracy(nearest_subspace(features.test, bases[..., :r]), dataset.test_labels) for r in components}
 
 

@@ -25,7 +25,7 @@ from vmcr2.embeddings import effective_rank
 from vmcr2.errors import InputError, NumericalError
 from vmcr2.lab import networks, objectives, processes, recipes, sources, trained
 from vmcr2.lab.augmentation import augmented, plain, warn_of_lost_borders
-from vmcr2.lab.evaluate import Features, Measures, accuracy, extract, for_figures, measure, subspaces
+from vmcr2.lab.evaluate import Features, Measures, accuracy, extract, for_figures, measure, training_bases
 from vmcr2.lab.files import check_folder
 from vmcr2.lab.objectives import Objective
 from vmcr2.lab.recipes import OBJECTIVES, Recipe
@@ -629,7 +629,7 @@ class _Run:
         features = extract(self.prepared.model, dataset, recipe.augmentation, recipe.batch_size, recipe.precision)
 
         def judge() -> Measures:
-            bases = subspaces(features, dataset)
+            bases = training_bases(features, dataset)
             measures = measure(features, dataset, bases, recipe.eps_sq, objective.predict)
             self.measured = (features, measures, bases)
             self.trained |= {"bases": bases.cpu(), "measured_at": epoch}
