@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import numbers
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
@@ -92,14 +93,21 @@ def refuse_masked(name: str, value: Any) -> None:
 
 
 def tensor_of(array: np.ndarray, name: str = "X") -> Tensor:
-    """Returns a tensor of an array, copied where torch could not share it; `name` is what the caller calls it.
+    """Returns a tensor of an array, to be read only: it shares the array's memory unless that runs backwards.
+
+    Args:
+        array: of any shape; of numbers.
+        name: what the caller calls it.
 
     Raises:
         InputError: torch has no such dtype.
     """
-    array = np.ascontiguousarray(array)
+    if any(stride < 0 for stride in array.strides):
+        array = array.copy()
     try:
-        return torch.from_numpy(array if array.flags.writeable else array.copy())
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+            return torch.from_numpy(array)
     except (TypeError, ValueError) as error:  # the latter of another byte order
         raise InputError(f"{name} must hold numbers, got an array of dtype {array.dtype} ({error})") from error
 

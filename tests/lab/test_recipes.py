@@ -97,7 +97,7 @@ def test_numbers_from_numpy_are_written_as_json():
         SMALL,
         seed=seed,
         eps_sq=number,
-        lr_drops=tuple(np.array([0.5, 0.75])),
+        lr_drops=np.array([0.5, 0.75]),
         channels_last=np.bool_(True),
         vmcr2=replace(SMALL.vmcr2, pull=number),
         data=replace(SMALL.data, train_size=np.int64(50)),

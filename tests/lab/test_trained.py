@@ -77,10 +77,15 @@ def test_files_and_images_are_read_as_the_arrays_are(run, tmp_path):
     assert torch.allclose(loaded.embed(images), whole, atol=1e-6)
     assert loaded.embed(images[0]).shape == (1, 32)
     assert torch.equal(loaded.embed(pixels[..., ::-1]), loaded.embed(pixels[..., ::-1].copy()))  # of negative strides
-    frozen = pixels.copy()
-    frozen.setflags(write=False)
-    with warnings.catch_warnings(action="error"):
-        assert torch.equal(loaded.embed(frozen), whole)
+    np.save(tmp_path / "pixels.npy", pixels)
+    mapped = np.load(tmp_path / "pixels.npy", mmap_mode="r")
+    torch.set_warn_always(True)  # else once a process
+    try:
+        with warnings.catch_warnings(action="error"):
+            assert torch.equal(loaded.embed(mapped), whole)
+            assert loaded._inputs(mapped).data_ptr() == mapped.ctypes.data  # of more than memory holds
+    finally:
+        torch.set_warn_always(False)
     files = np.array([str(tmp_path / f"{i}.png") for i in range(3)])
     for several in (files, files.astype(object)):
         assert torch.equal(loaded.embed(several), loaded.embed(files.tolist()))
@@ -100,6 +105,8 @@ def test_files_and_images_are_read_as_the_arrays_are(run, tmp_path):
         ([np.zeros((8, 8), np.uint8)] * 2, r"got a sequence of arrays: stack them \(numpy.stack, torch.stack\)$"),
         ([torch.zeros(8, 8)], r"got a sequence of arrays: stack them"),
         (np.array([object()]), "is not a readable image"),
+        (np.zeros((2, 8, 8), object), "images must hold numbers, got an array of dtype object"),
+        (np.ma.array(["a.png", "b.png"], mask=[0, 1]), "images must have no masked entries, got 1"),
         (np.zeros((2, 8, 8), ">f4"), r"images must hold numbers, got an array of dtype >f4"),
     ],
 )

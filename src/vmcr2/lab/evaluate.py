@@ -114,7 +114,7 @@ def accuracy(predicted: Shaped[Tensor, " t"], labels: Shaped[Tensor, " t"]) -> f
 @torch.no_grad()
 def accuracy_by_components(features: Features, dataset: Dataset, components: list[int]) -> dict[int, float]:
     """Returns the nearest-subspace test accuracy for each dimension of the subspaces."""
-    bases = training_bases(features, dataset, max(components))  # strongest directions first
+    bases = training_bases(features, dataset, max(components, default=1))  # strongest directions first
     return {r: accuracy(nearest_subspace(features.test, bases[..., :r]), dataset.test_labels) for r in components}
 
 

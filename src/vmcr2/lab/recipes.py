@@ -196,18 +196,18 @@ class Recipe:
             check_count(name, getattr(self, name))
         check_count("batch_size", self.batch_size, at_least=2)
         check_count("warmup_epochs", self.warmup_epochs, at_least=0, at_most=self.epochs, limit="epochs")
-        if self.schedule == "cosine" and self.lr_drops:
-            raise InputError("lr_drops must be empty beside schedule cosine, which lowers the learning rate itself")
         check_eps_sq(self.feature_dim, check_number("eps_sq", self.eps_sq))
         for name in ("momentum", "weight_decay", "checkpoint_seconds"):
             check_number(name, getattr(self, name), positive=False)
         if self.momentum >= 1:
             raise InputError(f"momentum must be below 1, got {self.momentum}")
-        for share in self.lr_drops:
-            check_number("lr_drops", share)
+        drops = tuple(check_number("lr_drops", share) for share in self.lr_drops)
+        object.__setattr__(self, "lr_drops", drops)
+        for share in drops:
             if share >= 1:
                 raise InputError(f"lr_drops must be shares of the epochs, between 0 and 1, got {share}")
-        object.__setattr__(self, "lr_drops", tuple(map(float, self.lr_drops)))
+        if self.schedule == "cosine" and self.lr_drops:
+            raise InputError("lr_drops must be empty beside schedule cosine, which lowers the learning rate itself")
         atoms = self.vmcr2.atoms_per_class
         if self.objective == "vmcr2" and atoms is not None:
             check_count("vmcr2.atoms_per_class", atoms, at_most=self.feature_dim, limit="feature_dim")

@@ -196,10 +196,10 @@ class TrainedModel(
 
     def _inputs(self, images: Any) -> Shaped[Tensor, "m ..."]:
         shape = self.image_shape
-        if isinstance(images, np.ndarray) and images.dtype.kind in "OSU":
-            images = images.tolist()  # paths or images, as of a column of a frame
+        refuse_masked("images", images)
+        if isinstance(images, np.ndarray) and images.ndim < 2 and images.dtype.kind in "OSTU":
+            images = images.tolist()  # paths or images, as a column of a frame holds them
         if isinstance(images, Tensor | np.ndarray):
-            refuse_masked("images", images)
             given = images if isinstance(images, Tensor) else tensor_of(images, "images")
             if len(shape) == 3 and shape[0] == 1 and given.shape[1:] == shape[1:]:
                 given = given[:, None]
@@ -404,7 +404,7 @@ def _sound(trained: TrainedModel, path: Path) -> TrainedModel:
     """Returns the model, in eval mode.
 
     Raises:
-        InputError: it holds NaN.
+        InputError: it holds NaN or infinite entries.
     """
     spoilt = [name for name, value in trained.state_dict().items() if not bool(value.isfinite().all())]
     if spoilt:
