@@ -358,7 +358,7 @@ def bisected(beyond: Callable[[Any], Any], low: Any, high: Any, rounds: int) -> 
     for _ in range(rounds):
         middle = 0.5 * (low + high)
         over = beyond(middle)
-        low, high = np.where(over, low, middle), np.where(over, middle, high)
+        low, high = np.where(over, low, middle)[()], np.where(over, middle, high)[()]  # of numbers, numbers
     return low, high
 
 
