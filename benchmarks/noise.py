@@ -9,6 +9,7 @@ Nobody sees a clean label but the test set. Each method's learning rate is the o
 validation split whose labels are as wrong as the others, at 30 % wrong and seed 0; a rate at the end of the range makes
 the range longer. What predicts (its own head, or the nearest subspace of one or of ⌊d/k⌋ components) is chosen on
 that split too. The final runs train on everything; `ce-stopped` keeps the split, and the epoch that did best on it.
+`--lr` takes another rate for them, which the table shows in a row of its own.
 """
 
 from __future__ import annotations
@@ -428,11 +429,13 @@ def completed(setting: Setting, root: Path | None) -> Line:
     return RUNS.completed(vars(setting), lambda: run_one(setting, root))
 
 
-def run(data: list[str], methods: list[str], shares: list[float], seeds: list[int], root: Path | None) -> None:
+def run(
+    data: list[str], methods: list[str], shares: list[float], seeds: list[int], root: Path | None, rate: float | None
+) -> None:
     for name in data:
         for seed in seeds:
             for method in methods:
-                lr, _ = chosen(name, method, lambda setting: completed(setting, root))
+                lr = chosen(name, method, lambda setting: completed(setting, root))[0] if rate is None else rate
                 for share in shares:
                     completed(Setting(name, method, share, "symmetric", seed, lr, method == "ce-stopped"), root)
                 completed(Setting(name, method, CHOSEN_AT, "similar", seed, lr, method == "ce-stopped"), root)
@@ -473,7 +476,7 @@ def table() -> None:
                 and line["held"] == (method == "ce-stopped") and not line["failed"]
             ]  # fmt: skip
             members = [line for line in finals if line["lr"] == lr]
-            # Other rates are those that were asked for by hand, where training at the chosen one had failed.
+            # Other rates are those that --lr asked for, where training at the chosen one had failed.
             for rate in dict.fromkeys([lr, *(line["lr"] for line in finals)]):
                 cells, seeds = [], 0
                 for share, kind in [*((share, "symmetric") for share in LEVELS), (CHOSEN_AT, "similar")]:
@@ -646,6 +649,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="*", choices=tuple(METHODS), default=list(METHODS))
     parser.add_argument("--shares", nargs="*", type=float, default=list(LEVELS))
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2, 3, 4])
+    parser.add_argument("--lr", type=float, help="the final runs at this rate, whichever is chosen")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     keep_freed_memory()
@@ -656,7 +660,7 @@ def main() -> None:
     elif arguments.command == "cleanlab":
         run_cleanlab(arguments.only, arguments.seeds, arguments.data_root)
     else:
-        run(arguments.only, arguments.methods, arguments.shares, arguments.seeds, arguments.data_root)
+        run(arguments.only, arguments.methods, arguments.shares, arguments.seeds, arguments.data_root, arguments.lr)
 
 
 if __name__ == "__main__":

@@ -100,7 +100,7 @@ def tensor_of(array: np.ndarray, name: str = "X") -> Tensor:
         name: what the caller calls it.
 
     Raises:
-        InputError: torch has no such dtype.
+        InputError: it is of a dtype that torch has not, or of another byte order than the machine's.
     """
     if any(stride < 0 for stride in array.strides):
         array = array.copy()
@@ -109,7 +109,7 @@ def tensor_of(array: np.ndarray, name: str = "X") -> Tensor:
             warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
             return torch.from_numpy(array)
     except (TypeError, ValueError) as error:  # the latter of another byte order
-        raise InputError(f"{name} must hold numbers, got an array of dtype {array.dtype} ({error})") from error
+        raise InputError(f"{name} must hold numbers as torch has them, got dtype {array.dtype} ({error})") from error
 
 
 def did_you_mean(name: str, known: Iterable[str], prefix: str = "") -> str:

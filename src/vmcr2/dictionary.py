@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from vmcr2.distributed import Shards, full_tensor
-from vmcr2.linalg import or_one
+from vmcr2.linalg import one_for_zero
 from vmcr2.membership import Membership
 from vmcr2.mismatch import BlockCodes, Codes, SharedCodes, code_gradient, squared_moment_norms
 from vmcr2.variational import (
@@ -100,7 +100,7 @@ def scaled_to(dictionary: Codes, energy: float | None) -> Codes:
     if energy is None:
         return dictionary
     sums = dictionary.codes.sum(1, keepdim=True)
-    return dictionary.moved(codes=torch.where(sums > 0, dictionary.codes * (energy / or_one(sums)), 0))
+    return dictionary.moved(codes=torch.where(sums > 0, dictionary.codes * (energy / one_for_zero(sums)), 0))
 
 
 def _ascended_atoms(
@@ -124,7 +124,7 @@ def _ascended_atoms(
     spent = codes * membership.counts[:, None] * codes.sum(1, keepdim=True)
     curvature = beta / 8 * atom_energies(dictionary, weights) + 6 * mu * dictionary.by_atom(spent)
     # A curvature so small that its inverse overflows is that of an atom without energy.
-    length = torch.where(curvature > torch.finfo(curvature.dtype).tiny, 1 / or_one(curvature), 0)[:, None]
+    length = torch.where(curvature > torch.finfo(curvature.dtype).tiny, 1 / one_for_zero(curvature), 0)[:, None]
     projections = dictionary.project(features, membership)
     attraction = dictionary.atom_gradient(features, projections, dictionary.overlap(), membership)
     gradient = expansion_atom_gradient(dictionary, solved_atoms(dictionary, weights, eps_sq), weights, eps_sq)
@@ -194,7 +194,7 @@ def _code_bound(
     number = moves.sum(1, keepdim=True).clamp_min(1)
     sums = codes.sum(1, keepdim=True)
     lifted = torch.where(moves, codes + torch.where(sums > 0, sums / number, 1), 0)
-    curvature = mu * counts * dictionary.respond(overlap, lifted) / or_one(lifted)
+    curvature = mu * counts * dictionary.respond(overlap, lifted) / one_for_zero(lifted)
     moves = moves & (counts > 0) & (curvature > 0)
     curvature = torch.where(moves, curvature, 1)
     shift = 1 / (beta * number)
@@ -215,9 +215,9 @@ def _ascended_codes(codes: Float[Tensor, "k c"], bound: _CodeBound, energy: floa
         multiplier = torch.where(multiplier.isfinite(), multiplier, 0)
         for _ in range(_NEWTON_STEPS):
             best, slopes = bound.maximum(multiplier)
-            multiplier = multiplier + (best.sum(1, keepdim=True) - energy) / or_one(slopes.sum(1, keepdim=True))
+            multiplier = multiplier + (best.sum(1, keepdim=True) - energy) / one_for_zero(slopes.sum(1, keepdim=True))
         best, _ = bound.maximum(multiplier)
-        best = best * (energy / or_one(best.sum(1, keepdim=True)))
+        best = best * (energy / one_for_zero(best.sum(1, keepdim=True)))
         moves = moves & (codes.sum(1, keepdim=True) > 0)
     stepped = codes + _CODE_SHARE * (best - codes)
     # A code that goes to 0 gets there, rather than halving down to where its square underflows. Where ε² is large, or
@@ -287,7 +287,7 @@ def paper_step(
 
 def _over(gradient: Tensor, bound: Tensor) -> Tensor:
     """Returns gradient / bound, and 0 where the bound is 0: nothing of that class or dictionary is in the batch."""
-    return torch.where(bound > 0, gradient / or_one(bound), 0)
+    return torch.where(bound > 0, gradient / one_for_zero(bound), 0)
 
 
 def _in_columns(by_class: Tensor) -> Tensor:

@@ -354,7 +354,14 @@ def _warnings(
 
 
 def bisected(beyond: Callable[[Any], Any], low: Any, high: Any, rounds: int) -> tuple[Any, Any]:
-    """Returns the ends between which `beyond`, false at `low` and true at `high`, turns; entry by entry of arrays."""
+    """Returns the ends between which a condition turns from false to true, by bisection.
+
+    Args:
+        beyond: the condition, of a number or entry by entry of an array.
+        low: where it is false, a number or an array.
+        high: where it is true, likewise.
+        rounds: how often the distance between them is halved.
+    """
     for _ in range(rounds):
         middle = 0.5 * (low + high)
         over = beyond(middle)

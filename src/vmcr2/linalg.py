@@ -174,7 +174,7 @@ def gram(rows: Float[Tensor, "*b n d"]) -> Float[Tensor, "*b n n"]:
     return result
 
 
-def or_one(values: Tensor) -> Tensor:
+def one_for_zero(values: Tensor) -> Tensor:
     """Returns values ≥ 0 with 1 for 0: to divide by where 0 / 0 stands for 0."""
     return torch.where(values > 0, values, 1)
 

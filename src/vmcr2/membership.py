@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from vmcr2.checks import Condition, check_count, check_tensor, feature_conditions, read_conditions
 from vmcr2.errors import InputError
-from vmcr2.linalg import is_batched, is_tracked, or_one, product, wide_dtype
+from vmcr2.linalg import is_batched, is_tracked, one_for_zero, product, wide_dtype
 
 _ABSENT = 1e-15  # a class with a smaller share of the samples counts as absent: its part in any rate is below rounding
 _LARGEST_LABEL = 10_000_000  # beyond this a forgotten num_classes is likelier than so many classes
@@ -49,7 +49,7 @@ class ClassGroup:
     @property
     def shares(self) -> Float[Tensor, "b n c"]:
         """Π_ij / n_j, and 0 for a class without a sample, which only `torch.vmap` lets in."""
-        return self.weights / or_one(self.counts)[:, None]
+        return self.weights / one_for_zero(self.counts)[:, None]
 
     def take(self, values: Float[Tensor, "m d"]) -> Float[Tensor, "b n d"]:
         """Returns each set's rows. Differentiable."""

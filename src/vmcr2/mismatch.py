@@ -20,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vmcr2.distributed import Shards
-from vmcr2.linalg import gram, or_one, product
+from vmcr2.linalg import gram, one_for_zero, product
 from vmcr2.membership import Membership, moments
 
 _PAIRS = 2**25  # inner products of samples held at once
@@ -306,7 +306,7 @@ def _shortfall(projections: list[Tensor], membership: Membership, dictionary: Co
     if pull == 1:
         return total
     for own, largest, weights in dictionary.attractions(projections, membership):
-        share = own / or_one(largest) + 1 / dictionary.atoms.shape[1]
+        share = own / one_for_zero(largest) + 1 / dictionary.atoms.shape[1]
         short = -torch.expm1(pull * share.log()) / pull - (1 - share)  # 1 − uᵖ would cancel where p is small
         total = total + (weights.double() * largest.double() * short.double()).sum()
     return total

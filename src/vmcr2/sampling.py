@@ -137,13 +137,23 @@ class ClassBalancedBatchSampler(Sampler[list[int]]):
 def batch_count(m: int, batch_size: int) -> int:
     """Returns how many batches m ≥ 2 samples make, as equal as can be and of 2 at least: BatchNorm takes none alone.
 
-    So there may be one sample more in a batch than `batch_size`.
+    So there may be one sample more in a batch than `batch_size`. Of a single sample it is 0.
+
+    Args:
+        m: the samples of an epoch.
+        batch_size: at most so many in a batch, 2 or more.
     """
     return min(-(-m // batch_size), m // 2)
 
 
 def epoch_generator(seed: int, epoch: int, device: torch.device | str = "cpu") -> torch.Generator:
-    """Returns what everything random of an epoch is drawn from: it follows from the epoch's number alone."""
+    """Returns what everything random of an epoch is drawn from: it follows from the epoch's number alone.
+
+    Args:
+        seed: of the run.
+        epoch: its number.
+        device: where the numbers are drawn.
+    """
     return torch.Generator(device).manual_seed(seed * 1_000_003 + epoch)
 
 

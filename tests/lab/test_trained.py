@@ -105,9 +105,9 @@ def test_files_and_images_are_read_as_the_arrays_are(run, tmp_path):
         ([np.zeros((8, 8), np.uint8)] * 2, r"got a sequence of arrays: stack them \(numpy.stack, torch.stack\)$"),
         ([torch.zeros(8, 8)], r"got a sequence of arrays: stack them"),
         (np.array([object()]), "is not a readable image"),
-        (np.zeros((2, 8, 8), object), "images must hold numbers, got an array of dtype object"),
+        (np.zeros((2, 8, 8), object), "images must hold numbers as torch has them, got dtype object"),
         (np.ma.array(["a.png", "b.png"], mask=[0, 1]), "images must have no masked entries, got 1"),
-        (np.zeros((2, 8, 8), ">f4"), r"images must hold numbers, got an array of dtype >f4"),
+        (np.zeros((2, 8, 8), ">f4"), "images must hold numbers as torch has them, got dtype >f4"),
     ],
 )
 def test_images_of_another_kind_are_refused(run, images, message):

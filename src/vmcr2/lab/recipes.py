@@ -201,9 +201,8 @@ class Recipe:
             check_number(name, getattr(self, name), positive=False)
         if self.momentum >= 1:
             raise InputError(f"momentum must be below 1, got {self.momentum}")
-        drops = tuple(check_number("lr_drops", share) for share in self.lr_drops)
-        object.__setattr__(self, "lr_drops", drops)
-        for share in drops:
+        object.__setattr__(self, "lr_drops", tuple(check_number("lr_drops", share) for share in self.lr_drops))
+        for share in self.lr_drops:
             if share >= 1:
                 raise InputError(f"lr_drops must be shares of the epochs, between 0 and 1, got {share}")
         if self.schedule == "cosine" and self.lr_drops:

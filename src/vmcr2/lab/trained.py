@@ -253,7 +253,8 @@ inputs that are like none. Inputs must be prepared as in training: same size, sa
 """
 
     def save_pretrained(self, save_directory: str | Path, *, config: Any = None, **options: Any) -> Any:
-        """Writes a folder by huggingface_hub, which keeps the arguments of construction where `config` is not given."""
+        """Writes the files that `export` writes, by huggingface_hub."""
+        # The mixin would write what the model was made with, which `load` may have changed since.
         return super().save_pretrained(save_directory, config=config or self.config, **options)
 
     def generate_model_card(self, *_: Any, **__: Any) -> Any:
@@ -367,7 +368,8 @@ class Checkpoint:
                 fit = tuple(trained.subspaces.shape)
                 raise ValueError(f"subspaces of {tuple(kept['bases'].shape)}, where {fit} fit")
             trained.subspaces.copy_(kept["bases"])
-        return _sound(trained, run.path)
+        _refuse_spoilt(trained, run.path)
+        return trained.eval()
 
     def objective(self) -> Objective:
         """Returns what the run was trained on, with its dictionary or classifier, in eval mode.
@@ -400,16 +402,11 @@ class Checkpoint:
         return dataset
 
 
-def _sound(trained: TrainedModel, path: Path) -> TrainedModel:
-    """Returns the model, in eval mode.
-
-    Raises:
-        InputError: it holds NaN or infinite entries.
-    """
+def _refuse_spoilt(trained: TrainedModel, path: Path) -> None:
+    """Raises InputError where the model holds NaN or infinite entries."""
     spoilt = [name for name, value in trained.state_dict().items() if not bool(value.isfinite().all())]
     if spoilt:
         raise InputError(f"the model in {path} is damaged: NaN or infinite entries in {', '.join(spoilt)}")
-    return trained.eval()
 
 
 def export(trained: TrainedModel, folder: str | Path) -> None:
@@ -448,7 +445,8 @@ def _load_exported(folder: Path) -> TrainedModel:
         raise
     except Exception as error:  # safetensors has errors of its own
         raise InputError(f"{folder} holds no readable model: {error}") from error
-    return _sound(trained, folder)
+    _refuse_spoilt(trained, folder)
+    return trained.eval()
 
 
 def _safetensors() -> Any:
