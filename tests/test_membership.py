@@ -39,9 +39,18 @@ def test_groups_hold_every_weight_of_every_class_that_has_a_sample_once(m, k, ki
 
 def test_padding_at_most_doubles_a_group_however_unbalanced_the_classes():
     labels = torch.repeat_interleave(torch.arange(6), torch.tensor([1, 2, 3, 100, 1000, 60]))
-    for group in checked(unit_rows(len(labels), 4), labels, 9).groups(4):
+    for group in checked(unit_rows(len(labels), 4), labels, 9).groups(100):
         assert group.rows is not None
         assert group.rows.shape[1] < 2 * int(group.counts.min())
+
+
+def test_a_small_batch_is_a_single_group():
+    labels = torch.repeat_interleave(torch.arange(6), torch.tensor([1, 2, 3, 100, 1000, 60]))
+    (group,) = checked(unit_rows(len(labels), 4), labels, 9).groups(4)
+    assert group.rows is not None
+    assert group.rows.shape == (6, 1000)
+    for row, weights, j in zip(group.rows, group.weights[..., 0], group.classes[:, 0], strict=True):
+        assert sorted(row[weights > 0].tolist()) == (labels == j).nonzero()[:, 0].tolist()
 
 
 def test_dense_rows_are_one_set_of_all_samples():

@@ -97,6 +97,14 @@ def unit_rows(features: Float[Tensor, "m d"]) -> Float[Tensor, "m d"]:
     return features / norms.where(norms.isfinite(), torch.nan).clamp_min(1e-12)
 
 
+def _plain_product(left: Tensor, right: Tensor) -> Tensor:
+    device = left.device.type
+    if not torch.is_autocast_enabled(device):  # entering the context costs as much as a small product
+        return left @ right
+    with torch.autocast(device, enabled=False):
+        return left @ right
+
+
 class _Product(Function):
     """A B, whose derivatives keep their precision also where they are taken under autocast."""
 
@@ -104,8 +112,7 @@ class _Product(Function):
 
     @staticmethod
     def forward(left: Tensor, right: Tensor) -> Tensor:
-        with torch.autocast(left.device.type, enabled=False):
-            return left @ right
+        return _plain_product(left, right)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
@@ -131,8 +138,7 @@ class _Product(Function):
 def product(left: Float[Tensor, "*b n i"], right: Float[Tensor, "*b i p"]) -> Float[Tensor, "*b n p"]:
     """Returns A B for equal leading dimensions, never under autocast, neither forward nor backward. Differentiable."""
     if not (torch.is_grad_enabled() and (left.requires_grad or right.requires_grad)):
-        with torch.autocast(left.device.type, enabled=False):
-            return left @ right
+        return _plain_product(left, right)
     result = _Product.apply(left, right)
     assert isinstance(result, Tensor)
     return result
@@ -145,8 +151,7 @@ class _Gram(Function):
 
     @staticmethod
     def forward(rows: Tensor) -> Tensor:
-        with torch.autocast(rows.device.type, enabled=False):
-            return rows @ rows.mT
+        return _plain_product(rows, rows.mT)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:

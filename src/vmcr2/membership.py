@@ -22,6 +22,7 @@ from vmcr2.linalg import is_batched, is_tracked, one_for_zero, product, wide_dty
 _ABSENT = 1e-15  # a class with a smaller share of the samples counts as absent: its part in any rate is below rounding
 _LARGEST_LABEL = 10_000_000  # beyond this a forgotten num_classes is likelier than so many classes
 _GROUP_ELEMENTS = 2**25  # entries of the largest padded tensor a group may give rise to
+_TOGETHER = 2**19  # entries up to which padding costs less than a second group, on a GPU above all
 _MOMENT_ELEMENTS = 2**24  # entries of the moments, or of the rows they are made of, held at once
 _TOLERANCE_16_BITS = 1e-2  # of the sums of rows that 16 bits hold
 _DENSE = 0.125  # from this share of entries above 0, soft rows are taken whole
@@ -173,8 +174,9 @@ class Membership:
     def groups(self, width: int) -> list[ClassGroup]:
         """Returns the classes that have a sample, as `ClassGroup`s; worked out once.
 
-        A batch holds classes whose sizes lie within a factor of two, so padding at most doubles the work however
-        unbalanced the classes are. Rows of weight 0 are left out, unless the membership itself is being learned.
+        A group holds classes whose sizes lie within a factor of two, so padding at most doubles the work however
+        unbalanced the classes are; a small batch makes a single group. Rows of weight 0 are left out, unless the
+        membership itself is being learned.
 
         Args:
             width: entries each row brings along (the feature dimension); bounds the memory a batch may take.
@@ -198,10 +200,13 @@ class Membership:
             classes, order = shared_in(self.soft, self.counts).T.nonzero(as_tuple=True)
             weights = self.soft[order, classes]
         starts = (sizes.cumsum(0) - sizes).to(device)
-        # frexp's exponent is the number of binary digits: the bucket of sizes within a factor of two.
-        buckets = torch.frexp(sizes.double()).exponent
-        for bucket in buckets[sizes > 0].unique().tolist():
-            members = (buckets == bucket).logical_and(sizes > 0).nonzero()[:, 0]
+        present = sizes > 0
+        if int(present.sum()) * int(sizes.max()) * width <= _TOGETHER:
+            buckets = torch.zeros_like(sizes)
+        else:  # frexp's exponent is the number of binary digits: the bucket of sizes within a factor of two
+            buckets = torch.frexp(sizes.double()).exponent
+        for bucket in buckets[present].unique().tolist():
+            members = (buckets == bucket).logical_and(present).nonzero()[:, 0]
             n = int(sizes[members].max())
             for chosen in members.split(max(1, _GROUP_ELEMENTS // (n * width))):
                 lengths, chosen_there = sizes[chosen].to(device), chosen.to(device)

@@ -48,10 +48,12 @@ class SharedCodes:
     Attributes:
         atoms: Γ as rows, (q, d), norm 1.
         codes: Ãᵀ ≥ 0, (k, q).
+        shards: None: all classes are held here.
     """
 
     atoms: Float[Tensor, "q d"]
     codes: Float[Tensor, "k q"]
+    shards = None
 
     def moved(
         self, atoms: Float[Tensor, "q d"] | None = None, codes: Float[Tensor, "k q"] | None = None

@@ -23,6 +23,8 @@ from vmcr2.linalg import half_logdet, inverse_shifted, require_finite, wide_dtyp
 from vmcr2.membership import Membership
 from vmcr2.mismatch import Codes, precise_mismatch
 
+_LEAST_ENERGY = 1e-20  # β Ã γ of an atom, to divide by; no rate shows it
+
 
 class VariationalRates(NamedTuple):
     """R^v, R_c^v in nats and the residual (µ/2m) M ≥ 0. R^v − R_c^v is not ΔR, see `objective`."""
@@ -78,8 +80,19 @@ def variational_compression(dictionary: Codes, class_weights: Float[Tensor, " k"
 
 
 def solved_atoms(dictionary: Codes, class_weights: Float[Tensor, " k"], eps_sq: float) -> Float[Tensor, "q d"]:
-    """Returns S⁻¹ Γ as rows, S = I + β Γ Diag(Ã γ) Γᵀ: what both gradients of R^v are made of."""
-    return dictionary.atoms @ inverse_shifted(model_moment(dictionary, class_weights, eps_sq))
+    """Returns S⁻¹ Γ as rows, S = I + β Γ Diag(Ã γ) Γᵀ: what both gradients of R^v are made of.
+
+    Of fewer than d atoms it is D^-½ (I + U Uᵀ)⁻¹ U with U = D^½ Γᵀ, D = β Diag(Ã γ): the push-through identity, with a
+    q×q matrix in the place of a d×d one.
+    """
+    atoms = dictionary.atoms
+    q, d = atoms.shape
+    if q >= d or dictionary.shards is not None:  # between ranks d×d matrices add up, and others do not
+        return atoms @ inverse_shifted(model_moment(dictionary, class_weights, eps_sq))
+    beta = d / eps_sq
+    scales = (beta * atom_energies(dictionary, class_weights)).clamp_min(_LEAST_ENERGY).sqrt()[:, None]
+    scaled = atoms * scales
+    return inverse_shifted(scaled @ scaled.mT) @ scaled / scales
 
 
 def expansion_atom_gradient(
