@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 import vmcr2
-from vmcr2 import dictionary, linalg, membership, rates
+from vmcr2 import linalg, rates
 from vmcr2.dictionary import Dictionary
 from vmcr2.lab.bench import Timing, timed
 from vmcr2.lab.terminal import describe_device, markdown_table
@@ -132,11 +132,11 @@ def paths() -> dict[str, dict[str, float]]:
         ),
         "VMCR2Loss at (250, 500, 100, 1): of fewer atoms than dimensions a q×q matrix is factorised": (
             small,
-            patch.object(dictionary, "solved_atoms", on_the_side_of_dimensions),
+            patch("vmcr2.dictionary.solved_atoms", on_the_side_of_dimensions),
         ),
         "VMCR2Loss at (250, 500, 100, 1): the classes of a small batch are one group": (
             small,
-            patch.object(membership, "_TOGETHER", 0),
+            patch("vmcr2.membership._TOGETHER", 0),
         ),
     }
     found = {}
