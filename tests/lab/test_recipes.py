@@ -123,6 +123,8 @@ def test_the_learning_rate_at_every_moment():
     assert [warm.lr_at(epoch) for epoch in (1, 2, 4)] == pytest.approx([0.05, 0.1, 0.1])
     with pytest.raises(InputError, match="lr_drops must be shares of the epochs, between 0 and 1, got 100"):
         replace(drops, lr_drops=(100.0,))
+    with pytest.raises(InputError, match="lr_drops must be a tuple of shares of the epochs, got float"):
+        replace(drops, lr_drops=0.5)
 
 
 def write_images(root, sizes, parts=("train", "test")):

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from vmcr2.checks import check_count, check_fields, check_number, did_you_mean
+from vmcr2.checks import check_count, check_fields, check_number, did_you_mean, iterator_of
 from vmcr2.dictionary import Structure
 from vmcr2.errors import InputError
 from vmcr2.lab import sources
@@ -201,7 +201,8 @@ class Recipe:
             check_number(name, getattr(self, name), positive=False)
         if self.momentum >= 1:
             raise InputError(f"momentum must be below 1, got {self.momentum}")
-        object.__setattr__(self, "lr_drops", tuple(check_number("lr_drops", share) for share in self.lr_drops))
+        shares = iterator_of("lr_drops", self.lr_drops, "a tuple of shares of the epochs")
+        object.__setattr__(self, "lr_drops", tuple(check_number("lr_drops", share) for share in shares))
         for share in self.lr_drops:
             if share >= 1:
                 raise InputError(f"lr_drops must be shares of the epochs, between 0 and 1, got {share}")
