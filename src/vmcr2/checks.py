@@ -140,9 +140,15 @@ def pair_of(batch: Any, second: str = "membership") -> tuple[Tensor, Tensor]:
     """Returns a batch as (inputs, `second`), both of which can be moved to a device.
 
     Raises:
-        InputError: it is not a pair (a dict of two would unpack into its keys), or not of tensors with values.
+        InputError: it is not a pair (a dict of two would unpack into its keys), not of tensors with values, or a single
+            sample's, as a Dataset gives where a DataLoader is meant.
     """
     if isinstance(batch, tuple | list) and len(batch) == 2:
+        if isinstance(batch[1], int) or getattr(batch[1], "ndim", 1) == 0:
+            raise InputError(
+                f"batches must give {second} of shape (m,) or (m, k), got a single sample's: pass a DataLoader, not a "
+                "Dataset"
+            )
         for name, value in zip(("inputs", second), batch, strict=True):
             meta = getattr(value, "is_meta", False)
             if meta or not hasattr(value, "to"):
