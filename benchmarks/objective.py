@@ -109,6 +109,7 @@ def paths() -> dict[str, dict[str, float]]:
     exact = gradient_step(vmcr2.MCR2Loss(k), z, labels)
     shared = gradient_step(variational(d, k, s, "shared"), z, labels)
     small = gradient_step(variational(500, 100, 1, "shared"), *batch(250, 500, 100))
+    blocks = gradient_step(variational(500, 100, 1, "block"), *batch(250, 500, 100))
 
     def two_products(rows: Tensor) -> Tensor:
         return linalg.product(rows, rows.mT)
@@ -134,8 +135,12 @@ def paths() -> dict[str, dict[str, float]]:
             small,
             patch("vmcr2.dictionary.solved_atoms", on_the_side_of_dimensions),
         ),
-        "VMCR2Loss at (250, 500, 100, 1): the classes of a small batch are one group": (
+        "VMCR2Loss at (250, 500, 100, 1): all inner products of a small batch at once, for ‖C_j‖": (
             small,
+            patch("vmcr2.mismatch._FEW_PAIRS", 0),
+        ),
+        "VMCR2Loss at (250, 500, 100, 1), block: the classes of a small batch are one group": (
+            blocks,
             patch("vmcr2.membership._TOGETHER", 0),
         ),
     }

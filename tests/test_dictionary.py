@@ -267,7 +267,7 @@ def test_a_shared_dictionary_confined_to_own_atoms_takes_the_very_step_of_block_
 
 
 def test_a_confined_step_makes_no_products_of_all_samples_with_all_atoms():
-    m, d, k, s = 120, 40, 20, 4
+    m, d, k, s = 300, 40, 20, 4  # more samples than have all their inner products taken at once
     z, labels = unit_rows(m, d), torch.arange(m) % k
     loss = loss_at(z, labels, k, s)
     loss.dictionary.steps = 60

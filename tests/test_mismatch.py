@@ -103,8 +103,31 @@ def test_moment_norms_are_those_of_the_moments_on_either_side(kind, m, d, monkey
         float(((z.T * rows[:, j]) @ z / rows[:, j].sum()).square().sum()) if rows[:, j].any() else 0.0 for j in range(4)
     ]
     assert squared_moment_norms(z, checked(z, membership, 4)).tolist() == pytest.approx(expected)
+    monkeypatch.setattr("vmcr2.mismatch._FEW_PAIRS", 0)  # now class by class
+    assert squared_moment_norms(z, checked(z, membership, 4)).tolist() == pytest.approx(expected)
     monkeypatch.setattr("vmcr2.mismatch._PAIRS", 60)  # and the inner products come in several parts
     assert squared_moment_norms(z, checked(z, membership, 4)).tolist() == pytest.approx(expected)
+
+
+@each_case
+@pytest.mark.parametrize("kind", ["balanced", "labels", "soft"])
+@each_structure
+def test_a_small_batch_takes_the_step_and_has_the_derivatives_of_a_large_one(m, d, k, s, kind, structure, monkeypatch):
+    z, membership = unit_rows(m, d), random_membership(m, k, kind)
+
+    def stepped():
+        loss = vmcr2.VMCR2Loss(k, d, atoms_per_class=s, structure=structure, pull=0.5).double()
+        loss.latch(unit_rows(40, d, seed=1), torch.arange(40) % k)
+        features = z.clone().requires_grad_()
+        value = loss(features, membership)
+        (gradient,) = torch.autograd.grad(value, features, create_graph=True)
+        (second,) = torch.autograd.grad(gradient.square().sum(), features)
+        return value, gradient, second, loss.dictionary.atoms, loss.dictionary.codes
+
+    small = stepped()
+    monkeypatch.setattr("vmcr2.mismatch._FEW_PAIRS", 0)
+    monkeypatch.setattr("vmcr2.membership._TOGETHER", 0)
+    torch.testing.assert_close(stepped(), small, rtol=1e-9, atol=1e-12)
 
 
 def subspaces_with_noise(distance):

@@ -24,6 +24,7 @@ from vmcr2.linalg import gram, one_for_zero, product
 from vmcr2.membership import Membership, moments
 
 _PAIRS = 2**25  # inner products of samples held at once
+_FEW_PAIRS = 2**16  # up to so many it is faster to take those of samples of different classes as well
 
 
 class Attraction(NamedTuple):
@@ -223,6 +224,10 @@ def squared_moment_norms(features: Float[Tensor, "m d"], membership: Membership)
         membership: Π.
     """
     norms = features.new_zeros(membership.num_classes)
+    labels = membership.labels
+    if labels is not None and len(features) ** 2 <= _FEW_PAIRS:
+        squared = (gram(features).square() * (labels[:, None] == labels)).sum(1)
+        return norms.index_add(0, labels, squared) / one_for_zero(membership.counts).square()
     for group in membership.groups(features.shape[1]):
         rows, shares = group.take(features), group.shares
         b, n, c = shares.shape
