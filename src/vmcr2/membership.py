@@ -188,6 +188,8 @@ class Membership:
     def _pack(self, width: int) -> Iterator[ClassGroup]:
         device = self.counts.device
         sizes, total = self.sizes, int(self.sizes.sum())
+        if total == 0:  # where a dictionary is sharded, of a rank's part of a batch
+            return
         if self.soft is not None and (total >= _DENSE * self.soft.numel() or self.is_learned):
             yield ClassGroup(
                 self.present[None], None, self.soft[None][..., self.present], self.counts[None, self.present]
