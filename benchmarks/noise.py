@@ -587,7 +587,7 @@ def _draw(curves: dict[str, dict[str, list[tuple[float, float, float]]]]) -> Non
     lines: dict[str, Any] = {}
     for axes in panels.flat:
         lines |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
-    note = "hollow: one seed; else mean and\nstandard deviation of 2 or 3"
+    note = "hollow: one seed; else mean and\nstandard deviation of several"
     room = panels.size > len(drawn)  # the last panel is empty
     place, at = (panels.flat[-1], "center left") if room else (figure, "outside right upper")
     place.legend(lines.values(), lines.keys(), loc=at, fontsize=8, title=note, title_fontsize=8)
