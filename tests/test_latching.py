@@ -55,6 +55,12 @@ def test_a_class_of_low_rank_is_completed_to_orthonormal_directions_of_no_energy
     assert (blocks[2] == 0).all()
 
 
+def test_a_small_class_has_no_energy_beyond_its_samples_beside_a_large_one():
+    z, labels = unit_rows(63, 16, dtype=torch.float32), torch.tensor([0, 2, 2] + 60 * [1])
+    _, energies = latched_blocks(z, checked(z, labels, 3), 4)
+    assert (energies > 0).sum(1).tolist() == [1, 4, 2]
+
+
 def test_a_decomposition_that_fails_is_a_numerical_error():
     z = torch.full((4, 3), torch.nan)
     with pytest.raises(vmcr2.NumericalError, match="latching failed"):

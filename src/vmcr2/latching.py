@@ -46,7 +46,9 @@ def latched_blocks(
     d, s = features.shape[1], atoms_per_class
     blocks = features.new_zeros(membership.num_classes, d, s)
     energies = features.new_zeros(membership.num_classes, s)
-    for group in membership.groups(_COPIES * d):
+    # Alike, so that beside a large class a small one keeps to its rows: its moments would have energies of about 1e-8
+    # where it has none.
+    for group in membership.groups(_COPIES * d, alike=True):
         rows = group.take(features)
         n = rows.shape[1]
         for part in group.split(d):

@@ -98,7 +98,7 @@ class Membership:
     counts: Float[Tensor, " k"]
     sizes: Int[Tensor, " k"]
     batch_size: int | None = None
-    _packed: dict[int, list[ClassGroup]] = field(default_factory=dict, repr=False, compare=False)
+    _packed: dict[tuple[int, bool], list[ClassGroup]] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def num_classes(self) -> int:
@@ -171,7 +171,7 @@ class Membership:
         places[self.present] = torch.arange(len(self.present), device=places.device)
         return Membership(places[self.labels], None, self.counts[self.present], sizes, self.batch_size)
 
-    def groups(self, width: int) -> list[ClassGroup]:
+    def groups(self, width: int, *, alike: bool = False) -> list[ClassGroup]:
         """Returns the classes that have a sample, as `ClassGroup`s; worked out once.
 
         A group holds classes whose sizes lie within a factor of two, so padding at most doubles the work however
@@ -180,12 +180,13 @@ class Membership:
 
         Args:
             width: entries each row brings along (the feature dimension); bounds the memory a batch may take.
+            alike: whether sizes are within a factor of two in a small batch, too.
         """
-        if width not in self._packed:
-            self._packed[width] = list(self._pack(width))
-        return self._packed[width]
+        if (width, alike) not in self._packed:
+            self._packed[width, alike] = list(self._pack(width, alike))
+        return self._packed[width, alike]
 
-    def _pack(self, width: int) -> Iterator[ClassGroup]:
+    def _pack(self, width: int, alike: bool) -> Iterator[ClassGroup]:
         device = self.counts.device
         sizes, total = self.sizes, int(self.sizes.sum())
         if total == 0:  # where a dictionary is sharded, of a rank's part of a batch
@@ -203,7 +204,7 @@ class Membership:
             weights = self.soft[order, classes]
         starts = (sizes.cumsum(0) - sizes).to(device)
         present = sizes > 0
-        if int(present.sum()) * int(sizes.max()) * width <= _TOGETHER:
+        if not alike and int(present.sum()) * int(sizes.max()) * width <= _TOGETHER:
             buckets = torch.zeros_like(sizes)
         else:  # frexp's exponent is the number of binary digits: the bucket of sizes within a factor of two
             buckets = torch.frexp(sizes.double()).exponent
