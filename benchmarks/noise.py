@@ -175,6 +175,7 @@ METHODS: dict[str, Callable[[Given], nn.Module]] = {
 }
 # Trained twice: labels that `label_quality` suspects after the first time are dropped, or replaced by the suggested.
 TWICE = {f"{base}-{how}": (base, how) for base in ("vmcr2-1", "ce") for how in ("dropped", "relabelled")}
+TWICE |= {f"{base}-relabelled": (base, "relabelled") for base in ("vmcr2-1-pull", "ce-10")}
 METHODS |= {method: METHODS[base] for method, (base, _) in TWICE.items()}
 NAMES = {
     "vmcr2": "V-MCR²",
@@ -192,8 +193,10 @@ NAMES = {
     "mcr2": "MCR²",
     "vmcr2-1-dropped": "V-MCR², s = 1, again without the suspects",
     "vmcr2-1-relabelled": "V-MCR², s = 1, again with suggested labels",
+    "vmcr2-1-pull-relabelled": "V-MCR², s = 1, pull 0.3, again with suggested labels",
     "ce-dropped": "cross-entropy, again without the suspects",
     "ce-relabelled": "cross-entropy, again with suggested labels",
+    "ce-10-relabelled": "cross-entropy, features times 10, again with suggested labels",
 }
 FIRST_RATES = {"vmcr2": (0.2, 0.5, 1.0), "vmcr2-1": (0.2, 0.5, 1.0), "mcr2": (0.003, 0.01, 0.03)}
 OTHER_RATES = (0.1, 0.3, 1.0)
@@ -413,10 +416,9 @@ def chosen(data: str, method: str, seek: Callable[[Setting], Line]) -> tuple[flo
     def at(lr: float) -> Line:
         return seek(Setting(data, method, CHOSEN_AT, "symmetric", 0, lr, True))
 
-    if method in TWICE:  # at the rate that is best the first time
-        lr, _ = chosen(data, TWICE[method][0], seek)
-    else:
-        lr = best_rate(FIRST_RATES.get(method, OTHER_RATES), lambda lr: best_of(at(lr)))
+    if method in TWICE:  # what is best the first time
+        return chosen(data, TWICE[method][0], seek)
+    lr = best_rate(FIRST_RATES.get(method, OTHER_RATES), lambda lr: best_of(at(lr)))
     validation = at(lr)["validation"]
     return lr, max(validation, key=lambda name: validation[name])
 
