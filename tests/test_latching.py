@@ -55,10 +55,20 @@ def test_a_class_of_low_rank_is_completed_to_orthonormal_directions_of_no_energy
     assert (blocks[2] == 0).all()
 
 
-def test_a_small_class_has_no_energy_beyond_its_samples_beside_a_large_one():
-    z, labels = unit_rows(63, 16, dtype=torch.float32), torch.tensor([0, 2, 2] + 60 * [1])
-    _, energies = latched_blocks(z, checked(z, labels, 3), 4)
-    assert (energies > 0).sum(1).tolist() == [1, 4, 2]
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize(("d", "sizes"), [(16, [1, 60, 2]), (12, [15, 9]), (20, [31, 17])])
+def test_a_class_has_no_energy_beyond_its_samples(d, sizes, streamed):
+    s, k = d // 2 + 4, len(sizes)
+    labels = torch.repeat_interleave(torch.arange(k), torch.tensor(sizes))
+    z = unit_rows(len(labels), d, dtype=torch.float32)
+    if streamed:
+        held = stream(k, d, z)
+        held.add(z, checked(z, labels, k))
+        held._fold()
+        _, energies, _ = held.blocks(s)
+    else:
+        _, energies = latched_blocks(z, checked(z, labels, k), s)
+    assert (energies > 0).sum(1).tolist() == [min(s, n) for n in sizes]
 
 
 def test_a_decomposition_that_fails_is_a_numerical_error():

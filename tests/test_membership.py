@@ -1,7 +1,5 @@
 """Π: one form inside the package, classes in groups of like size, and no matrix of k×m×m anywhere."""
 
-from unittest.mock import patch
-
 import pytest
 import torch
 from conftest import LargestTensor, checked, normal, random_labels, random_membership, random_rows, rows_of, unit_rows
@@ -21,17 +19,13 @@ def membership_of(kind, m, k, *, seed=0):
     return random_membership(m, k, kind, seed=seed)
 
 
-@given(
-    st.integers(1, 40), st.integers(1, 30), st.sampled_from(KINDS), st.sampled_from([0, 2**19]), st.integers(0, 10**6)
-)
-def test_groups_hold_every_weight_of_every_class_that_has_a_sample_once(m, k, kind, together, seed):
+@given(st.integers(1, 40), st.integers(1, 30), st.sampled_from(KINDS), st.booleans(), st.integers(0, 10**6))
+def test_groups_hold_every_weight_of_every_class_that_has_a_sample_once(m, k, kind, merged, seed):
     membership = membership_of(kind, m, k, seed=seed)
     pi = checked(unit_rows(m, 4), membership, k)
     found = torch.zeros(m, k, dtype=torch.float64)
     seen = []
-    with patch("vmcr2.membership._TOGETHER", together):
-        groups = pi.groups(4)
-    for group in groups:
+    for group in pi.groups(4, merged=merged):
         seen += group.classes.flatten().tolist()
         rows = torch.arange(m).expand(1, m) if group.rows is None else group.rows
         b, n, c = group.weights.shape
@@ -45,18 +39,21 @@ def test_groups_hold_every_weight_of_every_class_that_has_a_sample_once(m, k, ki
 
 def test_padding_at_most_doubles_a_group_however_unbalanced_the_classes():
     labels = torch.repeat_interleave(torch.arange(6), torch.tensor([1, 2, 3, 100, 1000, 60]))
-    for group in checked(unit_rows(len(labels), 4), labels, 9).groups(100):
+    for group in checked(unit_rows(len(labels), 4), labels, 9).groups(4):
         assert group.rows is not None
         assert group.rows.shape[1] < 2 * int(group.counts.min())
 
 
-def test_a_small_batch_is_a_single_group():
-    labels = torch.repeat_interleave(torch.arange(6), torch.tensor([1, 2, 3, 100, 1000, 60]))
-    (group,) = checked(unit_rows(len(labels), 4), labels, 9).groups(4)
+def test_the_classes_of_a_small_batch_may_be_merged_into_one_group():
+    labels = torch.repeat_interleave(torch.arange(6), torch.tensor([1, 2, 3, 100, 300, 60]))
+    membership = checked(unit_rows(len(labels), 4), labels, 9)
+    (group,) = membership.groups(4, merged=True)
     assert group.rows is not None
-    assert group.rows.shape == (6, 1000)
+    assert group.rows.shape == (6, 300)
     for row, weights, j in zip(group.rows, group.weights[..., 0], group.classes[:, 0], strict=True):
         assert sorted(row[weights > 0].tolist()) == (labels == j).nonzero()[:, 0].tolist()
+    # Not where a large class would make small ones cost as much as itself.
+    assert len(membership.groups(40, merged=True)) == len(membership.groups(40)) > 1
 
 
 def test_dense_rows_are_one_set_of_all_samples():

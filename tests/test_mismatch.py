@@ -126,7 +126,7 @@ def test_a_small_batch_takes_the_step_and_has_the_derivatives_of_a_large_one(m, 
 
     small = stepped()
     monkeypatch.setattr("vmcr2.mismatch._FEW_PAIRS", 0)
-    monkeypatch.setattr("vmcr2.membership._TOGETHER", 0)
+    monkeypatch.setattr("vmcr2.membership._MERGED", 0)
     torch.testing.assert_close(stepped(), small, rtol=1e-9, atol=1e-12)
 
 

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from conftest import STRUCTURES, checked, normal, random_dictionary, random_membership, unit_rows
+from conftest import STRUCTURES, checked, generator, normal, random_dictionary, random_membership, unit_rows
 from hypothesis import given
 from hypothesis import strategies as st
 
 import vmcr2
+from vmcr2.mismatch import BlockCodes
 from vmcr2.variational import (
     compression_code_gradient,
     expansion_atom_gradient,
@@ -36,6 +37,31 @@ def test_closed_form_gradients_equal_autograd(m, d, k, s, kind, structure):
         expansion_code_gradient(dictionary, exposures(dictionary, solved), weights, EPS_SQ), expansion[1]
     )
     torch.testing.assert_close(compression_code_gradient(dictionary, weights, EPS_SQ), compression)
+
+
+@pytest.mark.parametrize("atoms", ["spread", "near", "coincident", "without energy"])
+@pytest.mark.parametrize("eps_sq", [0.25, 0.025])
+def test_few_atoms_are_solved_in_float32_as_in_float64(atoms, eps_sq):
+    q, d = 40, 250
+    rows = unit_rows(q, d)
+    if atoms in ("near", "coincident"):
+        rows = torch.nn.functional.normalize(rows[:1] + (0.03 if atoms == "near" else 0) * rows, dim=1)
+    codes = torch.rand(q, 1, generator=generator(), dtype=torch.float64) * 4
+    if atoms == "without energy":
+        codes[::2] = 0
+    weights = torch.full((q,), 1 / q, dtype=torch.float64)
+    wide = BlockCodes(rows.float().double(), codes.float().double())
+    narrow = BlockCodes(rows.float(), codes.float())
+    moment = (d / eps_sq) * (wide.atoms * (wide.codes * weights[:, None])).mT @ wide.atoms
+    expected = torch.linalg.solve(torch.eye(d).double() + moment, wide.atoms.mT).mT
+    solved = solved_atoms(narrow, weights.float(), eps_sq)
+    assert ((solved - expected).norm(dim=1) < 2e-3 * expected.norm(dim=1)).all()
+    assert exposures(narrow, solved).tolist() == pytest.approx(exposures(wide, expected).tolist(), rel=1e-4)
+
+
+def test_a_negative_code_is_not_solved_for():
+    dictionary = BlockCodes(unit_rows(2, 9), torch.tensor([[1.0], [-1.0]]).double())
+    assert solved_atoms(dictionary, torch.tensor([0.5, 0.5]).double(), EPS_SQ).isnan().any()
 
 
 @each_structure

@@ -146,8 +146,8 @@ def pair_of(batch: Any, second: str = "membership") -> tuple[Tensor, Tensor]:
     if isinstance(batch, tuple | list) and len(batch) == 2:
         if isinstance(batch[1], int) or getattr(batch[1], "ndim", 1) == 0:
             raise InputError(
-                f"batches must give {second} of shape (m,) or (m, k), got a single sample's: pass a DataLoader, not a "
-                "Dataset"
+                f"batches must give {second} of shape (m,) or (m, k), got that of one sample; of a Dataset make a "
+                "DataLoader"
             )
         for name, value in zip(("inputs", second), batch, strict=True):
             meta = getattr(value, "is_meta", False)

@@ -46,9 +46,7 @@ def latched_blocks(
     d, s = features.shape[1], atoms_per_class
     blocks = features.new_zeros(membership.num_classes, d, s)
     energies = features.new_zeros(membership.num_classes, s)
-    # Alike, so that beside a large class a small one keeps to its rows: its moments would have energies of about 1e-8
-    # where it has none.
-    for group in membership.groups(_COPIES * d, alike=True):
+    for group in membership.groups(_COPIES * d):
         rows = group.take(features)
         n = rows.shape[1]
         for part in group.split(d):
@@ -67,7 +65,10 @@ def latched_blocks(
 
 def _top_eigen(moments: Float[Tensor, "b d d"], s: int) -> tuple[Float[Tensor, "b d s"], Float[Tensor, "b s"]]:
     values, vectors = _decomposed(torch.linalg.eigh, moments)
-    return vectors[..., -s:].flip(-1), values[..., -s:].flip(-1).clamp_min(0)
+    # A class of fewer samples than dimensions has eigenvalues that are rounding; its codes would not be 0 there.
+    rounding = torch.finfo(values.dtype).eps * moments.shape[-1] ** 0.5 * values[..., -1:]
+    values = torch.where(values > rounding, values, 0)
+    return vectors[..., -s:].flip(-1), values[..., -s:].flip(-1)
 
 
 def _decomposed(decompose: Callable[..., Any], matrices: Tensor, **options: Any) -> Any:

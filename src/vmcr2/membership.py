@@ -22,7 +22,7 @@ from vmcr2.linalg import is_batched, is_tracked, one_for_zero, product, wide_dty
 _ABSENT = 1e-15  # a class with a smaller share of the samples counts as absent: its part in any rate is below rounding
 _LARGEST_LABEL = 10_000_000  # beyond this a forgotten num_classes is likelier than so many classes
 _GROUP_ELEMENTS = 2**25  # entries of the largest padded tensor a group may give rise to
-_TOGETHER = 2**19  # entries up to which padding costs less than a second group, on a GPU above all
+_MERGED = 2**22  # p n² d, of p classes of n samples at most: up to here padding costs less than another group
 _MOMENT_ELEMENTS = 2**24  # entries of the moments, or of the rows they are made of, held at once
 _TOLERANCE_16_BITS = 1e-2  # of the sums of rows that 16 bits hold
 _DENSE = 0.125  # from this share of entries above 0, soft rows are taken whole
@@ -171,25 +171,25 @@ class Membership:
         places[self.present] = torch.arange(len(self.present), device=places.device)
         return Membership(places[self.labels], None, self.counts[self.present], sizes, self.batch_size)
 
-    def groups(self, width: int, *, alike: bool = False) -> list[ClassGroup]:
+    def groups(self, width: int, *, merged: bool = False) -> list[ClassGroup]:
         """Returns the classes that have a sample, as `ClassGroup`s; worked out once.
 
         A group holds classes whose sizes lie within a factor of two, so padding at most doubles the work however
-        unbalanced the classes are; a small batch makes a single group. Rows of weight 0 are left out, unless the
-        membership itself is being learned.
+        unbalanced the classes are. Rows of weight 0 are left out, unless the membership itself is being learned.
 
         Args:
             width: entries each row brings along (the feature dimension); bounds the memory a batch may take.
-            alike: whether sizes are within a factor of two in a small batch, too.
+            merged: whether the classes of a small batch may make a single group whatever their sizes. It takes fewer
+                calls, which are what a small step costs; for callers that work on rows, not on a matrix of a class.
         """
-        if (width, alike) not in self._packed:
-            self._packed[width, alike] = list(self._pack(width, alike))
-        return self._packed[width, alike]
+        if (width, merged) not in self._packed:
+            self._packed[width, merged] = list(self._pack(width, merged))
+        return self._packed[width, merged]
 
-    def _pack(self, width: int, alike: bool) -> Iterator[ClassGroup]:
+    def _pack(self, width: int, merged: bool) -> Iterator[ClassGroup]:
         device = self.counts.device
         sizes, total = self.sizes, int(self.sizes.sum())
-        if total == 0:  # where a dictionary is sharded, of a rank's part of a batch
+        if total == 0:  # a rank of a sharded dictionary may have no sample of its classes
             return
         if self.soft is not None and (total >= _DENSE * self.soft.numel() or self.is_learned):
             yield ClassGroup(
@@ -204,7 +204,7 @@ class Membership:
             weights = self.soft[order, classes]
         starts = (sizes.cumsum(0) - sizes).to(device)
         present = sizes > 0
-        if not alike and int(present.sum()) * int(sizes.max()) * width <= _TOGETHER:
+        if merged and int(present.sum()) * int(sizes.max()) ** 2 * width <= _MERGED:
             buckets = torch.zeros_like(sizes)
         else:  # frexp's exponent is the number of binary digits: the bucket of sizes within a factor of two
             buckets = torch.frexp(sizes.double()).exponent

@@ -176,7 +176,7 @@ class BlockCodes:
     def project(self, features: Float[Tensor, "m d"], membership: Membership) -> list[Tensor]:
         """Returns ΓᵀZ as far as samples meet atoms of their classes: [(b, n, c, s)], one of each class group."""
         projections = []
-        for group in membership.groups(features.shape[1]):
+        for group in membership.groups(features.shape[1], merged=True):
             chosen = self.blocks.index_select(0, group.classes.flatten()).view(
                 len(group.classes), -1, features.shape[1]
             )
@@ -186,7 +186,7 @@ class BlockCodes:
     def energies(self, projections: list[Tensor], membership: Membership) -> Float[Tensor, "k s"]:
         """Returns (ΓᵀZ)^⊙2 Π, each class's energy along each atom of its own. Differentiable in projections and Π."""
         total = torch.zeros_like(self.codes)
-        for projected, group in zip(projections, membership.groups(self.atoms.shape[1]), strict=True):
+        for projected, group in zip(projections, membership.groups(self.atoms.shape[1], merged=True), strict=True):
             energies = (projected.square() * group.weights[..., None]).sum(1)
             total = total.index_add(0, group.classes.flatten(), energies.flatten(0, 1))
         return total
@@ -194,7 +194,7 @@ class BlockCodes:
     def attractions(self, projections: list[Tensor], membership: Membership) -> list[Attraction]:
         """Returns z_iᵀ B_j z_i of each sample and its class. Differentiable in projections and Π."""
         attractions, largest = [], self.codes.amax(1)
-        for projected, group in zip(projections, membership.groups(self.atoms.shape[1]), strict=True):
+        for projected, group in zip(projections, membership.groups(self.atoms.shape[1], merged=True), strict=True):
             own = (projected.square() * self.codes[group.classes][:, None]).sum(3)
             attractions.append(Attraction(own, largest[group.classes][:, None], group.weights))
         return attractions
@@ -206,7 +206,7 @@ class BlockCodes:
         spent = self.codes * membership.counts[:, None]
         model = (overlap * (spent[..., None] * self.codes[:, None])) @ self.blocks
         data = torch.zeros_like(model)
-        for projected, group in zip(projections, membership.groups(features.shape[1]), strict=True):
+        for projected, group in zip(projections, membership.groups(features.shape[1], merged=True), strict=True):
             weighted = projected * group.weights[..., None] * self.codes[group.classes][:, None]
             part = weighted.flatten(2).mT @ group.take(features)
             data.index_copy_(0, group.classes.flatten(), part.view(-1, *model.shape[1:]))
@@ -217,7 +217,9 @@ Codes = SharedCodes | BlockCodes
 
 
 def squared_moment_norms(features: Float[Tensor, "m d"], membership: Membership) -> Float[Tensor, " k"]:
-    """Returns ‖C_j‖²_F of every class, 0 for an absent one; on the smaller side. Differentiable.
+    """Returns ‖C_j‖²_F of every class, 0 for an absent one; on the smaller side of each, but for a small batch.
+
+    Differentiable.
 
     Args:
         features: Z, (m, d).
@@ -228,7 +230,7 @@ def squared_moment_norms(features: Float[Tensor, "m d"], membership: Membership)
     if labels is not None and len(features) ** 2 <= _FEW_PAIRS:
         squared = (gram(features).square() * (labels[:, None] == labels)).sum(1)
         return norms.index_add(0, labels, squared) / one_for_zero(membership.counts).square()
-    for group in membership.groups(features.shape[1]):
+    for group in membership.groups(features.shape[1], merged=True):
         rows, shares = group.take(features), group.shares
         b, n, c = shares.shape
         if c == 1 and n > rows.shape[2]:

@@ -179,11 +179,11 @@ def test_fit_takes_batches_that_do_not_fit_in_memory():
         ([(torch.eye(2), torch.arange(2), torch.ones(2))], None, r"got a tuple of 3; take the two out"),
         ([torch.eye(2)], None, r"batches must give pairs \(inputs, labels\), got a Tensor"),
         ([(torch.eye(2), [0, 1])], None, r"pairs \(inputs, labels\) of tensors, got labels of type list"),
-        ([(torch.ones(2), 1)], None, "got a single sample's: pass a DataLoader, not a Dataset"),
+        ([(torch.ones(2), 1)], None, "got that of one sample; of a Dataset make a DataLoader"),
         (
             torch.utils.data.TensorDataset(torch.eye(2), torch.arange(2)),
             None,
-            r"labels of shape \(m,\) or \(m, k\), got a single sample's: pass a DataLoader, not a Dataset",
+            r"labels of shape \(m,\) or \(m, k\), got that of one sample; of a Dataset make a DataLoader",
         ),
     ],
 )
