@@ -82,13 +82,13 @@ def variational_compression(dictionary: Codes, class_weights: Float[Tensor, " k"
 def solved_atoms(dictionary: Codes, class_weights: Float[Tensor, " k"], eps_sq: float) -> Float[Tensor, "q d"]:
     """Returns S⁻¹ Γ as rows, S = I + β Γ Diag(Ã γ) Γᵀ: what both gradients of R^v are made of.
 
-    Of fewer than d atoms it is D^-½ (I + U Uᵀ)⁻¹ U with U = D^½ Γᵀ, D = β Diag(Ã γ): the push-through identity, with a
-    q×q matrix in the place of a d×d one. In float64, since atoms that nearly coincide would else lose more digits than
-    they do on the side of dimensions; it is faster than that all the same.
+    Of up to d/2 atoms it is D^-½ (I + U Uᵀ)⁻¹ U with U = D^½ Γᵀ, D = β Diag(Ã γ): the push-through identity, with a q×q
+    matrix in the place of a d×d one. In float64, since atoms that nearly coincide would else lose more digits than they
+    do on the side of dimensions; of so few atoms it is faster than that all the same.
     """
     atoms = dictionary.atoms
     q, d = atoms.shape
-    if q >= d or dictionary.shards is not None:  # between ranks d×d matrices add up, and others do not
+    if 2 * q > d or dictionary.shards is not None:  # between ranks d×d matrices add up, and others do not
         return atoms @ inverse_shifted(model_moment(dictionary, class_weights, eps_sq))
     beta = d / eps_sq
     scales = (beta * atom_energies(dictionary, class_weights).double() + _LEAST_ENERGY).sqrt()[:, None]
