@@ -74,9 +74,10 @@ def grid(data: str) -> list[Setting]:
         some = [Setting(data, energy, 0.3) for energy in (None, 1.0)]
         some += [Setting(data, None, 0.3, expand) for expand in (0.2, 0.4, 0.6, 0.8, 1.0)]
         some += [Setting(data, None, 0.3, expand, 0.5) for expand in (0.8, 1.0)]
-        longer = [(0.0, 1.0), (0.3, 0.5), (0.4, 0.5), (0.6, 0.5), (0.6, 0.75), (0.6, 1.0), (0.8, 1.0)]
-        longer = longer if data == "omniglot200" else []
-        return [Setting(data), *some, *[Setting(data, None, 0.3, expand, until, longer=4) for expand, until in longer]]
+        if data == "omniglot200":
+            longer = ((0.0, 1.0), (0.3, 0.5), (0.4, 0.5), (0.6, 0.5), (0.6, 0.75), (0.6, 1.0), (0.8, 1.0))
+            some += [Setting(data, None, 0.3, expand, until, longer=4) for expand, until in longer]
+        return [Setting(data), *some]
     once = [Setting(data, energy, pull) for energy in (None, 2.0, 1.0) for pull in (1.0, 0.3, 0.1)]
     expanding = [Setting(data, None, pull, expand) for pull in (1.0, 0.3) for expand in (0.2, 0.4, 0.6, 1.0)]
     others = [
