@@ -67,7 +67,7 @@ def _top_eigen(moments: Float[Tensor, "b d d"], s: int) -> tuple[Float[Tensor, "
     values, vectors = _decomposed(torch.linalg.eigh, moments)
     # A class of fewer samples than dimensions has eigenvalues that are rounding; its codes would not be 0 there.
     rounding = torch.finfo(values.dtype).eps * moments.shape[-1] ** 0.5 * values[..., -1:]
-    values = torch.where(values > rounding, values, 0)
+    values = torch.where(values <= rounding, 0, values)  # NaN stays
     return vectors[..., -s:].flip(-1), values[..., -s:].flip(-1)
 
 
