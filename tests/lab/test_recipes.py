@@ -31,6 +31,7 @@ from vmcr2.lab.recipes import CESettings, Recipe
         ("batch_size must be an integer >= 2", {"batch_size": 1}),
         ("network must be one of mlp", {"network": "transformer"}),
         (r"step not in literal.*\$\.schedule", {"schedule": "step"}),
+        (r"vmcr2.lr must be at most 0.05 with optimizer adamw \(begin with 1e-3\), got 0.5", {"optimizer": "adamw"}),
         ("lr_drops must be empty beside schedule cosine", {"schedule": "cosine", "lr_drops": [0.5]}),
         (r"warmup_epochs must be at most 100 \(epochs\), got 200", {"warmup_epochs": 200}),
         ("data.test_size has no meaning beside data.validation", {"data": {"validation": 0.2, "test_size": 9}}),

@@ -61,7 +61,9 @@ def test_kill_and_resume_equal_an_unbroken_run(tmp_path):
 
 
 def test_ctrl_c_saves_the_epoch_and_names_the_command_that_continues(tmp_path):
-    recipe = replace(SMALL, checkpoint_seconds=1e6, epochs=16)
+    # AdamW, unlike SGD elsewhere: its moments and its count of steps must come back too.
+    settings = replace(SMALL.vmcr2, lr=1e-3)
+    recipe = replace(SMALL, checkpoint_seconds=1e6, epochs=16, optimizer="adamw", weight_decay=0.02, vmcr2=settings)
     unbroken = train.start(recipe, tmp_path / "unbroken")
     broken = RunFolder(tmp_path / "a b")
     recipe_file = tmp_path / "recipe.json"
@@ -72,8 +74,11 @@ def test_ctrl_c_saves_the_epoch_and_names_the_command_that_continues(tmp_path):
     assert process.wait() == 130
     said = process.stderr.read()
     assert f"vmcr2 train --resume '{broken.path}' --data-root {tmp_path}\n" in said
-    done = broken.load_checkpoint()["epoch"]
+    checkpoint = broken.load_checkpoint()
+    done, optimizer = checkpoint["epoch"], checkpoint["optimizer"]
     assert 2 <= done < 16
+    assert {(group["lr"], group["weight_decay"]) for group in optimizer["param_groups"]} == {(1e-3, 0.02)}
+    assert all({"step", "exp_avg", "exp_avg_sq"} <= set(each) for each in optimizer["state"].values())
     assert len(broken.metrics()) == done
     assert main(shlex.split(said.strip().rpartition("continue: ")[2])[1:]) == 0
     assert without_times(broken.metrics()) == without_times(unbroken.metrics())

@@ -141,8 +141,9 @@ class Recipe:
         network: mlp, conv4, cnn, resnet18, preact_resnet18, or timm:NAME for one of the package timm.
         feature_dim: d.
         eps_sq: the squared precision ε² of the coding rates.
+        optimizer: sgd, whose learning rates are the defaults below, or adamw, whose are near 1e-3.
         momentum: of SGD.
-        weight_decay: of SGD.
+        weight_decay: added to the gradient by SGD, taken from the weights themselves by AdamW.
         schedule: constant, or cosine, which falls to 0 over the epochs after warming up.
         warmup_epochs: epochs over which the learning rate rises step by step from 0.
         lr_drops: shares of the epochs after each of which a constant learning rate is divided by ten.
@@ -169,6 +170,7 @@ class Recipe:
     network: str = "mlp"
     feature_dim: int = 128
     eps_sq: float = 0.5
+    optimizer: Literal["sgd", "adamw"] = "sgd"
     momentum: float = 0.9
     weight_decay: float = 0.0
     schedule: Literal["constant", "cosine"] = "constant"
@@ -208,6 +210,11 @@ class Recipe:
                 raise InputError(f"lr_drops must be shares of the epochs, between 0 and 1, got {share}")
         if self.schedule == "cosine" and self.lr_drops:
             raise InputError("lr_drops must be empty beside schedule cosine, which lowers the learning rate itself")
+        if self.optimizer == "adamw" and self.lr > _LARGEST_ADAMW_LR:
+            raise InputError(
+                f"{self.objective}.lr must be at most {_LARGEST_ADAMW_LR:g} with optimizer adamw (begin with 1e-3), "
+                f"got {self.lr:g}"
+            )
         atoms = self.vmcr2.atoms_per_class
         if self.objective == "vmcr2" and atoms is not None:
             check_count("vmcr2.atoms_per_class", atoms, at_most=self.feature_dim, limit="feature_dim")
@@ -262,6 +269,7 @@ _OURS = (
         ce=CESettings(lr=2.0),
     ),
 )
+_LARGEST_ADAMW_LR = 0.05  # each weight moves by about so much a step; the defaults are SGD's
 CHOSEN_FOR = "chosen for"  # how `about` begins where `for_data` made the recipe
 _LARGEST_SIDE = 64  # to which `for_data` scales a folder's images down
 RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in _OURS}

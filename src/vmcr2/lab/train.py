@@ -514,6 +514,13 @@ class EpochBatches:
             yield inputs, self.dataset.train_labels[rows[share]]
 
 
+def _optimizer(recipe: Recipe, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    decay = recipe.weight_decay
+    if recipe.optimizer == "adamw":
+        return torch.optim.AdamW(parameters, recipe.lr, weight_decay=decay)
+    return torch.optim.SGD(parameters, recipe.lr, momentum=recipe.momentum, weight_decay=decay)
+
+
 class _Run:
     """What one run keeps between epochs: its optimizer, the latest measures, what is on the disk."""
 
@@ -527,12 +534,7 @@ class _Run:
         self.trained |= {"bases": None, "measured_at": 0}
         self.seconds = 0.0
         self.saved_at = time.monotonic()
-        self.optimizer = torch.optim.SGD(
-            [*model.parameters(), *criterion.parameters()],
-            recipe.lr,
-            momentum=recipe.momentum,
-            weight_decay=recipe.weight_decay,
-        )
+        self.optimizer = _optimizer(recipe, [*model.parameters(), *criterion.parameters()])
         torch.manual_seed(recipe.seed)
         if state is not None:
             self.seconds = state["seconds"]
