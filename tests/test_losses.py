@@ -75,6 +75,19 @@ def test_balance_is_what_the_residual_weighs():
     assert vmcr2.VMCR2Loss(3, 8, balance=0.3, mu=0.7).mu_at(40) == 0.7
 
 
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_a_class_that_training_sees_later_is_latched_alone(structure):
+    z, labels = unit_rows(40, 8), torch.arange(40) % 2
+    loss = loss_at(z, labels, 3, 2, structure=structure)
+    for _ in range(5):
+        loss(z, labels)
+    features, all_three = unit_rows(45, 8, seed=1), torch.arange(45) % 3
+    by_hand = copy.deepcopy(loss)
+    by_hand.latch(features[all_three == 2], all_three[all_three == 2])
+    assert float(loss(features, all_three)) == float(by_hand(features, all_three))
+    torch.testing.assert_close(loss.state_dict(), by_hand.state_dict(), rtol=0, atol=0)
+
+
 @each_structure
 @pytest.mark.parametrize(("steps", "factor"), [(0, 6.0), (1, 5.82), (20, 6 * 0.97**20), (60, 1.0), (999, 1.0)])
 def test_the_first_60_steps_use_up_to_six_times_the_mu_of_rho_0_05(structure, steps, factor):
