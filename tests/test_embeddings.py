@@ -392,6 +392,22 @@ def test_features_that_all_coincide_make_no_label_suspect():
     np.testing.assert_array_equal(judged.suggested, labels)
 
 
+def test_classes_of_one_subspace_make_no_label_suspect():
+    """Each sample's energies in the two differ by rounding alone."""
+    plane = np.linalg.qr(np.random.default_rng(0).normal(size=(64, 2)))[0]
+    judged = vmcr2.label_quality(np.random.default_rng(1).normal(size=(200, 2)) @ plane.T, np.arange(200) % 2, 2)
+    assert not len(judged.suspects)
+    np.testing.assert_allclose(judged.scores, 0.5)
+
+
+@pytest.mark.parametrize(("m", "d", "k", "r"), [(96, 40, 2, 6), (96, 8, 2, 4), (20, 40, 4, 1)])
+def test_label_quality_takes_an_eighth_of_a_classs_samples_for_its_dimension_and_d_over_k_at_most(m, d, k, r):
+    z, labels = unit_rows(m, d), np.arange(m) % k
+    chosen, given, other = (vmcr2.label_quality(z, labels, n) for n in (None, r, r + 1))
+    np.testing.assert_array_equal(chosen.scores, given.scores)
+    assert (chosen.scores != other.scores).any()
+
+
 @pytest.mark.parametrize(
     ("features", "message"),
     [

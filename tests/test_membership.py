@@ -6,6 +6,7 @@ from conftest import LargestTensor, checked, normal, random_labels, random_membe
 from hypothesis import given
 from hypothesis import strategies as st
 
+import vmcr2
 from vmcr2.membership import Membership, read_membership
 
 KINDS = ["balanced", "labels", "soft", "confident"]
@@ -64,9 +65,20 @@ def test_dense_rows_are_one_set_of_all_samples():
 
 
 def test_a_learned_membership_keeps_entries_of_0_since_they_have_a_gradient():
-    rows = torch.nn.functional.one_hot(random_labels(20, 5), 5).double().requires_grad_()
-    (group,) = checked(unit_rows(20, 4), rows, 5).groups(4)
+    rows = rows_of(random_labels(20, 30), 30)
+    assert all(group.rows is not None for group in checked(unit_rows(20, 4), rows, 30).groups(4))
+    (group,) = checked(unit_rows(20, 4), rows.requires_grad_(), 30).groups(4)
     assert group.rows is None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rows_that_16_bits_hold_may_sum_to_1_as_nearly_as_those_can(dtype):
+    rows = torch.softmax(3 * normal(50, 10), dim=1).to(dtype)
+    off = (rows.double().sum(1) - 1).abs().max()
+    assert off > 1e-4
+    assert float(checked(unit_rows(50, 4), rows, 10).counts.sum()) == pytest.approx(50, rel=1e-2)
+    with pytest.raises(vmcr2.InputError, match="divide rows that were worked out in 16 bits by their sums"):
+        checked(unit_rows(50, 4), rows.double(), 10)
 
 
 @pytest.mark.parametrize("kind", ["labels", "confident"])

@@ -4,7 +4,14 @@ import pytest
 import torch
 from conftest import normal, random_labels, random_rotation, rows_of, unit_rows
 
-from vmcr2.subspaces import class_subspaces, default_components, nearest_subspace, subspace_energies
+from vmcr2.subspaces import (
+    class_subspaces,
+    default_components,
+    held_out_energies,
+    nearest_subspace,
+    places_in_class,
+    subspace_energies,
+)
 
 
 @pytest.mark.parametrize(("d", "k", "r"), [(12, 5, 2), (12, 20, 1), (12, 12, 1), (12, 1, 12)])
@@ -40,6 +47,34 @@ def test_a_class_of_low_rank_claims_only_what_it_spans():
     )
     assert nearest_subspace(mixed, bases).tolist()[0] == 0
     assert nearest_subspace(mixed, bases).tolist()[1] != 2  # a class without samples wins nothing, not even a tie
+
+
+def test_copies_of_a_sample_span_one_direction_however_they_are_rounded():
+    for m in (8, 40):  # fewer samples than dimensions in a class, and more
+        labels = torch.arange(m) % 2
+        train = torch.linspace(0.1, 3, m)[:, None] * unit_rows(2, 6)[labels]
+        bases = class_subspaces(train, labels, 2, 3)
+        assert (bases != 0).any(1).sum(1).tolist() == [1, 1]
+
+
+def test_a_class_without_samples_wins_no_tie():
+    bases = class_subspaces(torch.eye(4).double()[[0, 1]], torch.tensor([1, 2]), 3, 1)
+    assert nearest_subspace(torch.eye(4).double()[[3]], bases).tolist() == [
+        1
+    ]  # orthogonal to all, and class 0 is absent
+
+
+def test_a_class_of_which_too_little_is_left_is_described_by_all_there_is():
+    """For subspaces of two dimensions: two samples left of class 0 describe any two samples, three of class 1 less."""
+    z, labels = unit_rows(40, 8), torch.arange(40) % 2
+    places = places_in_class(labels)
+    for left in (2, 3):
+        learnt_from = (labels == 1) | ((places % 5 > 0) & (places < left + 1))
+        rows, energies = next(held_out_energies(z, labels, 2, 2, learnt_from))
+        assert torch.equal(rows, (places % 5 == 0).nonzero()[:, 0])
+        chosen = (places % 5 > 0) & (learnt_from if left == 3 else torch.ones_like(learnt_from))
+        expected = subspace_energies(z[rows], class_subspaces(z[chosen], labels[chosen], 2, 2))
+        torch.testing.assert_close(energies, expected)
 
 
 def test_one_hot_rows_equal_labels():
