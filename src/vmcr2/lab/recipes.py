@@ -46,8 +46,8 @@ class VMCR2Settings:
             images faster.
         expand: λ ≥ 0, what the features' own R weighs beside the residual: 0.2 to 0.6, with `pull` 0.3, for more
             variety within a class.
-        expand_until: `expand` counts only in this share of the epochs, in (0, 1], from the start; 1 means all. With
-            many classes and a long run 0.5 keeps most of the variety and is more accurate.
+        expand_until: `expand` counts only in this share of the epochs, in (0, 1], from the start; 1 means all. In
+            a long run 0.5 (100 classes) or 0.75 (200) keeps most of the variety and is more accurate.
         step: how the dictionary moves: ascent needs no step size; paper takes the paper's bounds, the codes at the
             moved atoms; simultaneous takes both steps at the old point.
         step_atoms: ν_Γ, in units of the inverse Lipschitz bound. Not used by ascent.
