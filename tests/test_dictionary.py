@@ -220,12 +220,8 @@ def test_the_least_curvature_in_the_atoms_is_a_bound_and_is_met(mu):
         hessian = torch.autograd.functional.hessian(value, atoms).view(12, 12)
         assert torch.linalg.eigvalsh(hessian + curvature.repeat_interleave(3).diag()).min() > -1e-9
     if mu == 0:  # singular values √3 of √β Γ Diag(Ã γ)^½
-        z, pi, codes, atoms = (
-            unit_rows(4, 2),
-            torch.ones(4, 1).double(),
-            torch.full((2, 1), 0.75).double(),
-            torch.eye(2),
-        )
+        z, pi = unit_rows(4, 2), torch.ones(4, 1).double()
+        codes, atoms = torch.full((2, 1), 0.75).double(), torch.eye(2)
     else:  # atoms that coincide, orthogonal to all features; the rate is left out by its weight
         z, pi, mu = torch.eye(2)[[0, 0]], torch.ones(2, 1).double(), 1e9
         codes, atoms = torch.tensor([[0.5], [1.5]]).double(), torch.eye(2)[[1, 1]]

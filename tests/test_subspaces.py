@@ -59,9 +59,8 @@ def test_copies_of_a_sample_span_one_direction_however_they_are_rounded():
 
 def test_a_class_without_samples_wins_no_tie():
     bases = class_subspaces(torch.eye(4).double()[[0, 1]], torch.tensor([1, 2]), 3, 1)
-    assert nearest_subspace(torch.eye(4).double()[[3]], bases).tolist() == [
-        1
-    ]  # orthogonal to all, and class 0 is absent
+    orthogonal_to_all = torch.eye(4).double()[[3]]
+    assert nearest_subspace(orthogonal_to_all, bases).tolist() == [1]
 
 
 def test_a_class_of_which_too_little_is_left_is_described_by_all_there_is():
