@@ -203,6 +203,19 @@ def test_wrong_labels_are_no_divergence():
         train.fit(model, objective, [(torch.eye(2), torch.tensor([0, 7]))], optimizer, 1)
 
 
+def test_weights_that_the_last_step_spoils_are_no_silent_nan():
+    class Cusp(torch.nn.Module):
+        """Finite where its argument is 0, with a gradient that is not."""
+
+        def forward(self, features, labels):
+            return (features - features.detach()).abs().sqrt().sum()
+
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), networks.Normalize())
+    optimizer, objective = torch.optim.SGD(model.parameters(), 0.1), objectives.Objective(Cusp(), 2)
+    with pytest.raises(NumericalError, match="diverged in epoch 1: the network's weights are no longer finite"):
+        train.fit(model, objective, [(torch.eye(2), torch.tensor([0, 1]))], optimizer, 1)
+
+
 def test_every_line_reaches_the_hook(tmp_path):
     seen = []
     run = train.start(replace(SMALL, epochs=2), tmp_path / "run", on_epoch=seen.append)

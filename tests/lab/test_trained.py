@@ -66,6 +66,19 @@ def test_subspaces_that_hold_nearly_all_of_any_sample_still_tell_classes_apart(t
     assert loaded.scores(far).argmax(1).tolist() == [1, 0]
 
 
+def test_fewer_components_are_the_strongest(run):
+    assert torch.equal(vmcr2.load(run, components=2).subspaces, vmcr2.load(run).subspaces[..., :2])
+
+
+def test_images_that_are_not_square_are_read_as_the_arrays_are():
+    shape = (1, 6, 10)
+    made = trained.TrainedModel(
+        network="mlp", feature_dim=4, input_shape=shape, image_shape=shape, classes=("ash", "elm"), components=1
+    ).eval()
+    pixels = torch.randint(256, (2, *shape[1:]), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    assert torch.equal(made.embed([Image.fromarray(image.numpy()) for image in pixels]), made.embed(pixels))
+
+
 def test_files_and_images_are_read_as_the_arrays_are(run, tmp_path):
     digits, loaded = sources.load(DataSettings()), vmcr2.load(run)
     pixels = digits.test_inputs[:3, 0].numpy()
