@@ -396,7 +396,8 @@ class VMCR2Loss(_OverRanks):
             with "mean", that divided by µ m (= ρ d/ε² where µ follows from `balance`). 0 is Algorithm 1, in which the
             dictionary alone expands. Larger values keep more of the variety within a class, for one log-determinant a
             step; the loss may be negative. Take 0.2 to 0.6, and `pull` near 0.3: at 1 samples that R pushes out of
-            their class are let go. With many classes and a long run, setting it to 0 on the way is more accurate (docs/choosing.md).
+            their class are let go. With many classes and a long run, setting it to 0 on the way is more
+            accurate (docs/choosing.md).
         step: "ascent": eq. (7) at the step's µ never falls, no step size. "paper": the paper's Lipschitz bounds, the
             codes' gradient at the moved atoms (line 8). "simultaneous": both gradients at the old dictionary.
         step_atoms: ν_Γ > 0, in units of the inverse Lipschitz bound; not used by "ascent".
