@@ -344,19 +344,20 @@ def test_a_confined_step_makes_no_products_of_all_samples_with_all_atoms():
     assert largest.numel <= m * d < m * k * s, largest.shape
 
 
-@pytest.mark.parametrize("rho", [0.6, 12.5])
-def test_shared_codes_switch_on_atoms_of_others_from_rho_half_on(rho):
-    """Class 0 lies along an atom of class 1: its code there rises if ρ > ½ (1 − Γ_lᵀ S⁻¹ Γ_l)."""
+@pytest.mark.parametrize(("rho", "n"), [(0.6, 1), (12.5, 2)])
+def test_shared_codes_switch_on_atoms_of_others(rho, n):
+    """Class 0 lies along n atoms of class 1: its codes there rise if ρ/n > ½ (1 − Γ_lᵀ S⁻¹ Γ_l)."""
     z, labels = unit_rows(60, 12), torch.arange(60) % 3
     shared, block = (
         loss_at(z, labels, 3, 2, structure=structure, **at_balance(rho, 60, 12)) for structure in STRUCTURES
     )
-    features = torch.where((labels == 0)[:, None], shared.dictionary.atoms[:, 2], z)
+    moved = shared.dictionary.atoms[:, 2 : 2 + n].T[torch.arange(60) // 3 % n]
+    features = torch.where((labels == 0)[:, None], moved, z)
     before = [loss.rates(features, labels) for loss in (shared, block)]
     assert float(before[0].residual) == pytest.approx(float(before[1].residual))
     for loss in (shared, block):
         loss(features, labels)
-    assert shared.dictionary.codes[2, 0] > 0
+    assert (shared.dictionary.codes[2 : 2 + n, 0] > 0).all()
     after = [loss.rates(features, labels) for loss in (shared, block)]
     assert float(after[0].residual) < float(after[1].residual)
 

@@ -26,6 +26,7 @@ from vmcr2.losses import SETTING_CHECKS, Reduction, Step
 
 ObjectiveName = Literal["vmcr2", "mcr2", "ce"]
 OBJECTIVES: dict[ObjectiveName, str] = {"vmcr2": "V-MCR²", "mcr2": "MCR²", "ce": "cross-entropy"}
+_LARGEST_ADAMW_LR = 0.05  # each weight moves by about so much a step; the settings' defaults are SGD's
 
 
 @dataclass(frozen=True)
@@ -269,7 +270,6 @@ _OURS = (
         ce=CESettings(lr=2.0),
     ),
 )
-_LARGEST_ADAMW_LR = 0.05  # each weight moves by about so much a step; the defaults are SGD's
 CHOSEN_FOR = "chosen for"  # how `about` begins where `for_data` made the recipe
 _LARGEST_SIDE = 64  # to which `for_data` scales a folder's images down
 RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in _OURS}
