@@ -174,11 +174,11 @@ def main() -> None:
     text = (
         f"# The dictionary's step\n\nMade by `python benchmarks/ascent.py`; {describe_device(torch.device('cpu'))}.\n\n"
         "## Training: ΔR on digits, d = 64, `energy=1`, 200 epochs of batches of 100, mean of 5 seeds\n\n"
-        "Learning rates by ΔR of a validation split, at a quarter of the length.\n\n"
+        "Learning rates were chosen by ΔR on a validation split, at a quarter of the length.\n\n"
         + markdown_table(["classes", "MCR²", "V-MCR²", "ratio"], trained)
-        + "\n## Eq. (7) on a fixed batch\n\nThe largest fall in a step is a share of the value. \"halved\" is the "
-        "paper's step, ν = 5, halved until eq. (7) does not fall; \"best of ν\" the best value at any of 300 of the "
-        "paper's steps with ν = 0.1, 1 or 5, most of which do not ascend.\n\n"
+        + "\n## Eq. (7) on a fixed batch\n\nThe largest fall in a step is given as a share of the value. "
+        "\"halved\" is the paper's step with ν = 5, halved until eq. (7) does not fall. \"best of ν\" is the best "
+        "value at any of 300 of the paper's steps with ν = 0.1, 1 or 5, most of which do not ascend.\n\n"
         + markdown_table(columns, rows)
     )  # fmt: skip
     (RESULTS / "ascent.md").write_text(text)

@@ -130,9 +130,9 @@ def table() -> None:
     text = (
         "# Do the defaults train?\n\nMade by `python benchmarks/defaults.py`; seed 0, "
         f"{RUNS.where()}. "
-        "ΔR of the training part and accuracy on the validation split; V-MCR² is `VMCR2Loss(num_classes, "
-        "feature_dim)`, latched by the first batches. Batches are of equal size, at most that given: 1000 stands for "
-        "575 on digits, 600 on omniglot100 and 1000 on mnist5000, 256 for 230, 240 and 250.\n"
+        "Cells show ΔR of the training part and accuracy on the validation split. V-MCR² is `VMCR2Loss(num_classes, "
+        "feature_dim)`, latched on the first batches. Batches are of equal size, at most the size given: 1000 stands "
+        "for 575 on digits, 600 on omniglot100 and 1000 on mnist5000; 256 stands for 230, 240 and 250.\n"
     )
     for data, (_, network, d, epochs) in DATA.items():
         rows = []

@@ -329,54 +329,55 @@ def text_of(found: list[dict[str, Any]], alone: dict[str, Any], whole: list[Any]
     flops = f"{first['flops'] / 1e9:.2f} GFLOP for {M // WORLD} samples per rank"
     return f"""# A dictionary sharded by class
 
-Made by `python benchmarks/distributed.py`; {device}, {versions}, gloo, one thread per rank.
-{WORLD} ranks share the {os.cpu_count()} cores, so times say how the ways compare, not what a cluster reaches.
+Made by `python benchmarks/distributed.py`; {device}, {versions}, gloo,
+one thread per rank. {WORLD} ranks share the {os.cpu_count()} cores, so the times show how the variants compare, not
+what a cluster reaches.
 
 ## A million classes on {WORLD} ranks
 
-k = {K:,}, d = {D}, s = {S}, batches of m = {M} ({M // WORLD} a rank), float32, a linear network. The bound is
-k s d / {WORLD} floats and the batch of all ranks, {bound_parts} = **{bound:.0f} MiB** a rank. The loss's buffers
-(atoms, codes, flags) are {first["buffers"]:.0f} MiB; with all that 25 training steps take beside them, gradients and
-optimizer included, at most **{training:.0f} MiB, {training / bound:.2f} of the bound**.
+k = {K:,}, d = {D}, s = {S}, batches of m = {M} ({M // WORLD} per rank), float32, a linear network. The bound is
+k s d / {WORLD} floats and the batch of all ranks: {bound_parts} = **{bound:.0f} MiB** per rank. The loss's buffers
+(atoms, codes, flags) take {first["buffers"]:.0f} MiB. With everything else that 25 training steps need, gradients and
+optimiser included, the total is at most **{training:.0f} MiB, {training / bound:.2f} of the bound**.
 
-Growth of resident memory in each phase, the largest of the ranks:
+Growth of resident memory in each phase, the largest over the ranks:
 
 {memory_table(found, bound)}
-Latching holds the samples beside the dictionary, here one of each class and so as much again, and their singular
-vectors, again as much. The loss went from {loss_from:.4f} to {loss_to:.4f} in 25 steps: it rises
-as the dictionary's codes grow and run ahead of the features (docs/choosing.md, "How trouble shows"). What was loaded
-equals what was saved, bit by bit: {equal}. `nearest_class` is right for {accuracy:.1f} % of {M} fresh samples.
+Besides the dictionary, latching holds the samples (here one of each class, so as much again) and their singular vectors
+(as much again). The loss went from {loss_from:.4f} to {loss_to:.4f} in 25 steps: it rises as the dictionary's
+codes grow and run ahead of the features (docs/choosing.md, "How trouble shows"). What was loaded equals what was
+saved, bit by bit: {equal}. `nearest_class` is right for {accuracy:.1f} % of {M} fresh samples.
 
 ## What is sent in a step
 
-Counted from the tensors given to torch.distributed in one step on rank 0. "Sent" is what a rank sends where collectives
-go round a ring, as NCCL's do: (W−1)/W of what is gathered or scattered, twice that of what is summed everywhere; gloo
-may send more. The mean of the network's own gradients, which DistributedDataParallel takes, is not part of it.
+Counted from the tensors given to torch.distributed in one step on rank 0. "Sent" is what a rank sends if collectives go
+round a ring, as NCCL's do: (W−1)/W of what is gathered or scattered, and twice that of what is summed everywhere; gloo
+may send more. The mean of the network's own gradients, which DistributedDataParallel takes, is not included.
 
 {sent_table(named(first["notes"]))}
-Together **{kib(ours)} KiB**. The three terms (gather m × d, sum d × d, sum m × d) are {three_terms} KiB: the features'
-gradient is scattered rather than summed everywhere; S is summed twice, as the codes move at atoms that have moved.
-The 16 integers and the scalars cost latency, not bytes.
+The total is **{kib(ours)} KiB**. The three terms (gather m × d, sum d × d, sum m × d) would be {three_terms} KiB. The
+features' gradient is scattered rather than summed everywhere; S is summed twice, as the codes move at atoms that have
+moved. The 16 integers and the scalars cost latency, not bytes.
 
 Partial FC (An et al., CVPR 2022, [arXiv 2203.15565](https://arxiv.org/abs/2203.15565)) for the same m, d and k,
 computed, with all classes sampled:
 
 {sent_table(PARTIAL_FC)}
-Together {kib(theirs)} KiB: ours is **{ours / theirs:.2f}** times that. Neither grows with k.
+The total is {kib(theirs)} KiB: ours is **{ours / theirs:.2f}** times that. Neither grows with k.
 
 ## Time of a step at k = {K_TIMED:,}
 
-Forward, backward and the network's step, median of 28 steps, the same batches of m = {M} in all three ways.
+Forward, backward and the network's step, median of 28 steps, with the same batches of m = {M} in all three variants.
 
 {markdown_table(["", "ms per step"], time_rows)}
-The values of all 30 steps, on every rank and in all three ways, agree to {difference:.0e} (float32).
+The values of all 30 steps, on every rank and in all three variants, agree to {difference:.0e} (float32).
 
 ## k = 10⁷ on 64 GPUs, computed
 
-d = {D}, s = {S}, float32. No run of that size was made: bytes are those above at W = 64, FLOPs those of the matrix
-products that torch counted in one step on rank 0 ({flops}, the network's
-included), scaled to a rank's share of the batch, and the two factorisations of S. The two rates are round numbers to
-divide by. Every twentieth step looks at ΔR of the whole batch on every rank, which is not part of it.
+d = {D}, s = {S}, float32. No run of that size was made. Bytes are those above at W = 64. FLOPs are those of the matrix
+products that torch counted in one step on rank 0 ({flops}, the network's included), scaled
+to a rank's share of the batch, and those of the two factorisations of S. The two rates are round numbers to divide by.
+Every twentieth step looks at ΔR of the whole batch on every rank, which is not included.
 
 {table_of_64(first["flops"])}"""
 

@@ -213,12 +213,12 @@ def main() -> None:
     lines = [
         "# Estimators on embeddings",
         "",
-        f"`python benchmarks/estimators.py --folds {options.folds} --seeds {options.seeds}`;",
+        f"`python benchmarks/estimators.py --folds {options.folds} --seeds {options.seeds}`; "
         f"torch {torch.__version__}, scikit-learn {sklearn.__version__}, one thread, {platform.machine()}.",
         "",
-        f"Accuracy, mean ± standard deviation over {options.folds} folds; at *wrong labels*, {WRONG:.0%} of the",
-        "training labels were those of another class. Ours are at their defaults; the strength of logistic regression",
-        "and the number of neighbours are chosen by an inner cross-validation.",
+        f"Accuracy is mean ± standard deviation over {options.folds} folds; under *wrong labels*, {WRONG:.0%} of the",
+        "training labels were those of another class. Our estimators are at their defaults. The strength of logistic",
+        "regression and the number of neighbours are chosen by an inner cross-validation.",
         "",
         "| embeddings | method | accuracy | wrong labels | log-loss | seconds per fit |",
         "|---|---|---|---|---|---|",
@@ -228,7 +228,7 @@ def main() -> None:
     lines += [
         "",
         f"Finding wrong labels, mean of {options.seeds} draws: AUROC, precision at their true number, and the share of "
-        "them for which the right label is suggested.",
+        "wrong labels for which the correct label is suggested.",
         "",
         "| embeddings | wrong | method | AUROC | precision | suggested rightly |",
         "|---|---|---|---|---|---|",
@@ -237,7 +237,7 @@ def main() -> None:
         lines += audited(name, arrays, options.seeds)
     lines += [
         "",
-        "Settings of `CodingRateClassifier` on digits, by cross-validation; the defaults were chosen by such tables.",
+        "Settings of `CodingRateClassifier` on digits, by cross-validation; the defaults were chosen from such tables.",
         "",
         "| settings | accuracy | wrong labels |",
         "|---|---|---|",

@@ -84,10 +84,10 @@ def main() -> None:
             auroc = f"{roc_auc_score(wrong.numpy(), -score.numpy()):.4f}"
             rows.append([title, name, str(int(wrong.sum())), auroc, *hits])
     text = (
-        "# Label errors in test sets that people confirmed\n\nMade by `python benchmarks/label_errors.py`; "
-        f"{describe_device(torch.device('cpu'))}. 10,000 test labels each, one seed. AUROC of the confirmed errors "
-        "against all other labels, and how many of them are among the 50, 100 and 200 most suspect. The candidates "
-        "that people saw were found by cross-entropy.\n\n"
+        "# Label errors in test sets, confirmed by people\n\nMade by `python benchmarks/label_errors.py`; "
+        f"{describe_device(torch.device('cpu'))}. Each test set has 10,000 labels; one seed. The table shows the "
+        "AUROC of the confirmed errors against all other labels, and how many of them are among the 50, 100 and 200 "
+        "most suspect labels. The candidates that people were shown had been found by cross-entropy.\n\n"
     ) + markdown_table(["trained on", "score", "confirmed", "AUROC", *(f"of {n}" for n in BUDGETS)], rows)
     (RESULTS / "label_errors.md").write_text(text)
     print(text)

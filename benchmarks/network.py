@@ -53,9 +53,9 @@ def main() -> None:
     ]
     text = (
         "# The networks on a CPU\n\nMade by `python benchmarks/network.py`; "
-        f"{describe_device(torch.device('cpu'))}. A forward and a backward pass of a batch of 250, least of {ROUNDS}. "
-        "`vmcr2` trains with both: a convolution whose outputs see the whole map is one matrix product, and glibc is "
-        "told to keep freed memory.\n\n"
+        f"{describe_device(torch.device('cpu'))}. Time of a forward and a backward pass of a batch of 250, the least "
+        f"of {ROUNDS}. `vmcr2` trains with both changes: a convolution whose outputs see the whole map is one "
+        "matrix product, and glibc is told to keep freed memory.\n\n"
     ) + markdown_table(["network", "nn.Conv2d, s", "WholeMapConv2d, s", "and freed memory kept, s", "ratio"], rows)
     (Path(__file__).parent.parent / "results" / "network.md").write_text(text)
     print(text)

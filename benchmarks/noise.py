@@ -456,12 +456,12 @@ def table() -> None:
     known = RUNS.lines()
     text = (
         "# Wrong training labels\n\nMade by `python benchmarks/noise.py`, "
-        f"{RUNS.where()}. Test accuracy (right labels), mean ± standard deviation where there are several seeds; "
-        "the column gives their largest number. The learning rate and what predicts were chosen on a validation split "
-        "with wrong labels, at 30 % and seed 0; so other columns are at a rate chosen there: on clean labels "
-        "cross-entropy has more at its own rate (omniglot100/comparison.md). The rivals' other settings are their "
-        "papers', of SCE and ELR those for CIFAR-100 where there are 50 classes or more, else for CIFAR-10. `similar`: "
-        "30 % got the label of the most similar class.\n"
+        f"{RUNS.where()}. Test accuracy, on correct labels: mean ± standard deviation where there are several seeds; "
+        "the column `seeds` gives their largest number. The learning rate and the predictor were chosen at 30 % wrong "
+        "labels and seed 0, on a validation split with wrong labels. Other columns use the rate chosen there, so on "
+        "clean labels cross-entropy is more accurate at its own rate (omniglot100/comparison.md). The rivals' other "
+        "settings are those of their papers; SCE and ELR take the ones for CIFAR-100 where there are 50 classes or "
+        "more, and otherwise the ones for CIFAR-10. `similar`: 30 % got the label of the most similar class.\n"
     )
     curves: dict[str, dict[str, list[tuple[float, float, float]]]] = {}
     for data, base in BASES.items():
@@ -521,7 +521,7 @@ def table() -> None:
         if rows:
             shares = [f"{share:.0%}" for share in LEVELS]
             text += markdown_table(["", "lr", "predictor", "seeds", *shares, "similar"], rows)
-            text += "\nFinding the 30 % wrong training labels, AUROC and precision at their true number, by score:\n\n"
+            text += "\nFinding the 30 % wrong training labels: AUROC and precision at their true number, by score:\n\n"
             text += markdown_table(["features of", *_SCORES], found_rows)
     (RESULTS / "noise.md").write_text(text)
     print(text)

@@ -315,9 +315,9 @@ def ratio(found: dict[str, dict[str, float]], slow: str, fast: str) -> str:
 def write(known: dict) -> None:
     """Writes results/speed.md from the figures."""
     parts = [
-        f"# Speed\n\nMade by `python benchmarks/objective.py`; {known['where']}. Median ± distance between "
-        "quartiles, in seconds, after one call to warm up. The absolute times are this machine's; the claim is the "
-        "ratios.\n"
+        f"# Speed\n\nMade by `python benchmarks/objective.py`; {known['where']}. Times are median ± "
+        "interquartile range, in seconds, after one warm-up call. The absolute times are this machine's; the claims "
+        "are the ratios.\n"
     ]
     if "steps" in known:
         found = known["steps"]
@@ -389,7 +389,7 @@ def write(known: dict) -> None:
         parts.append("\n## Whole data sets and many classes\n\n" + markdown_table(["what", "measured", "bar"], rows))
         over = known.get("classes 10000", {"median": 0.0})["median"] - 1
         if over > 0:
-            parts.append(f"\nMissed by {over:.0%}: the second of the step with 10,000 classes.\n")
+            parts.append(f"\nMissed by {over:.0%}: the bar of 1 s for the step with 10,000 classes.\n")
     if "precision" in known:
         rows = [[name, f"{error:.1e}"] for name, error in known["precision"].items()]
         parts.append(

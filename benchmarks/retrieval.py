@@ -222,11 +222,12 @@ def table() -> None:
         novel.append([title, *(mean_and_spread([line["novelty"].get(by) for line in members], 3) for by in _NOVELTY)])
     text = (
         "# Classes never seen in training\n\nMade by `python benchmarks/retrieval.py`, "
-        f"{RUNS.where()}. Omniglot, 300 classes of 15 samples for training, 300 others of 20 "
-        "for test, of the same alphabets and drawn by the same people, which is easier than new alphabets; "
-        f"conv4, d = {D}, {EPOCHS} epochs of class-balanced batches. Mean ± standard deviation over seeds; "
-        "learning rates chosen on 60 of the training classes. The rivals' other settings are the defaults of "
-        "pytorch-metric-learning, SupCon's with one view.\n\n## Retrieval among unseen classes\n\n"
+        f"{RUNS.where()}. Omniglot: 300 classes of 15 samples for training, and 300 others of 20 samples for test. "
+        "They are from the same alphabets and drawn by the same people, which is easier than new alphabets. The "
+        f"network is conv4, d = {D}, trained for {EPOCHS} epochs of class-balanced batches. Figures are mean ± "
+        "standard deviation over seeds. Learning rates were chosen on 60 of the training classes. The rivals' other "
+        "settings are the defaults of pytorch-metric-learning; SupCon has one view."
+        "\n\n## Retrieval among unseen classes\n\n"
         + markdown_table(["", "lr", "seeds", "R@1", "MAP@R"], rows)
         + "\n## Novelty: AUROC of samples of seen classes (five drawers unseen) against those of unseen classes\n\n"
         + markdown_table(["features of", *_NOVELTY], novel)

@@ -184,14 +184,14 @@ COLUMNS = (
 def table() -> None:
     """Writes results/variety.md."""
     text = (
-        f"# Variety within a class, and accuracy\n\nMade by `python benchmarks/variety.py`, {RUNS.where()}. `energy`: "
-        "what a class's codes sum to; `expand`: the weight of R of the features, in the first share `until` of the "
-        "epochs; `of the most`: ΔR as a share of the largest there is, orthogonal subspaces of d/k equal directions; "
-        "class rank: effective rank of the median class. Accuracy of subspaces of ⌊d/k⌋ components and of one: in the "
-        "first table of a data set on a validation split, a fifth of the training set, seed 0; in the second on the "
-        "test set, of the most accurate setting of a length and the most accurate with at least 0.8 of the most ΔR, "
-        "both by the first table, three seeds, on cifar100-20 one. variety.jsonl has a few runs on the test set that "
-        "neither table shows.\n"
+        f"# Variety within a class, and accuracy\n\nMade by `python benchmarks/variety.py`, {RUNS.where()}. `energy` "
+        "is the sum of a class's codes. `expand` is the weight of R of the features, in the first share `until` of "
+        "the epochs. `of the most` is ΔR as a share of the largest possible, that of orthogonal subspaces of d/k equal "
+        "directions. Class rank is the effective rank of the median class. Accuracy is by subspaces of ⌊d/k⌋ "
+        "components and of one. The first table of a data set is on a validation split, a fifth of the training set, "
+        "with seed 0. The second is on the test set, with three seeds (on cifar100-20 one). It has, for each length, "
+        "the most accurate setting and the most accurate with at least 0.8 of the largest ΔR, both by the first "
+        "table. variety.jsonl has a few runs on the test set that neither table shows.\n"
     )
     for data in DATA:
         rows, largest = [], 0.0
