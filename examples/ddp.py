@@ -19,7 +19,7 @@ NUM_CLASSES, FEATURE_DIM = 10, 64
 
 
 class Featurizer(nn.Module):
-    """Any network will do whose features are rows of norm 1; BatchNorm would have to be SyncBatchNorm."""
+    """Any network whose features are rows of norm 1 will do; BatchNorm would have to be SyncBatchNorm."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -30,25 +30,25 @@ class Featurizer(nn.Module):
 
 
 def main(epochs: int = 25) -> None:
-    dist.init_process_group()  # gloo on CPUs, NCCL on GPUs; torchrun says who is who
+    dist.init_process_group()  # gloo on CPUs, NCCL on GPUs; torchrun assigns the ranks
     torch.manual_seed(0)
     x, y = load_digits(return_X_y=True)
     split = train_test_split(x / 16, y, test_size=0.2, stratify=y, random_state=0)
     x_train, x_test, y_train, y_test = (torch.tensor(part) for part in split)
     x_train, x_test = x_train.float(), x_test.float()
-    # 360 samples a batch, 36 of each class, split over the ranks.
+    # 360 samples per batch, 36 of each class, split over the ranks.
     sampler = vmcr2.ClassBalancedBatchSampler(y_train, 36)
     loader = DataLoader(TensorDataset(x_train, y_train), batch_sampler=sampler)
 
     model = DistributedDataParallel(Featurizer())
-    # With many classes: structure="block", sharded=True. Each rank then holds its own classes of the dictionary.
+    # With many classes: structure="block", sharded=True. Each rank then holds only its own classes' atoms and codes.
     loss = vmcr2.VMCR2Loss(NUM_CLASSES, FEATURE_DIM)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    loss.latch_from(model, loader)  # each rank's share; they meet at the end
+    loss.latch_from(model, loader)  # each rank's share; merged at the end
     for epoch in range(epochs):
         sampler.set_epoch(epoch)
         for inputs, labels in loader:
-            value = loss(model(inputs), labels)  # of the batch of all ranks, and the same on each
+            value = loss(model(inputs), labels)  # for the batch of all ranks, the same on each
             optimizer.zero_grad()
             value.backward()
             optimizer.step()

@@ -3,7 +3,7 @@
     pip install '.[sklearn]' transformers accelerate
     python examples/huggingface_trainer.py
 
-Its batches are dicts, and `latch_from` takes pairs: a generator makes the one of the other.
+Its batches are dicts, and `latch_from` needs pairs: a generator converts them.
 """
 
 import tempfile
@@ -17,7 +17,7 @@ import vmcr2
 
 
 class WithLoss(torch.nn.Module):
-    """What the Trainer wants of a model: a loss in its output wherever there are labels."""
+    """What the Trainer expects of a model: a loss in its output whenever there are labels."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -30,7 +30,7 @@ class WithLoss(torch.nn.Module):
 
 
 class Latcher(transformers.TrainerCallback):
-    """Latches before the first epoch, and again every so many."""
+    """Latches before the first epoch, and again every LATCH_EVERY epochs."""
 
     def on_epoch_begin(self, args, state, control, **given) -> None:  # noqa: ANN001, ANN003
         if round(state.epoch or 0) % LATCH_EVERY == 0:
@@ -40,7 +40,7 @@ class Latcher(transformers.TrainerCallback):
 
 
 def main(epochs: int = 20) -> dict[str, float]:
-    """Trains, and returns the figures of the evaluation after it."""
+    """Trains, and returns the metrics of the evaluation afterwards."""
     x, y = load_digits(return_X_y=True)
     samples = [
         {"pixel_values": torch.tensor(image).float(), "labels": int(label)}

@@ -2,7 +2,7 @@
 
     python examples/label_errors.py
 
-prints how many of the suspects are wrong indeed, the ten worst, and how a classifier gains by dropping them.
+prints how many of the suspects are actually wrong, the ten worst, and how a classifier gains from dropping them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import vmcr2
 
 
 def broken(labels: np.ndarray, share: float, seed: int) -> np.ndarray:
-    """Returns labels of which a share, drawn at random, is that of another class."""
+    """Returns the labels with a share of them, drawn at random, changed to another class."""
     random, k = np.random.default_rng(seed), labels.max() + 1
     wrong = random.choice(len(labels), round(share * len(labels)), replace=False)
     given = labels.copy()

@@ -1,10 +1,10 @@
-"""V-MCR² in a LightningModule: latched before the first epoch, and again every so many.
+"""V-MCR² in a LightningModule: latched before the first epoch, and again every LATCH_EVERY epochs.
 
     pip install '.[sklearn]' lightning
     python examples/lightning_module.py
 
 Lightning's sanity check validates before anything is trained, and so before there is a dictionary: `validation_step`
-asks ΔR of the features, which needs none. A validation that calls the loss would raise NotLatchedError there; skip the
+logs ΔR of the features, which needs none. A validation that calls the loss would raise NotLatchedError there; skip the
 check with num_sanity_val_steps=0, or latch in `on_fit_start`, which comes before it.
 """
 
@@ -20,7 +20,7 @@ class Digits(lightning.LightningModule):
     def __init__(self) -> None:
         super().__init__()
         self.model = Featurizer()
-        # A module of the module: moved to the device with it, and saved in its checkpoints.
+        # A submodule: moved to the device with the module, and saved in its checkpoints.
         self.loss = vmcr2.VMCR2Loss(NUM_CLASSES, FEATURE_DIM)
 
     def on_train_epoch_start(self) -> None:
@@ -45,7 +45,7 @@ class Digits(lightning.LightningModule):
 
 
 def main(epochs: int = 20, **trainer: object) -> dict[str, float]:
-    """Trains, and returns the last figures that were logged."""
+    """Trains, and returns the last metrics logged."""
     lightning.seed_everything(0)
     x, y = load_digits(return_X_y=True)
     data = torch.utils.data.TensorDataset(torch.tensor(x / 16).float(), torch.tensor(y))

@@ -1,9 +1,9 @@
-"""A run's figures sent to TensorBoard, trackio or Weights & Biases: `on_epoch` is called with every epoch's line.
+"""Sends a run's metrics to TensorBoard, trackio or Weights & Biases: `on_epoch` is called with every epoch's line.
 
     pip install '.[lab]' tensorboard        # or trackio, or wandb
     python examples/logging_hooks.py tensorboard
 
-The same lines are in the run folder's metrics.jsonl in any case.
+In any case the run folder's metrics.jsonl has the same lines.
 """
 
 import sys

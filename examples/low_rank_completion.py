@@ -1,6 +1,6 @@
-"""Proposition 3.1 outside of MCR²: completing a covariance of low rank from few of its entries.
+"""Proposition 3.1 outside MCR²: completing a low-rank covariance from a few of its entries.
 
-The rank of a positive semi-definite M is not differentiable; logdet(I + cM) is the classic smooth stand-in for it, as
+The rank of a positive semi-definite M is not differentiable; logdet(I + cM) is the classic smooth surrogate for it, as
 in system identification, where M is a covariance of past and future. Here it is never computed: M is written as U Uᵀ
 and `variational_logdet`, a sum of logarithms over the columns of U, takes its place.
 
@@ -15,7 +15,7 @@ SIZE, RANK, SEEN = 60, 4, 0.25
 
 
 def complete(observed: torch.Tensor, mask: torch.Tensor, weight: float) -> torch.Tensor:
-    """Returns U (SIZE, SIZE) that fits the observed entries of M; the weight is that of the log-determinant."""
+    """Returns U (SIZE, SIZE) that fits the observed entries of M; `weight` is the log-determinant's."""
     torch.manual_seed(1)
     factor = (0.3 * torch.randn(SIZE, SIZE, dtype=torch.float64)).requires_grad_()
     optimizer = torch.optim.Adam([factor], 0.02)

@@ -17,7 +17,7 @@ LATCH_EVERY = 50  # epochs
 
 
 class Featurizer(nn.Module):
-    """Any network will do whose features are rows of norm 1."""
+    """Any network whose features are rows of norm 1 will do."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ def main(epochs: int = 40) -> float:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
     for epoch in range(epochs):
         if epoch % LATCH_EVERY == 0:
-            loss.latch_from(model, loader)  # before training, and again now and then
+            loss.latch_from(model, loader)  # before training, and again from time to time
         model.train()
         for inputs, labels in loader:
             value = loss(model(inputs), labels)

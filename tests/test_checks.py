@@ -31,7 +31,7 @@ BATCHES = [
     (r"membership labels .*\[0, 3\), got labels from 0 to 3", Z, LABELS.clone().index_fill_(0, torch.tensor(0), 3)),
     ("membership labels .*from -1", Z, LABELS.clone().index_fill_(0, torch.tensor(0), -1)),
     ("membership rows .*sum to 1", Z, ROWS * 2),
-    ("membership rows .*sum to 1, .*divide rows that were worked out in 16 bits by their sums", Z, ROWS * 1.005),
+    ("membership rows .*sum to 1, .*divide rows that were computed in 16 bits by their sums", Z, ROWS * 1.005),
     ("membership rows .*>= 0", Z, ROWS + torch.tensor([1.0, -1.0, 0.0])),
     ("membership rows .*finite", Z, ROWS * torch.nan),
     ("membership rows .*num_classes = 3", Z, torch.full((12, 4), 0.25)),

@@ -215,7 +215,7 @@ def test_warnings_name_what_is_wrong():
     few = vmcr2.report(noise[:12], np.arange(12) % 9).warnings
     assert any("cannot all be orthogonal" in text for text in few)
     assert any("fewer than 5" in text for text in few)
-    assert any("one class alone" in text for text in vmcr2.report(noise, np.zeros(4000, int)).warnings)
+    assert any("only one class" in text for text in vmcr2.report(noise, np.zeros(4000, int)).warnings)
 
 
 def test_entangled_classes_are_named():
@@ -275,16 +275,16 @@ def test_figure_names_the_missing_extra(monkeypatch):
         (np.array([["a"]] * 4), np.arange(4), "real numbers"),
         (np.ones((4, 3)), np.array([0.5, 1, 1, 2]), "integers"),
         (np.ones((4, 3)), ["a", None] * 2, "labels must be of one kind.* got NoneType and str"),
-        (np.ones((4, 3)), ["a", float("nan")] * 2, "labels must not be missing, got 2 of 4"),
+        (np.ones((4, 3)), ["a", float("nan")] * 2, "labels must not be missing, but 2 of 4"),
         (
             np.ones((4, 3)),
             np.array(["a", float("nan")] * 2, dtype=object),
-            "labels must not be missing, got 2 of 4",
+            "labels must not be missing, but 2 of 4",
         ),
         (
             np.ones((4, 3)),
             np.array([1, float("nan")] * 2, dtype=object),
-            "labels must not be missing, got 2 of 4 that are",
+            "labels must not be missing, but 2 of 4 are",
         ),
         (np.ones((4, 3)), ["a", 1] * 2, "labels must be of one kind.* got int and str"),
         (np.ones((4, 3)), [None] * 4, "labels must be of one kind.* got NoneType"),
@@ -305,9 +305,9 @@ def test_other_bad_input_is_named():
         (lambda: vmcr2.report(z, [[0]] * 5 + [[0, 1]] * 5), "labels must be of shape"),
         (
             lambda: vmcr2.report(z, np.array(["2020", "NaT"] * 5, dtype="datetime64[D]")),
-            "labels .* missing, got 5 of 10",
+            "labels .* missing, but 5 of 10",
         ),
-        (lambda: vmcr2.report(z, np.array([0.0, np.nan] * 5)), "labels must not be missing, got 5 of 10"),
+        (lambda: vmcr2.report(z, np.array([0.0, np.nan] * 5)), "labels must not be missing, but 5 of 10"),
         (lambda: vmcr2.report(np.ma.masked_less(z.numpy(), 0), labels), "features must have no masked entries, got"),
         (lambda: vmcr2.label_quality(z, np.ma.masked_equal(labels, 1)), "labels must have no masked entries, got 5"),
         (lambda: vmcr2.report(z, labels, eps_sq=0), "eps_sq"),

@@ -252,7 +252,7 @@ def test_an_expand_that_no_loss_could_hold_is_refused_before_the_dictionary_move
     z, labels = unit_rows(12, 4, dtype=torch.float32), torch.arange(12) % 3
     loss = loss_at(z, labels, 3, 1, mu=1e-38, expand=1.0)
     before = snapshot(loss)
-    with pytest.raises(vmcr2.NumericalError, match="expand weighs R by 8.33e\\+36.*a smaller expand, or a larger mu"):
+    with pytest.raises(vmcr2.NumericalError, match="expand gives R the weight 8.33e\\+36.*lower expand or raise mu"):
         loss(z, labels)
     assert_unchanged(loss, before)
 

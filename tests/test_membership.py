@@ -77,7 +77,7 @@ def test_rows_that_16_bits_hold_may_sum_to_1_as_nearly_as_those_can(dtype):
     off = (rows.double().sum(1) - 1).abs().max()
     assert off > 1e-4
     assert float(checked(unit_rows(50, 4), rows, 10).counts.sum()) == pytest.approx(50, rel=1e-2)
-    with pytest.raises(vmcr2.InputError, match="divide rows that were worked out in 16 bits by their sums"):
+    with pytest.raises(vmcr2.InputError, match="divide rows that were computed in 16 bits by their sums"):
         checked(unit_rows(50, 4), rows.double(), 10)
 
 

@@ -152,7 +152,7 @@ def test_vmap_over_features_and_membership_is_a_loop(transform, m, d):
 
 def test_vmap_over_labels_that_differ_says_that_it_cannot():
     labels = torch.stack([random_labels(9, 3, seed=seed) for seed in range(2)])
-    with pytest.raises(vmcr2.InputError, match="the same for all that torch.vmap runs over"):
+    with pytest.raises(vmcr2.InputError, match="the same across the batch of torch.vmap"):
         torch.vmap(reduction_of, in_dims=(None, 0))(unit_rows(9, 4), labels)
 
 

@@ -274,7 +274,7 @@ def test_predictions_by_shards_are_those_of_the_classes_subspaces(ranks, world):
 
 
 def test_prediction_needs_atoms_of_each_class_and_a_latch():
-    with pytest.raises(vmcr2.InputError, match="nearest_class takes structure='block'"):
+    with pytest.raises(vmcr2.InputError, match="nearest_class requires structure='block'"):
         vmcr2.VMCR2Loss(K, D).nearest_class(unit_rows(3, D).float())
     for sharded in (False, True):
         with pytest.raises(vmcr2.NotLatchedError):
@@ -301,7 +301,7 @@ def spoilt(rank):
 
 def test_a_dictionary_with_nan_on_one_rank_is_an_error_on_all(ranks):
     (first, both), (second, again) = ranks(2, spoilt)
-    assert first.startswith("what rank 1 brought to the call is wrong")
+    assert first.startswith("the call failed on rank 1")
     assert second.startswith("the dictionary holds NaN")
     assert both == again == second
 
@@ -312,7 +312,7 @@ def test_a_sharded_latch_refuses_what_it_cannot_part():
 
 
 def test_sharded_takes_block_structure():
-    with pytest.raises(vmcr2.InputError, match="sharded takes structure='block'"):
+    with pytest.raises(vmcr2.InputError, match="sharded requires structure='block'"):
         vmcr2.VMCR2Loss(K, D, sharded=True)
 
 
@@ -348,7 +348,7 @@ def wrapped(rank):
 def test_a_sharded_loss_that_is_wrapped_with_its_network_says_so(ranks):
     """DistributedDataParallel gives every rank the buffers of the first, here as many on each."""
     first, second = ranks(2, wrapped)
-    assert first.startswith("what rank 1 brought to the call is wrong")
+    assert first.startswith("the call failed on rank 1")
     assert "this rank's classes begin with 3, and its dictionary has been overwritten" in second
     assert "wrap the network alone, not a module that holds the loss" in second
 
@@ -406,7 +406,7 @@ def outside(rank):
 def test_labels_outside_of_every_shard_are_an_error_on_all_ranks(ranks):
     first, second = ranks(2, outside)
     for said in first[:3]:
-        assert said.startswith("what rank 1 brought to the call is wrong")
+        assert said.startswith("the call failed on rank 1")
     for said in second[:3]:
         assert said.startswith(f"membership labels must lie in [0, {K})")
     for said in (first, second):

@@ -1,8 +1,8 @@
 """Efficient Maximal Coding Rate Reduction by Variational Forms (V-MCR², CVPR 2022).
 
 loss = vmcr2.VMCR2Loss(num_classes=100, feature_dim=200)
-loss.latch_from(model, batches)              # and again now and then
-loss(model(inputs), labels).backward()       # as any criterion
+loss.latch_from(model, batches)              # and again from time to time
+loss(model(inputs), labels).backward()       # like any criterion
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-# OpenMP's threads spin while they wait for each other, and where other programs want the cores a step may take several
-# times as long (results/busy.md). GNU's reads this when torch is loaded, which is below: too early for `__main__.py`.
-# In a program of somebody else's the environment is theirs.
+# OpenMP threads spin while they wait for each other; where other programs want the cores, a step may then take several
+# times as long (results/busy.md). GNU OpenMP reads this when torch is loaded, below: in `__main__.py` it is too late.
+# In anybody else's program the environment is left alone.
 # `argv` begins with "-m" while `python -m vmcr2` imports the package, and an embedded interpreter may have none.
 if Path((_argv := getattr(sys, "argv", None) or [""])[0]).stem == "vmcr2" or (
     _argv[0] == "-m" and any(word.endswith("vmcr2") for word in sys.orig_argv)
@@ -61,17 +61,17 @@ __all__ = [
 def _installed(package: str) -> bool:
     try:
         return find_spec(package) is not None
-    except (ImportError, ValueError):  # of a finder that refuses it, of a module put in by hand
+    except (ImportError, ValueError):  # a finder that refuses the name; a module inserted by hand
         return False
 
 
-# What an extra brings is listed where it is there, since `import *` and inspect take all that is listed.
+# An extra's names are listed only if it is installed, since `import *` and inspect load everything listed.
 if _installed("sklearn"):
     __all__ += ["CodingRateClassifier", "CodingRateTransformer", "NearestSubspaceClassifier"]
 if _installed("filelock"):
     __all__ += ["load"]
 
-# Imported when they are asked for: scikit-learn takes seconds, reports half as long as all the rest.
+# Imported on first use: scikit-learn takes seconds, reports half as long as everything else.
 _LATE = {
     "CodingRateClassifier": "vmcr2.sklearn",
     "CodingRateTransformer": "vmcr2.sklearn",

@@ -6,7 +6,7 @@ import sys
 
 
 def main() -> int:
-    """Runs the command line and returns its exit code; says which extra to install where that is missing."""
+    """Runs the command line and returns its exit code; if an extra is missing, says which one to install."""
     try:
         from vmcr2.lab.cli import main as run
 

@@ -1,4 +1,4 @@
-"""Checks of arguments, each with a message that names the argument, what it got and what it takes."""
+"""Checks of arguments; each message names the argument, what is required and what was given."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from vmcr2.errors import InputError
 from vmcr2.linalg import is_batched, wide_dtype
 
 UNIT_NORM_TOLERANCE = 0.02  # bf16 normalisation is off by up to 2⁻⁸ in the norm and as much in each entry
-# Not bool, complex or quantised; and of narrower floats torch can neither take norms nor promote them.
+# Not bool, complex or quantised. torch can neither take norms of narrower floats nor promote them.
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _INTEGERS = (
     *(torch.int8, torch.int16, torch.int32, torch.int64),
@@ -26,10 +26,10 @@ _INTEGERS = (
 
 
 def check_number(name: str, value: float, *, positive: bool = True, at_most: float = math.inf) -> float:
-    """Returns the value as the float to compute with: torch takes neither fractions nor integers beyond 64 bits.
+    """Returns the value as a float to compute with: torch accepts neither fractions nor integers beyond 64 bits.
 
     Raises:
-        InputError: it is not a finite number above 0 (at least 0 where positive is false), or beyond `at_most`.
+        InputError: it is not a finite number above 0 (at least 0 if `positive` is false), or is above `at_most`.
     """
     is_number = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
     try:
@@ -43,7 +43,7 @@ def check_number(name: str, value: float, *, positive: bool = True, at_most: flo
 
 
 def check_count(name: str, value: int, *, at_least: int = 1, at_most: int | None = None, limit: str = "") -> None:
-    """Raises InputError unless the value is an integer in the range; `limit` names what the upper end is."""
+    """Raises InputError unless the value is an integer in the range; `limit` says what the upper end is."""
     if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < at_least:
         raise InputError(f"{name} must be an integer >= {at_least}, got {value!r}")
     if at_most is not None and value > at_most:
@@ -64,16 +64,16 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> str:
 
 
 def check_fields(settings: Any, prefix: str = "") -> None:
-    """Checks a frozen dataclass's flags and choices, by the types of its fields, and makes NumPy's scalars Python's.
+    """Checks a frozen dataclass's flags and choices by its field types, and turns NumPy scalars into Python's.
 
-    So what a loop over an array gives can be written as JSON.
+    Values from a loop over an array can then be written as JSON.
 
     Args:
         settings: the dataclass, from its `__post_init__`.
-        prefix: what the user writes before the names of its fields.
+        prefix: what the user writes before a field's name.
 
     Raises:
-        InputError: a flag is not True or False, or a choice none of those there are.
+        InputError: a flag is not True or False, or a choice is not one of those allowed.
     """
     for name, kind in get_type_hints(type(settings)).items():
         value = getattr(settings, name)
@@ -87,20 +87,20 @@ def check_fields(settings: Any, prefix: str = "") -> None:
 
 
 def refuse_masked(name: str, value: Any) -> None:
-    """Raises InputError for a NumPy array with masked entries, whose mask would be lost without a word."""
+    """Raises InputError for a NumPy array with masked entries, whose mask would be lost silently."""
     if isinstance(value, np.ma.MaskedArray) and (missing := int(np.ma.count_masked(value))):
         raise InputError(f"{name} must have no masked entries, got {missing}; leave those samples out, or fill them in")
 
 
 def tensor_of(array: np.ndarray, name: str = "X") -> Tensor:
-    """Returns a tensor of an array, to be read only: it shares the array's memory unless that runs backwards.
+    """Returns an array as a tensor, for reading only: it shares the array's memory unless a stride is negative.
 
     Args:
-        array: of any shape; of numbers.
-        name: what the caller calls it.
+        array: numbers, of any shape.
+        name: the argument's name, for messages.
 
     Raises:
-        InputError: it is of a dtype that torch has not, or of another byte order than the machine's.
+        InputError: its dtype does not exist in torch, or its byte order is not the machine's.
     """
     if any(stride < 0 for stride in array.strides):
         array = array.copy()
@@ -108,16 +108,18 @@ def tensor_of(array: np.ndarray, name: str = "X") -> Tensor:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
             return torch.from_numpy(array)
-    except (TypeError, ValueError) as error:  # the latter of another byte order
-        raise InputError(f"{name} must hold numbers as torch has them, got dtype {array.dtype} ({error})") from error
+    except (TypeError, ValueError) as error:  # ValueError for another byte order
+        raise InputError(
+            f"{name} must hold numbers of a dtype that torch supports, got {array.dtype} ({error})"
+        ) from error
 
 
 def did_you_mean(name: str, known: Iterable[str], prefix: str = "") -> str:
-    """Returns "; did you mean …?" for a name that is not known, nothing where no name is near.
+    """Returns "; did you mean …?" for an unknown name, or "" if no known one is close.
 
     Args:
         name: what was given.
-        known: what there is.
+        known: the valid names.
         prefix: what the user writes before either.
     """
     near = difflib.get_close_matches(name, list(known), n=1)
@@ -128,7 +130,7 @@ def iterator_of(name: str, value: Any, form: str) -> Iterator[Any]:
     """Returns an iterator over the value.
 
     Raises:
-        InputError: there is none; `form` says what is taken.
+        InputError: it is not iterable; `form` says what is required.
     """
     try:
         return iter(value)
@@ -140,14 +142,14 @@ def pair_of(batch: Any, second: str = "membership") -> tuple[Tensor, Tensor]:
     """Returns a batch as (inputs, `second`), both of which can be moved to a device.
 
     Raises:
-        InputError: it is not a pair (a dict of two would unpack into its keys), not of tensors with values, or a single
-            sample's, as a Dataset gives where a DataLoader is meant.
+        InputError: it is not a pair (a dict of two would unpack into its keys), its parts are not tensors with values,
+            or it is a single sample, as from a Dataset used in place of a DataLoader.
     """
     if isinstance(batch, tuple | list) and len(batch) == 2:
         if isinstance(batch[1], int) or getattr(batch[1], "ndim", 1) == 0:
             raise InputError(
-                f"batches must give {second} of shape (m,) or (m, k), got that of one sample; of a Dataset make a "
-                "DataLoader"
+                f"batches must give {second} of shape (m,) or (m, k), got those of one sample; wrap a Dataset in "
+                "a DataLoader"
             )
         for name, value in zip(("inputs", second), batch, strict=True):
             meta = getattr(value, "is_meta", False)
@@ -158,7 +160,7 @@ def pair_of(batch: Any, second: str = "membership") -> tuple[Tensor, Tensor]:
     got, cure = f"a {type(batch).__name__}", ""
     if isinstance(batch, dict):
         got = f"a dict of {', '.join(map(repr, batch))}"
-        cure = "; of dicts make pairs: ((batch['pixel_values'], batch['labels']) for batch in loader)"
+        cure = "; turn dicts into pairs: ((batch['pixel_values'], batch['labels']) for batch in loader)"
     elif isinstance(batch, tuple | list):
         got += f" of {len(batch)}"
         cure = "; take the two out: ((batch[0], batch[1]) for batch in loader)" if len(batch) > 2 else ""
@@ -166,12 +168,12 @@ def pair_of(batch: Any, second: str = "membership") -> tuple[Tensor, Tensor]:
 
 
 class Condition(NamedTuple):
-    """Something that must hold of a tensor's values.
+    """Something that must hold for a tensor's values.
 
     Attributes:
-        wrong: 0-d bool tensor, true where it does not hold.
-        requirement: what is required, of which argument.
-        got: says what there was instead.
+        wrong: 0-d bool tensor, true if it does not hold.
+        requirement: what is required, and of which argument.
+        got: returns what was found instead.
     """
 
     wrong: Tensor
@@ -180,19 +182,19 @@ class Condition(NamedTuple):
 
 
 def read_conditions(conditions: Sequence[Condition], values: Tensor | None = None) -> Tensor | None:
-    """Reads conditions, and values beside them, from the device in one transfer.
+    """Reads conditions, and values along with them, from the device in one transfer.
 
-    What `torch.vmap` has batched cannot be read and counts as holding.
+    What `torch.vmap` has batched cannot be read: such conditions count as holding.
 
     Args:
         conditions: what must hold.
-        values: a vector of counts (below 2⁵³) to read along, or None.
+        values: a vector of counts (below 2⁵³) to read as well, or None.
 
     Returns:
         The values on the CPU, float64.
 
     Raises:
-        InputError: a condition does not hold, or is of a tensor on the meta device; the first is named.
+        InputError: a condition does not hold, or belongs to a tensor on the meta device; names the first such one.
     """
     if values is not None and is_batched(values):
         values = None
@@ -213,13 +215,13 @@ def read_conditions(conditions: Sequence[Condition], values: Tensor | None = Non
 
 
 def check_tensor(name: str, value: Any, form: str, *, integers: bool = False) -> None:
-    """Raises InputError unless the value is a dense tensor of floats that torch computes with.
+    """Raises InputError unless the value is a dense tensor of floats that torch can compute with.
 
     Args:
-        name: what it is called.
+        name: the argument's name, for messages.
         value: anything.
-        form: its shape in words.
-        integers: whether integers are taken as well.
+        form: the required shape in words.
+        integers: whether integers are accepted as well.
     """
     if not isinstance(value, Tensor):
         raise InputError(f"{name} must be a torch.Tensor {form}, got {type(value).__name__}")
@@ -233,15 +235,15 @@ def check_tensor(name: str, value: Any, form: str, *, integers: bool = False) ->
 
 
 def feature_conditions(features: Tensor, *, feature_dim: int | None = None, unit: bool = False) -> list[Condition]:
-    """Checks type and shape of features at once and returns what remains to be checked of their values.
+    """Checks the type and shape of features at once and returns the conditions still to be checked on their values.
 
     Args:
         features: (m, d), floating point.
-        feature_dim: the d that is required, or None.
+        feature_dim: the required d, or None.
         unit: whether rows must have norm 1 (within 2 %, so that bf16 features pass).
 
     Raises:
-        InputError: features are not a dense floating-point matrix, or not of dimension d.
+        InputError: features are not a dense floating-point matrix, or do not have `feature_dim` columns.
     """
     check_tensor("features", features, "of shape (m, d)")
     if features.ndim != 2 or 0 in features.shape:

@@ -1,6 +1,6 @@
-"""Collapse: all features come to lie alike, and ΔR falls to next to nothing. The loss warns of it, a run ends by it.
+"""Collapse: all features become alike, and ΔR falls to almost nothing. The loss warns of it; training runs stop.
 
-The loss's value does not show it: features that all coincide match a dictionary that followed them.
+The loss's value does not show it: features that all coincide match a dictionary that has followed them.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from torch import Tensor
 from vmcr2.membership import as_membership
 from vmcr2.rates import checked_rates, reduction_of_lines
 
-_WATCH_EVERY = 20  # training steps between looks at ΔR: seldom enough to cost little
-_HEAVY = 0.5  # ρ from which it may be what makes features collapse
+_WATCH_EVERY = 20  # training steps between looks at ΔR: rare enough to cost little
+_HEAVY = 0.5  # a ρ above this may be what makes features collapse
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class _Low:
     Attributes:
         of_best: ΔR is below this share of the best so far,
         of_expansion: and below this share of R,
-        looks: so many times in a row.
+        looks: this many times in a row.
     """
 
     of_best: float
@@ -36,36 +36,36 @@ class _Low:
     looks: int
 
     def holds(self, reduction: float, expansion: float, best: float) -> bool:
-        """Whether it is so low at one look."""
+        """Whether ΔR is that low at one look."""
         return reduction < min(self.of_best * best, self.of_expansion * expansion)
 
 
-# A fresh network's features of natural images have a high ΔR in a small batch without knowing a class. As they learn it
-# may fall below a fifth for long, and is then a quarter of R; that of collapsed features is next to nothing.
+# In a small batch of natural images an untrained network's features have a high ΔR without separating any class. During
+# training ΔR may stay below a fifth of that for long, and is then a quarter of R; of collapsed features it is almost 0.
 _LASTING = _Low(of_best=0.2, of_expansion=0.1, looks=10)
 _DEEP = _Low(of_best=0.05, of_expansion=math.inf, looks=3)
 
 
 def has_collapsed(reductions: Sequence[float], *, of_first: float, looks: int) -> bool:
-    """Whether ΔR of a run has stayed below a share of what it was at first, so many times in a row.
+    """Whether a run's ΔR has stayed below a share of its first value for `looks` measurements in a row.
 
-    A healthy run may start with a dip, deep where its epochs are short, but recovers sooner. R plays no part here:
-    after an epoch ΔR is no longer that of a fresh network, which may be high by chance.
+    A healthy run may start with a dip, deep if its epochs are short, but recovers sooner. R plays no part here:
+    after an epoch ΔR is no longer that of an untrained network, which may be high by chance.
 
     Args:
         reductions: ΔR after each epoch, or whenever it was measured.
-        of_first: the share of the first of them, in (0, 1).
+        of_first: the share of the first one, in (0, 1).
         looks: how many times in a row, at least 1.
     """
     return len(reductions) > looks and max(reductions[-looks:]) < of_first * reductions[0]
 
 
 def advice_on_balance(balance: float, given: bool) -> str:
-    """Returns a sentence on ρ for a message of a collapse; empty unless ρ is high enough to be the reason.
+    """Returns a sentence on ρ for a message about collapse; empty unless ρ is high enough to be the cause.
 
     Args:
         balance: ρ.
-        given: whether it follows from a µ that was given, rather than being given itself.
+        given: whether ρ follows from a µ that the user gave, rather than being given itself.
     """
     if balance <= _HEAVY:
         return ""
@@ -79,8 +79,8 @@ def advice_on_balance(balance: float, given: bool) -> str:
 class CollapseWatch:
     """Warns once when the features of a loss's batches have collapsed.
 
-    A batch nearly all of one class can have little ΔR, so each is measured by what one orthogonal line per class would
-    have.
+    A batch that is nearly all one class can only have a small ΔR, so each batch's ΔR is taken relative to that of one
+    orthogonal line per class.
     """
 
     def __init__(self) -> None:
@@ -90,24 +90,24 @@ class CollapseWatch:
         self.warned = False
 
     def is_due(self) -> bool:
-        """Counts a training step, and tells whether it is one to look at."""
+        """Counts a training step, and returns whether it is one to look at."""
         self.steps += 1
         return not self.warned and self.steps % _WATCH_EVERY == 1
 
     def look(self, features: Float[Tensor, "m d"], rows_or_labels: Tensor, eps_sq: float, advice: str) -> None:
-        """Looks at ΔR of a batch.
+        """Looks at a batch's ΔR.
 
         Args:
             features: Z, checked.
-            rows_or_labels: labels (m,), or soft rows (m, k), of which each counts by its largest entry: with a share
-                of every class in every sample there would be k determinants of d×d.
+            rows_or_labels: labels (m,), or soft rows (m, k), of which only the largest entry counts: with a share of
+                every class in every sample there would be k determinants of d×d.
             eps_sq: ε².
             advice: from `advice_on_balance`, for the warning.
         """
         labels = rows_or_labels.argmax(1) if rows_or_labels.ndim == 2 else rows_or_labels
         membership = as_membership(features, labels.unique(return_inverse=True)[1], None)
         if membership.num_classes < 2:
-            return  # ΔR of one class is 0 whatever its features
+            return  # ΔR of a single class is 0 whatever its features
         rates = checked_rates(features, membership, eps_sq)
         reduction, expansion = torch.stack([rates.reduction, rates.expansion]).tolist()
         of_lines = reduction_of_lines(membership.sizes, features.shape[1], eps_sq)
@@ -115,7 +115,7 @@ class CollapseWatch:
             return  # in one dimension there is no ΔR
         self.best = max(self.best, reduction / of_lines)
         best = self.best * of_lines
-        # Of features that are all alike from the start ΔR is 0 but for rounding.
+        # If features are all alike from the start, ΔR is 0 apart from rounding.
         for low in self.low:
             self.low[low] = self.low[low] + 1 if self.best > 1e-3 and low.holds(reduction, expansion, best) else 0
         if all(count < low.looks for low, count in self.low.items()):

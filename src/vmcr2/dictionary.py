@@ -1,7 +1,7 @@
 """The dictionary (Γ, Ã): its step (Algorithm 1, lines 6 to 10) and the buffers that hold it.
 
-`ascending_step` is ours: no step size, and eq. (7) never falls. `paper_step` is the paper's: gradients over Lipschitz
-bounds, times ν. Both are pure; `Dictionary` only holds.
+`ascending_step` is ours: it has no step size, and eq. (7) never falls. `paper_step` is the paper's: gradients over
+Lipschitz bounds, times ν. Both are pure functions; `Dictionary` only holds the state.
 """
 
 from __future__ import annotations
@@ -31,23 +31,23 @@ from vmcr2.variational import (
 
 Structure = Literal["shared", "block"]
 
-# What a step takes of the way to the best codes of its bound. Less than all of it leaves the atoms time to turn away
-# from each other before codes that compete are pressed to zero. With soft membership eq. (7) ends higher by it;
-# otherwise about the same, at small ρ sometimes lower.
+# The share of the way to its bound's best codes that a step goes. Going less than all the way leaves the atoms time to
+# turn away from each other before competing codes are pressed to zero. With soft membership this ends at a higher
+# eq. (7); otherwise at about the same, at small ρ sometimes at a lower one.
 _CODE_SHARE = 0.5
-_NEGLIGIBLE = 1e-6  # of the shift: codes that add so little to R^v and R_c^v are 0
-_COPIED = 2**22  # entries of the atoms that are written at once
-_NEWTON_STEPS = 12  # of the multiplier that keeps a class's energy; it converges quadratically, from one side
+_NEGLIGIBLE = 1e-6  # times the shift: codes that add this little to R^v and R_c^v become 0
+_COPIED = 2**22  # entries of the atoms written at once
+_NEWTON_STEPS = 12  # for the multiplier that keeps a class's energy; it converges quadratically, from one side
 
 
 class Ascent(NamedTuple):
-    """What a step ends at, with what has been worked out there.
+    """The result of a step, with what has been computed there.
 
     Attributes:
         dictionary: Γ and Ã after the step.
-        projections: `Codes.project` of the features, which carry their gradient.
-        energies: `Codes.energies` of those, likewise.
-        overlap: ΓᵀΓ as `Codes.overlap` gives it.
+        projections: `Codes.project` of the features, differentiable in them.
+        energies: `Codes.energies` of the projections, likewise.
+        overlap: ΓᵀΓ as `Codes.overlap` returns it.
         exposure: the largest Γ_lᵀ S⁻¹ Γ_l ≤ 1, near 1 for an atom along which R^v has hardly any energy.
     """
 
@@ -67,11 +67,11 @@ def ascending_step(
     eps_sq: float,
     energy: float | None = None,
 ) -> Ascent:
-    """Returns Γ and Ã after a step on eq. (7), which does not fall, whatever µ, the features and the dictionary.
+    """Returns Γ and Ã after a step on eq. (7), which never falls, whatever µ, the features and the dictionary are.
 
     First the atoms move, then, at the moved atoms, the codes: each towards the maximum of a lower bound of eq. (7) that
-    touches it where it stands (minorise and maximise). Classes without a sample, and codes that are 0 and would fall,
-    stay.
+    touches it at the present value (minorise and maximise). Classes without a sample, and codes that are 0 and would
+    fall, stay as they are (but for `energy`).
 
     Args:
         features: Z, (m, d), rows of norm 1. The step itself has no gradient.
@@ -79,8 +79,8 @@ def ascending_step(
         dictionary: Γ and Ã.
         mu: µ > 0.
         eps_sq: ε² > 0.
-        energy: what each class's codes sum to; None lets the sum run free. With it eq. (7) does not fall among the
-            codes that keep to it; a class that does not is scaled first.
+        energy: what each class's codes must sum to; None leaves the sum free. With it, eq. (7) does not fall among
+            codes that have this sum; a class whose codes do not is scaled first.
     """
     detached = membership.detach()
     with torch.no_grad():
@@ -113,17 +113,17 @@ def _ascended_atoms(
     """Returns Γ_l + ∇_l/L_l, scaled to norm 1, with L_l = β/8 (Ã γ)_l + 6µ Σ_j n_j Ã_lj ‖Ã_j‖₁.
 
     −L_l bounds the objective's curvature from below on the whole unit ball, atom by atom, so the objective plus
-    Σ_l L_l/2 ‖Γ_l‖² is convex and its tangent a lower bound, which this maximises over unit atoms. What is convex by
-    itself needs no part in L: the attraction µ ⟨C_j, B_j⟩, and R^v but for −β/8 (Ã γ)_l. That is the least value of
+    Σ_l L_l/2 ‖Γ_l‖² is convex and its tangent a lower bound, which this maximises over unit atoms. Convex terms
+    contribute nothing to L: the attraction µ ⟨C_j, B_j⟩, and R^v except for −β/8 (Ã γ)_l. The −1/8 is the minimum of
     (1 − xy)/((1 + x²)(1 + y²)), the second derivative of ½ logdet(I + X Xᵀ) between singular values x and y of X. The
-    quartic −µ/2 n_j ‖B_j‖² has −6 Ã_lj ‖Ã_j‖₁ at the least, where all its atoms coincide.
+    quartic −µ/2 n_j ‖B_j‖² contributes at least −6 Ã_lj ‖Ã_j‖₁, reached where all its atoms coincide.
     """
     weights = membership.class_weights
     beta = features.shape[1] / eps_sq
     codes = dictionary.codes
     spent = codes * membership.counts[:, None] * codes.sum(1, keepdim=True)
     curvature = beta / 8 * atom_energies(dictionary, weights) + 6 * mu * dictionary.by_atom(spent)
-    # A curvature so small that its inverse overflows is that of an atom without energy.
+    # A curvature so small that its inverse overflows means an atom without energy.
     length = torch.where(curvature > torch.finfo(curvature.dtype).tiny, 1 / one_for_zero(curvature), 0)[:, None]
     projections = dictionary.project(features, membership)
     attraction = dictionary.atom_gradient(features, projections, dictionary.overlap(), membership)
@@ -133,20 +133,20 @@ def _ascended_atoms(
 
 
 class _CodeBound(NamedTuple):
-    """A lower bound of eq. (7) in the codes, which touches it where they stand: a sum over single codes.
+    """A lower bound of eq. (7) in the codes that touches it at their present values: a sum over single codes.
 
-    For a code a, now a₀, and u = a + δ it is
+    For a code a, now at a₀, and u = a + δ it is
 
         w log(u/u₀) + b (a − a₀) − h/2 (a − a₀)²   with   w = u₀ ∂R^v/∂a,   b = −∂R_c^v/∂a − ∂(µM/2m)/∂a
 
-    −R_c^v is convex, so its tangent is a bound. R^v is the logarithm of a sum of positive semi-definite terms, one a
+    −R_c^v is convex, so its tangent is a bound. R^v is the logarithm of a sum of positive semi-definite terms, one per
     code; by Jensen's inequality for the operator-concave logarithm it has the bound w log(u/u₀), if the terms of all
-    shifts δ together are at most I. That holds for δ_j = 1/(β s_j), s_j the codes of a class that move. M is quadratic
-    with the non-negative matrix H = (ΓᵀΓ)^⊙2, so h = µ n_j (H v)_l / v_l bounds its curvature for any positive v: the
-    codes, lifted by their mean so that small ones are not held back.
+    shifts δ add up to at most I. This holds for δ_j = 1/(β s_j), s_j being the number of class j's codes that move. M
+    is quadratic with the non-negative matrix H = (ΓᵀΓ)^⊙2, so h = µ n_j (H v)_l / v_l bounds its curvature for any
+    positive v: here the codes, lifted by their mean so that small ones are not held back.
 
     Attributes:
-        moves: which codes the bound is about: of classes with a sample, above 0 or rising.
+        moves: the codes that the bound covers: those of classes with a sample that are above 0 or rising.
         rise: the slope of eq. (7) at the codes.
         curvature: h.
         shift: δ.
@@ -162,9 +162,9 @@ class _CodeBound(NamedTuple):
     expansion: Float[Tensor, "k c"]
 
     def maximum(self, multiplier: Float[Tensor, "k 1"] | float) -> tuple[Float[Tensor, "k c"], Float[Tensor, "k c"]]:
-        """Returns the codes at the maximum of the bound less `multiplier` times each, and minus their derivative in it.
+        """Returns the codes that maximise the bound less `multiplier` times each, and minus their derivative in it.
 
-        u is the root of h u² − (slope − multiplier) u − w, by the formula that does not cancel.
+        u is the larger root of h u² − (slope − multiplier) u − w, by the formula without cancellation.
         """
         tilted = self.slope - multiplier
         root = (tilted.square() + 4 * self.expansion).sqrt()
@@ -199,7 +199,7 @@ def _code_bound(
     curvature = torch.where(moves, curvature, 1)
     shift = 1 / (beta * number)
     slope, expansion = linear + curvature * (codes + shift), curvature * grows * (codes + shift)
-    # With a zero, since of a sharded dictionary a rank may hold no atom of the batch.
+    # With a zero added, since a rank of a sharded dictionary may hold no atom of the batch's classes.
     exposure = torch.cat([exposed, exposed.new_zeros(1)]).max()
     return _CodeBound(moves, grows + linear, curvature, shift, slope, expansion), exposure
 
@@ -210,7 +210,7 @@ def _ascended_codes(codes: Float[Tensor, "k c"], bound: _CodeBound, energy: floa
     if energy is None:
         best, _ = bound.maximum(0.0)
     else:
-        # The sum of the maxima is convex and falling in the multiplier: Newton's method from where it is too large.
+        # The sum of the maxima is convex and falling in the multiplier: Newton's method starts where it is too large.
         multiplier = torch.where(moves, bound.rise, torch.inf).amin(1, keepdim=True)
         multiplier = torch.where(multiplier.isfinite(), multiplier, 0)
         for _ in range(_NEWTON_STEPS):
@@ -220,8 +220,8 @@ def _ascended_codes(codes: Float[Tensor, "k c"], bound: _CodeBound, energy: floa
         best = best * (energy / one_for_zero(best.sum(1, keepdim=True)))
         moves = moves & (codes.sum(1, keepdim=True) > 0)
     stepped = codes + _CODE_SHARE * (best - codes)
-    # A code that goes to 0 gets there, rather than halving down to where its square underflows. Where ε² is large, or
-    # the energy small, all codes add little, and what a class has of them in all is the measure.
+    # So that a code falling to 0 gets there, rather than halving until its square underflows. Where ε² is large, or the
+    # energy small, all codes add little, and a class's total is the measure.
     negligible = _NEGLIGIBLE * bound.shift.clamp_max(1.0 if energy is None else energy)
     stepped = torch.where(stepped <= negligible, 0, stepped)  # NaN stays, for the caller to see
     return torch.where(moves, stepped, codes)
@@ -251,11 +251,11 @@ def paper_step(
         mu: µ > 0.
         eps_sq: ε² > 0.
         step_atoms: ν_Γ, in units of 1/L_Γ (eq. 17).
-        step_codes: ν_A, in units of 1/L_A (eq. 19), each class by its own.
+        step_codes: ν_A, in units of each class's 1/L_A (eq. 19).
         at_moved_atoms: take the codes' gradient at the atoms that line 7 has moved, not yet scaled to norm 1, as line 8
-            is written; else both gradients at the old dictionary.
-        energy: what each class's codes are scaled to sum to at last; None lets the sum run free, as the paper does.
-        num_classes: k of the whole dictionary, where only the classes present are passed.
+            is written; else take both gradients at the old dictionary.
+        energy: the sum that each class's codes are finally scaled to; None leaves it free, as the paper does.
+        num_classes: k of the whole dictionary, if only the classes present are passed.
     """
     weights, counts = membership.class_weights, membership.counts
     overlap = dictionary.overlap()
@@ -277,7 +277,7 @@ def paper_step(
     rise = rise - compression_code_gradient(here, weights, eps_sq)
     rise = rise - mu * code_gradient(here, energies, overlap, membership)
     codes = (dictionary.codes + step_codes * _over(rise, bound_codes)).clamp_min(0)  # lines 8 and 9
-    # A class all of whose codes fell to 0 could not be scaled back to its energy.
+    # A class whose codes have all fallen to 0 could not be scaled back to its energy.
     moves = (counts > 0) if energy is None else (counts > 0) & (codes.sum(1) > 0)
     codes = torch.where(moves[:, None], codes, dictionary.codes)
     used = dictionary.by_atom(dictionary.codes * counts[:, None])[:, None] > 0
@@ -286,29 +286,29 @@ def paper_step(
 
 
 def _over(gradient: Tensor, bound: Tensor) -> Tensor:
-    """Returns gradient / bound, and 0 where the bound is 0: nothing of that class or dictionary is in the batch."""
+    """Returns gradient / bound, or 0 where the bound is 0: the batch has nothing of that class or dictionary."""
     return torch.where(bound > 0, gradient / one_for_zero(bound), 0)
 
 
 def _in_columns(by_class: Tensor) -> Tensor:
-    """Returns a state by class in the layout of the buffers."""
+    """Returns a state that is indexed by class in the layout of the buffers."""
     return by_class if by_class.ndim == 1 else by_class.flatten(0, -2).T
 
 
 class Dictionary(nn.Module):
     """Γ and Ã as buffers: in `state_dict`, moved by `.to`, never changed in eval mode.
 
-    Of a sharded dictionary a rank has the buffers of its own classes alone, k being their number below, and
-    `state_dict` has them by class as DTensors `Shard(0)`: atoms (k, s, d), codes (k, s), latched (k,), k all classes.
-    What `state_dict` returns of an unsharded one is a copy, contiguous as safetensors wants it: writing to it changes
-    nothing here.
+    If the dictionary is sharded, a rank has the buffers of its own classes only (k below is their number), and
+    `state_dict` has them by class as DTensors `Shard(0)`: atoms (k, s, d), codes (k, s), latched (k,), with all k
+    classes. Otherwise `state_dict` returns a copy, contiguous as safetensors requires: writing to it changes nothing
+    here.
 
     Attributes:
         atoms: Γ, (d, q), unit columns; class j was latched into columns j s to (j+1) s − 1.
         codes: Ã ≥ 0, (q, k) in shared structure, (s, k) in block structure.
         latched: (k,), which classes have been latched.
         steps: how many steps have been taken; part of `state_dict`.
-        shards: which rank holds which classes, or None where each holds all.
+        shards: which rank holds which classes, or None if each holds all.
     """
 
     atoms: Float[Tensor, "d q"]
@@ -331,21 +331,21 @@ class Dictionary(nn.Module):
         self.atoms_per_class = atoms_per_class
         self.structure: Structure = structure
         q = num_classes * atoms_per_class
-        with torch.inference_mode(False):  # whose tensors no later step could change
-            self.register_buffer("atoms", torch.empty(q, feature_dim).T)  # each atom lies in one piece of memory
+        with torch.inference_mode(False):  # no later step could change an inference tensor
+            self.register_buffer("atoms", torch.empty(q, feature_dim).T)  # each atom is contiguous in memory
             codes = torch.empty(num_classes, atoms_per_class if structure == "block" else q)
             self.register_buffer("codes", codes.T)  # each class's codes likewise
             self.register_buffer("latched", torch.empty(num_classes, dtype=torch.bool))
-            # What overwrites all ranks' buffers with the first one's, as DistributedDataParallel does, shows here.
+            # Shows when something, such as DistributedDataParallel, overwrites all ranks' buffers with the first's.
             first = None if shards is None else torch.empty(1, dtype=torch.long)
             self.register_buffer("first_class", first, persistent=False)
             self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Sets the start: nothing latched, no energy. Of a dictionary made on `meta` it is called after `to_empty`."""
+        """Resets all: nothing latched, no energy. A dictionary made on `meta` needs this after `to_empty`."""
         q, d = self.atoms.T.shape
-        # Unit columns from the start, so that a class never seen cannot spoil Γ.
+        # Unit columns from the start, so that a class that is never seen cannot spoil Γ.
         self.atoms.zero_()
         numbers = torch.arange(q, device=self.atoms.device)
         self.atoms.T[numbers, numbers % d] = 1
@@ -358,8 +358,8 @@ class Dictionary(nn.Module):
         self.changed = True  # not yet known to be the same on all ranks
 
     def known(self) -> Bool[Tensor, " k"]:
-        """Returns which classes have been latched, or given codes by hand, on the CPU; remembered once all are."""
-        # Not beyond these buffers, which `torch.func.functional_call` swaps, nor beyond a change made by hand.
+        """Returns which classes have been latched, or given codes by hand, on the CPU; remembered once all have."""
+        # Only for these buffers, which `torch.func.functional_call` swaps, and until they are changed by hand.
         latched = self.latched
         version = -1 if latched.is_inference() else latched._version
         flags, of, when = (None, None, -1) if self._known is None else self._known
@@ -369,7 +369,7 @@ class Dictionary(nn.Module):
         return flags
 
     def _by_class(self) -> dict[str, Tensor]:
-        """Returns the buffers of block structure by class: views of them, while they have the layout of the start."""
+        """Returns the buffers of block structure by class: views, as long as they keep their original layout."""
         k, s = len(self.latched), self.atoms_per_class
         return {
             "atoms": self.atoms.T.unflatten(0, (k, s)).contiguous(),
@@ -380,7 +380,7 @@ class Dictionary(nn.Module):
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.shards is None:
-            for name in ("atoms", "codes", "latched"):  # all copies, or a state kept would be of two moments
+            for name in ("atoms", "codes", "latched"):  # all copied, or a saved state would mix two moments
                 destination[f"{prefix}{name}"] = destination[f"{prefix}{name}"].clone(
                     memory_format=torch.contiguous_format
                 )
@@ -390,7 +390,7 @@ class Dictionary(nn.Module):
         destination[f"{prefix}steps"] = torch.tensor(self.steps, device="cpu")
 
     def full_state(self) -> dict[str, Tensor]:
-        """Returns the `state_dict` of the same dictionary unsharded; of a sharded one a collective of its ranks."""
+        """Returns the `state_dict` that a sharded dictionary would have unsharded; a collective of its ranks."""
         assert self.shards is not None
         state = {name: self.shards.gathered(own) for name, own in self._by_class().items()}
         state["atoms"] = state["atoms"].flatten(0, 1).T.contiguous()
@@ -422,7 +422,7 @@ class Dictionary(nn.Module):
         if steps < 0:
             wrong.append(f"{prefix}steps must be >= 0, got {steps}")
         absent = [f"{prefix}{name}" for name in ("atoms", "codes") if name not in loaded]
-        if wrong or (strict and absent):  # nothing is loaded: of some buffers without the others no dictionary is made
+        if wrong or (strict and absent):  # load nothing: some buffers without the others make no dictionary
             error_msgs += wrong
             missing_keys += absent
             return
@@ -432,14 +432,14 @@ class Dictionary(nn.Module):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        if not absent:  # else these buffers are not those that took the steps
+        if not absent:  # otherwise these buffers are not the ones that took the steps
             self.steps = steps
         self._known, self.changed = None, True
 
     def _own_part(self, name: str, value: Tensor, by_class: bool) -> Tensor | None:
-        """Returns what this dictionary's buffer takes of a state, be either of them sharded or not.
+        """Returns the part of a state that goes into this dictionary's buffer, whether or not either is sharded.
 
-        Of a state of another number of classes a sharded one takes nothing: it may have as many as a rank holds.
+        A sharded dictionary takes nothing from a state with another number of classes, which may equal a rank's share.
         """
         if self.shards is None:
             value = full_tensor(value)
@@ -468,8 +468,8 @@ class Dictionary(nn.Module):
         Args:
             blocks: orthonormal directions of some classes.
             energies: their energies.
-            chosen: which of those classes are set.
-            classes: which classes those are; None for all.
+            chosen: which of those classes to set.
+            classes: which classes they are; None for all.
         """
         k, (_, d, s) = len(self.latched), blocks.shape
         atoms = self.atoms.T.unflatten(0, (k, s))
@@ -486,8 +486,8 @@ class Dictionary(nn.Module):
 
     @contextmanager
     def restored_on_error(self, chosen: Bool[Tensor, " k"]) -> Iterator[None]:
-        """Puts back what the chosen classes (on the CPU) had if what is done meanwhile raises; copies those alone."""
-        if not bool(chosen.any()):  # as at nearly every step
+        """Restores the chosen classes (`chosen` is on the CPU) if the block raises; copies only those classes."""
+        if not bool(chosen.any()):  # as in nearly every step
             yield
             return
         classes = chosen.nonzero()[:, 0].to(self.atoms.device)
@@ -503,16 +503,16 @@ class Dictionary(nn.Module):
             raise
 
     def confined(self) -> Bool[Tensor, ""]:
-        """Returns whether every class of a shared dictionary uses its own atoms alone, as after latching."""
+        """Returns whether every class of a shared dictionary uses only its own atoms, as after latching."""
         return (self.codes > 0).sum() == (self._own_codes() > 0).sum()
 
     def part_for(
         self, membership: Membership, dtype: torch.dtype, *, confined: bool = False
     ) -> tuple[Membership, Codes]:
-        """Returns a batch's membership among the classes it meets in the dictionary, and their part of it, in a dtype.
+        """Returns a batch's membership among the classes it involves, and their part of the dictionary, in a dtype.
 
-        In block structure, or for a shared dictionary that is `confined`, that is the classes that have a sample; else
-        everything.
+        In block structure, or for a shared dictionary that is `confined`, these are the classes that have a sample;
+        otherwise all classes.
         """
         if self.structure == "shared" and not confined:
             return membership, SharedCodes(self.atoms.T.to(dtype), self.codes.T.to(dtype))
@@ -522,12 +522,12 @@ class Dictionary(nn.Module):
         return membership.among_present(), BlockCodes(atoms.to(dtype), codes.to(dtype), self.shards)
 
     def whole(self) -> BlockCodes:
-        """Returns all that is held of a dictionary in block structure, without a copy."""
+        """Returns all that this rank holds of a dictionary in block structure, without a copy."""
         return BlockCodes(self.atoms.T, self.codes.T, self.shards)
 
     @torch.no_grad()
     def replace(self, dictionary: Codes, membership: Membership) -> None:
-        """Writes back what `part_for` gave for a batch, after a step."""
+        """Writes back, after a step, the part that `part_for` returned for a batch."""
         if isinstance(dictionary, SharedCodes):
             self.atoms.copy_(dictionary.atoms.T)
             self.codes.copy_(dictionary.codes.T)
@@ -537,11 +537,11 @@ class Dictionary(nn.Module):
         codes.index_copy_(0, membership.present, dictionary.codes.to(self.codes.dtype))
 
     def _places(self, membership: Membership) -> Int[Tensor, " p_s"]:
-        """Returns the atoms of the classes that have a sample."""
+        """Returns the indices of the atoms of the classes that have a sample."""
         steps = torch.arange(self.atoms_per_class, device=self.atoms.device)
         return (membership.present[:, None] * self.atoms_per_class + steps).flatten()
 
     def _own_codes(self) -> Float[Tensor, "k s"]:
-        """Returns a view of the codes of a shared dictionary at the classes' own atoms."""
+        """Returns a view of a shared dictionary's codes at each class's own atoms."""
         k, s = len(self.latched), self.atoms_per_class
         return self.codes.T.unflatten(1, (k, s)).diagonal(dim1=0, dim2=1).T

@@ -1,9 +1,8 @@
 """Many processes, one loss: what ranks must agree on, the batch gathered over them, a dictionary sharded by class.
 
-A call of a loss begins with one all-gather of a few integers, in which every rank says what it brings. Whatever is
-wrong on one rank, or differs between ranks, is therefore known on all of them before anything else is sent. Then the
-rows are gathered, and every rank computes the loss of the whole batch, or, where the dictionary is sharded, its
-classes' part.
+A call of a loss begins with one all-gather of a few integers, in which every rank says what it brings. So all ranks
+know what is wrong on one of them, or differs between them, before anything else is sent. Then the rows are gathered,
+and every rank computes the loss of the whole batch, or, if the dictionary is sharded, its classes' part.
 """
 
 from __future__ import annotations
@@ -21,36 +20,36 @@ from vmcr2.errors import InputError
 
 _T = TypeVar("_T")
 
-# What ranks can differ in and that is not a number, sent as an index into this.
+# What ranks can differ in that is not a number; sent as an index into this.
 _WORDS = (
     *("a training step", "an evaluation", "rates", "latch", "latch_from", "nearest_class", "full_state_dict"),
     *("MCR2Loss", "TotalCodingRateLoss", "labels", "soft rows", "with gradient", "without gradient"),
     *map(str, (torch.float16, torch.bfloat16, torch.float32, torch.float64)),
 )
-_WIDTH = 16  # integers in a message: whether all is well, the call, and what there is of facts and numbers
+_WIDTH = 16  # integers in a message: whether something failed, the call, then the facts and numbers
 
 
 def world_size(group: Any = None) -> int:
-    """Returns the number of processes of a group (None: all), 1 where torch.distributed is not in use."""
+    """Returns the number of processes in a group (None: all), or 1 if torch.distributed is not in use."""
     return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
 
 
 def process_rank(group: Any = None) -> int:
-    """Returns this process's rank in a group (None: among all), 0 where torch.distributed is not in use."""
+    """Returns this process's rank in a group (None: among all), or 0 if torch.distributed is not in use."""
     return dist.get_rank(group) if dist.is_available() and dist.is_initialized() else 0
 
 
 def check_group(group: Any) -> None:
-    """Raises InputError unless this is a group of torch.distributed (or None) that this process belongs to."""
+    """Raises InputError unless this is None or a torch.distributed group that this process belongs to."""
     if group is None:
         return
     member = dist.is_available() and isinstance(group, dist.ProcessGroup)
-    # A rank that `new_group` leaves out is given a number.
+    # To a rank that it leaves out, `new_group` returns a number.
     outside = dist.is_available() and isinstance(group, int) and group == dist.GroupMember.NON_GROUP_MEMBER
     if not member and not outside:
         raise InputError(f"process_group must be a torch.distributed.ProcessGroup or None, got {group!r}")
     if outside or world_size(group) < 1:
-        raise InputError("process_group must be one that this process belongs to, got one of others")
+        raise InputError("process_group must include this process, got a group of others")
 
 
 def sum_over_ranks(tensor: Tensor, group: Any = None) -> Tensor:
@@ -69,22 +68,22 @@ def agree(
 ) -> tuple[_T, list[list[int]]]:
     """Prepares this rank's part of a call, and raises on every rank if that failed on any, or if the ranks disagree.
 
-    One all-gather of 16 integers. They are read on the host, which waits for the device unless the group has a backend
-    for the CPU, as gloo and "cpu:gloo,cuda:nccl" have.
+    This costs one all-gather of 16 integers. They are read on the host, which waits for the device unless the group has
+    a CPU backend, as gloo and "cpu:gloo,cuda:nccl" have.
 
     Args:
-        prepare: checks what this rank brings; returns what it made of that, and numbers that ranks may differ in.
-        facts: returns, of what was made, what must be the same on all ranks, by what it is called: integers ≥ 0, or
-            words that are known here.
-        call: which call it is, of the words known here.
+        prepare: checks what this rank brings; returns its result, and numbers in which ranks may differ.
+        facts: returns, by name, what must be the same on all ranks, given that result: integers ≥ 0, or words from
+            `_WORDS`.
+        call: which call it is, from `_WORDS`.
         group: the ranks; None for all.
 
     Returns:
         What `prepare` made, and the numbers of every rank.
 
     Raises:
-        InputError: on every rank but that at fault, whose own error comes as it is; and on all, naming who had what,
-            where they disagree (a ValueError).
+        InputError: on every rank except the one at fault, which raises its own error; or, if ranks disagree, on all,
+            naming who had what (a ValueError).
     """
     if world_size(group) == 1:
         result, numbers = prepare()
@@ -94,7 +93,7 @@ def agree(
         result, numbers = prepare()
         alike = facts(result)
         made.append(result)
-    except Exception as raised:  # whatever it was: the others must not be left waiting
+    except Exception as raised:  # any error: the others must not be left waiting
         error = raised
     message = [int(error is not None), _WORDS.index(call)]
     message += [_encoded(value) for value in alike.values()] + list(numbers)
@@ -105,9 +104,7 @@ def agree(
         raise error
     faulty = [rank for rank, said in enumerate(heard) if said[0]]
     if faulty:
-        raise InputError(
-            f"what {_named(faulty, group)} brought to the call is wrong, as the error there says; no rank goes on"
-        )
+        raise InputError(f"the call failed on {_named(faulty, group)}, see the error there; no rank continues")
     require_equal("the call", [_WORDS[said[1]] for said in heard], group)
     for place, name in enumerate(alike, start=2):
         require_equal(name, [_decoded(said[place]) for said in heard], group)
@@ -124,7 +121,7 @@ def require_equal(name: str, values: Sequence[int | str], group: Any = None) -> 
         for value in dict.fromkeys(values)
     ]
     raise InputError(
-        f"ranks disagree on {name}: {'; '.join(claims)}. Every rank must make the same call, alike in this"
+        f"ranks disagree on {name}: {'; '.join(claims)}. Every rank must make the same call with the same {name}"
     )
 
 
@@ -152,7 +149,7 @@ def _decoded(value: int) -> int | str:
 
 
 def _named(ranks: Sequence[int], group: Any) -> str:
-    """Returns ranks of a group as they count among all processes."""
+    """Returns the names of a group's ranks, numbered among all processes."""
     numbers = [str(rank if group is None else dist.get_global_rank(group, rank)) for rank in ranks]
     return f"rank {numbers[0]}" if len(numbers) == 1 else f"ranks {', '.join(numbers)}"
 
@@ -160,9 +157,9 @@ def _named(ranks: Sequence[int], group: Any) -> str:
 class _Gather(torch.autograd.Function):
     """Rows of all ranks, in rank order: all-gather forward, reduce-scatter backward.
 
-    The loss that gradients are taken of is the sum over ranks of what each of them returns. Every rank returns the same
-    loss of the gathered rows, so a rank's gradient is the world size times that of a single process, which the mean
-    over ranks that DistributedDataParallel takes undoes exactly.
+    Gradients are those of the sum over ranks of what each rank returns. Every rank returns the same loss of the
+    gathered rows, so a rank's gradient is the world size times a single process's, which DistributedDataParallel's
+    mean over ranks undoes exactly.
     """
 
     @staticmethod
@@ -201,7 +198,7 @@ class _Scatter(torch.autograd.Function):
 
 
 def _padded(rows: Tensor, size: int) -> Tensor:
-    """Returns so many rows, zeros after those given: collectives want shares of one size."""
+    """Pads with rows of zeros to `size` rows: collectives need shares of one size."""
     if len(rows) == size:
         return rows.contiguous()
     return torch.cat([rows, rows.new_zeros(size - len(rows), *rows.shape[1:])])
@@ -210,7 +207,7 @@ def _padded(rows: Tensor, size: int) -> Tensor:
 def gather_rows(*tensors: Tensor, shares: list[int], group: Any = None) -> tuple[Tensor, ...]:
     """Returns each tensor's rows from all ranks, in rank order; `shares` says how many each rank holds.
 
-    Floating tensors carry gradients back to the rank they came from.
+    Floating-point tensors carry gradients back to the rank they came from.
     """
     if len(shares) == 1:
         return tensors
@@ -223,7 +220,7 @@ def gather_rows(*tensors: Tensor, shares: list[int], group: Any = None) -> tuple
 
 
 def broadcast(module: nn.Module, group: Any = None) -> None:
-    """Gives every rank the state of the first: buffers, and what else `state_dict` holds."""
+    """Gives every rank the first one's state: buffers, and whatever else `state_dict` holds."""
     source = 0 if group is None else dist.get_global_rank(group, 0)
     device = next(module.buffers()).device
     state = {name: value.to(device).clone() for name, value in module.state_dict().items()}
@@ -233,7 +230,7 @@ def broadcast(module: nn.Module, group: Any = None) -> None:
 
 
 class _Total(torch.autograd.Function):
-    """The sum over ranks, forward and backward: see `_Gather` for what gradients are taken of."""
+    """The sum over ranks, forward and backward; `_Gather` says what the gradients are of."""
 
     @staticmethod
     def forward(ctx: Any, part: Tensor, group: Any) -> Tensor:
@@ -246,7 +243,7 @@ class _Total(torch.autograd.Function):
 
 
 def total_over_ranks(part: Tensor, group: Any = None) -> Tensor:
-    """Returns the sum over ranks of a tensor. Differentiable: its gradient is the sum of all ranks'."""
+    """Returns the sum over ranks of a tensor. Differentiable: its gradient is the sum of all ranks' gradients."""
     if world_size(group) == 1:
         return part
     result = _Total.apply(part, group)
@@ -256,10 +253,10 @@ def total_over_ranks(part: Tensor, group: Any = None) -> Tensor:
 
 @dataclass(frozen=True)
 class Shards:
-    """Which classes each rank of a group holds: `torch.chunk`'s ranges, as DTensor's `Shard(0)` has them.
+    """Which classes each rank of a group holds: the ranges of `torch.chunk`, as in DTensor's `Shard(0)`.
 
     Attributes:
-        num_classes: k of all ranks together.
+        num_classes: k, over all ranks.
         group: the ranks; None for all.
     """
 
@@ -268,7 +265,7 @@ class Shards:
 
     @property
     def classes_per_rank(self) -> int:
-        """How many classes a rank holds, but for the last ranks, which may hold fewer or none."""
+        """How many classes a rank holds, except the last ranks, which may hold fewer or none."""
         return -(-self.num_classes // world_size(self.group))
 
     def range_of(self, rank: int) -> range:
@@ -284,16 +281,16 @@ class Shards:
         return self.range_of(process_rank(self.group))
 
     def total(self, part: Tensor) -> Tensor:
-        """Returns the sum over ranks of what each has for its classes. Differentiable."""
+        """Returns the sum over ranks of each rank's part, from its own classes. Differentiable."""
         return total_over_ranks(part, self.group)
 
     def gathered(self, own: Tensor) -> Tensor:
-        """Returns the values by class, (k, ...), of all ranks from each rank's own."""
+        """Returns the values of all classes, (k, ...), from each rank's own."""
         shares = [len(self.range_of(rank)) for rank in range(world_size(self.group))]
         return gather_rows(own, shares=shares, group=self.group)[0]
 
     def best_class(self, scores: Float[Tensor, " m"], classes: Int[Tensor, " m"]) -> Int[Tensor, " m"]:
-        """Returns, of what each rank has for the same samples, the class of the highest score; of equals the first."""
+        """Returns each sample's class of highest score over all ranks' candidates; of equal scores, the first class."""
         if world_size(self.group) == 1:
             return classes
         highest = scores.clone()
@@ -303,9 +300,9 @@ class Shards:
         return first
 
     def distributed_tensor(self, own: Tensor) -> Tensor:
-        """Returns this rank's values by class, (k_own, ...), as its part of a DTensor `Shard(0)`; no copy is made.
+        """Returns this rank's values by class, (k_own, ...), as its part of a DTensor `Shard(0)`; makes no copy.
 
-        Without torch.distributed the tensor itself, which `torch.distributed.checkpoint` treats alike.
+        Without torch.distributed, returns the tensor itself, which `torch.distributed.checkpoint` treats the same way.
         """
         if not (dist.is_available() and dist.is_initialized()):
             return own
@@ -321,6 +318,6 @@ class Shards:
 
 
 def full_tensor(value: Tensor) -> Tensor:
-    """Returns the whole of a DTensor, a collective of its ranks; any other tensor as it is."""
-    # Known by its method: importing DTensor takes a second, which nobody without one should pay.
+    """Returns the whole of a DTensor (a collective of its ranks), or any other tensor as it is."""
+    # Recognised by its method: importing DTensor takes a second, which only those who have one should pay.
     return value.full_tensor() if hasattr(value, "full_tensor") else value  # pyrefly: ignore[missing-attribute]

@@ -1,4 +1,4 @@
-"""What features and labels are like, whoever made them: a report in words and figures, and which labels look wrong."""
+"""Examines features and labels from any source: a report in words and figures, and which labels look wrong."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ if TYPE_CHECKING:
 
 _NAMED_PAIRS = 10
 _SHOWN_CLASSES = 20
-_MOMENT_ELEMENTS = 2**27  # entries of all classes' moments that are held at once
-_TIE = 1e-9  # shares of a sample's energy that differ by less are equal but for rounding: a label is kept
-_DIRECTIONS = 8  # of each class that overlaps are found from where the moments are too many to hold
+_MOMENT_ELEMENTS = 2**27  # entries of all classes' moments held at once
+_TIE = 1e-9  # shares of a sample's energy that differ by less are equal apart from rounding: a label is kept
+_DIRECTIONS = 8  # of each class, used to find overlaps when the moments are too many to hold
 _ROUNDS = 5
 _SAMPLES_A_DIRECTION = 8  # fewer say little about a direction
 
 
 @dataclass(frozen=True)
 class Overlap:
-    """Two classes and how far their subspaces coincide: 0 where they are orthogonal, 1 where they are the same."""
+    """Two classes and how far their subspaces coincide: 0 if they are orthogonal, 1 if they are the same."""
 
     first: str
     second: str
@@ -45,28 +45,28 @@ class Overlap:
 
 @dataclass(frozen=True, eq=False)
 class Report:
-    """What features are like; `str` is the text, `as_dict` the data, `figure` the picture.
+    """A description of features; `str` gives it as text, `as_dict` as data, `figure` as a picture.
 
     Attributes:
         num_samples: m.
         feature_dim: d.
         class_names: (k,), of the classes that have a sample.
-        class_counts: (k,), their samples.
+        class_counts: (k,), how many samples each has.
         eps_sq: ε² of the rates.
         normalized: whether rows had to be scaled to norm 1.
         expansion: R, in nats.
         compression: R_c.
         reduction: ΔR = R − R_c.
-        maximum: the largest ΔR at these class sizes, as `largest_reduction` has it: of orthogonal classes with equal
-            energy in each of their directions, small classes sharing some where dimensions are few.
+        maximum: the largest ΔR at these class sizes, from `largest_reduction`: that of orthogonal classes with equal
+            energy in each of their directions; if dimensions are few, small classes share some.
         effective_rank: of all features, from 1 to d: e to the entropy of the eigenvalues of their second moment.
-        class_ranks: (k,), of each class.
+        class_ranks: (k,), each class's effective rank.
         centre: norm of the mean of all features, from 0 to 1.
-        overlap: (k, k), the cosine between classes' second moments, Σ_ab (z_a·z_b)² scaled to 1 on the diagonal. Where
-            the moments are too many to hold (about 500 classes at d = 512), what the first 8 directions of each class
-            have of it: a lower bound.
-        entangled: the pairs that overlap most, first the worst.
-        transrate: TransRate of the features as given, see `vmcr2.transrate`; None where they are too long for it.
+        overlap: (k, k), the cosine between classes' second moments, Σ_ab (z_a·z_b)² scaled to 1 on the diagonal. If the
+            moments are too many to hold (about 500 classes at d = 512), the part of it that each class's first 8
+            directions account for: a lower bound.
+        entangled: the pairs that overlap most, the worst first.
+        transrate: TransRate of the features as given, see `vmcr2.transrate`; None if their norms are too large for it.
         spectrum: (d,), shares of the eigenvalues of the second moment of all features, largest first.
         warnings: what looks wrong, in words.
     """
@@ -115,12 +115,12 @@ class Report:
 
     @property
     def mean_overlap(self) -> float:
-        """The mean over pairs of different classes; 0 for one class."""
+        """The mean overlap over pairs of different classes; 0 for one class."""
         k = len(self.class_names)
         return float((self.overlap.sum() - np.trace(self.overlap)) / max(1, k * (k - 1)))
 
     def as_dict(self) -> dict[str, Any]:
-        """Returns the report as numbers, strings, lists and dicts, ready for JSON; overlaps as the entangled pairs."""
+        """Returns the report as numbers, strings, lists and dicts, ready for JSON; of overlaps, the entangled pairs."""
         names = (
             "num_samples",
             "feature_dim",
@@ -145,7 +145,7 @@ class Report:
         }
 
     def figure(self) -> Figure:
-        """Returns the report as a figure, to be saved by `.savefig(path)`; nothing is opened.
+        """Returns the report as a figure, to be saved with `.savefig(path)`; opens no window.
 
         Raises:
             ImportError: matplotlib is missing: pip install 'vmcr2[lab]'.
@@ -188,7 +188,7 @@ class Report:
         )
 
     def _chosen(self) -> list[int]:
-        """Returns the classes shown: all where they are few, else those of the most entangled pairs."""
+        """Returns the classes to show: all if they are few, otherwise those of the most entangled pairs."""
         k = len(self.class_names)
         if k <= _SHOWN_CLASSES:
             return list(range(k))
@@ -231,7 +231,7 @@ def _short(name: str) -> str:
 
 
 def _plain(text: str) -> str:
-    """Returns text that matplotlib does not take for mathematics."""
+    """Returns text that matplotlib does not mistake for mathematics."""
     return text.replace("$", r"\$")
 
 
@@ -244,14 +244,14 @@ def report(
     """Reports on features: coding rates beside what they could be, ranks, overlaps, collapse, TransRate.
 
     Args:
-        features: Z, (m, d), NumPy or torch, finite; rows that are not of norm 1 are scaled to it (TransRate takes them
-            as they are).
+        features: Z, (m, d), NumPy or torch, finite; rows that are not of norm 1 are scaled to it (but not for
+            TransRate).
         labels: (m,), of any kind.
-        class_names: names by label, where labels are integers from 0 to len(class_names) − 1; by default the labels'.
+        class_names: names by label, for integer labels from 0 to len(class_names) − 1; by default the labels are used.
         eps_sq: the squared precision ε² > 0.
 
     Returns:
-        The report; it is worked out in float64, on the features' device.
+        The report, computed in float64 on the features' device.
 
     Raises:
         InputError: a wrong argument (a ValueError).
@@ -277,7 +277,7 @@ def report(
     warnings = _warnings(d, counts, reduction / maximum if maximum > 0 else None, rank, ranks, centre, pairs)
     transferable = _transrate(given, places)
     if transferable is None:
-        warnings.append("features are too long for TransRate, which takes them at their own scale: divide them")
+        warnings.append("the norms of features are too large for TransRate, which does not rescale them: divide them")
     return Report(
         num_samples=m,
         feature_dim=d,
@@ -317,7 +317,7 @@ def _warnings(
     pairs: tuple[Overlap, ...],
 ) -> list[str]:
     k, texts = len(counts), []
-    # What orthogonal classes of one line each have, which is no better where one class has nearly all samples.
+    # The values of orthogonal classes of one line each, which are no better if one class has nearly all samples.
     weights = counts / counts.sum()
     good_rank, good_centre = float(effective_rank(torch.from_numpy(weights)[None])[0]), float(np.linalg.norm(weights))
     collapsed = rank < min(2, (1 + good_rank) / 2)
@@ -349,28 +349,28 @@ def _warnings(
     if not enough.all():
         texts.append(f"{(~enough).sum()} of {k} classes have fewer than 5 samples: their ranks and overlaps say little")
     if k == 1:
-        texts.append("there is one class alone: ΔR is 0 and says nothing")
+        texts.append("there is only one class: ΔR is 0 and says nothing")
     return texts
 
 
 def bisected(beyond: Callable[[Any], Any], low: Any, high: Any, rounds: int) -> tuple[Any, Any]:
-    """Returns the ends between which a condition turns from false to true, by bisection.
+    """Returns the ends of the interval in which a condition turns from false to true, by bisection.
 
     Args:
-        beyond: the condition, of a number or entry by entry of an array.
+        beyond: the condition, on a number or elementwise on an array.
         low: where it is false, a number or an array.
         high: where it is true, likewise.
-        rounds: how often the distance between them is halved.
+        rounds: how often to halve the distance between them.
     """
     for _ in range(rounds):
         middle = 0.5 * (low + high)
         over = beyond(middle)
-        low, high = np.where(over, low, middle)[()], np.where(over, middle, high)[()]  # of numbers, numbers
+        low, high = np.where(over, low, middle)[()], np.where(over, middle, high)[()]  # numbers stay numbers
     return low, high
 
 
 def _worth(scaled: Any) -> Any:
-    """Returns what one more dimension adds to R, up to ½, where β times the energy in each of a class's own is this."""
+    """Returns twice what one more dimension adds to R if `scaled` is β times the energy in each of a class's own."""
     return np.log1p(scaled) - scaled / (1 + scaled)
 
 
@@ -380,18 +380,19 @@ def _energy_worth(price: float, beta: float) -> float:
 
 
 def largest_reduction(feature_dim: int, class_counts: Int[np.ndarray, " k"], eps_sq: float) -> float:
-    """Returns the largest ΔR that unit features in classes of such sizes can have.
+    """Returns the largest ΔR that unit features in classes of these sizes can have.
 
-    Class j has r_j directions of equal energy, r_j real and from 1 to n_j. Where d dimensions are enough for all they
-    are orthogonal (Yu et al., 2020, Theorem 1). Where they are not, classes so small that a direction of their own
-    would hold less energy than the others' give theirs up: each is a line, and together these are spread evenly over
-    what dimensions are left. ΔR is then
+    Class j has r_j directions of equal energy, r_j real and from 1 to n_j. If d dimensions are enough for all, they are
+    orthogonal (Yu et al., 2020, Theorem 1). If not, classes so small that a direction of their own would hold less
+    energy than the others' give theirs up: each is a line, and together these lines spread evenly over the remaining
+    dimensions. ΔR is then
 
     Σ_j r_j/2 [log(1 + β γ_j/r_j) − γ_j log(1 + β/r_j)] + D/2 log(1 + β γ_s/D) − γ_s/2 log(1 + β)
 
-    over the classes with directions of their own, D = d − Σ_j r_j dimensions and the share γ_s of the samples being
-    left to the others. At the best r_j one more dimension is worth the same everywhere. With balanced classes that is
-    d/2 [log(1 + 1/ε²) − log(1 + k/ε²)/k] for k ≤ d, and d/2 log(1 + 1/ε²) − ½ log(1 + d/ε²) for more.
+    where j runs over the classes with directions of their own, and the others have the remaining D = d − Σ_j r_j
+    dimensions and a share γ_s of the samples. At the best r_j one more dimension is worth the same everywhere. With
+    balanced classes the result is d/2 [log(1 + 1/ε²) − log(1 + k/ε²)/k] for k ≤ d, and
+    d/2 log(1 + 1/ε²) − ½ log(1 + d/ε²) for k > d.
 
     Args:
         feature_dim: d.
@@ -404,7 +405,7 @@ def largest_reduction(feature_dim: int, class_counts: Int[np.ndarray, " k"], eps
     most = np.minimum(counts, d)
 
     def directions(price: float) -> np.ndarray:
-        """The r_j from 1 to `most` at which one more direction adds no more to ΔR than its price."""
+        """Returns the r_j from 1 to `most` at which one more direction adds no more to ΔR than its price."""
 
         def enough(r: np.ndarray) -> np.ndarray:
             return _worth(beta * weights / r) - weights * _worth(beta / r) <= price
@@ -412,7 +413,7 @@ def largest_reduction(feature_dim: int, class_counts: Int[np.ndarray, " k"], eps
         return bisected(enough, np.ones_like(most), most, 30)[0]
 
     def allotted(price: float) -> tuple[np.ndarray, np.ndarray, float]:
-        """Returns r_j, how many classes of a size have directions of their own, the dimensions the others take."""
+        """Returns r_j, how many classes of each size have directions of their own, the dimensions the others use."""
         even = _energy_worth(price, beta) if price > 0 else 0.0
         own = weights > even
         return directions(price), alike * own, float(weights @ (alike * ~own)) / even if even else 0.0
@@ -428,18 +429,18 @@ def largest_reduction(feature_dim: int, class_counts: Int[np.ndarray, " k"], eps
     shared, left = 1 - weights @ own, d - r @ own
     if (own == 0).any():
         value += left * np.log1p(beta * shared / left) - shared * np.log1p(beta)
-    return 0.5 * float(value) if value > 1e-9 else 0.0  # of one dimension, but for rounding
+    return 0.5 * float(value) if value > 1e-9 else 0.0  # one dimension gives 0 apart from rounding
 
 
 def effective_rank(eigenvalues: Float[Tensor, "k d"]) -> Float[Tensor, " k"]:
-    """Returns e to the entropy of eigenvalues' shares (Roy and Vetterli, 2007, on eigenvalues of the second moment)."""
+    """Returns e to the entropy of the eigenvalues' shares (Roy and Vetterli, 2007, here of the second moment)."""
     shares = eigenvalues.clamp_min(0)
     shares = shares / shares.sum(1, keepdim=True)
     return torch.special.entr(shares).sum(1).exp()
 
 
 def _overlaps_and_ranks(unit: Tensor, membership: Membership) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the cosines between classes' second moments, or lower bounds of them, and each class's effective rank."""
+    """Returns the cosines between classes' second moments, or lower bounds on them, and each class's effective rank."""
     d, k = unit.shape[1], membership.num_classes
     most = min(d, int(membership.sizes.max()))
     whole = k * d * max(d, most) <= _MOMENT_ELEMENTS
@@ -482,8 +483,8 @@ class LabelQuality:
     """How well each label fits its sample, in cleanlab's convention.
 
     Attributes:
-        scores: (m,), from 0 to 1; low is suspect. Below 0.5 another class's subspace holds more of the sample.
-        suggested: (m,), the label of the nearest subspace, of the kind of the labels given.
+        scores: (m,), from 0 to 1; low is suspect. Below 0.5, another class's subspace holds more of the sample.
+        suggested: (m,), the label of the nearest subspace, of the same kind as the labels given.
         labels: (m,), as given.
     """
 
@@ -519,17 +520,17 @@ def label_quality(
     """Scores how well each sample's label fits, by the classes' subspaces.
 
     The score is ½ (1 + a − b): a is the share of the sample's energy in its class's subspace, b the largest share in
-    another class's. A sample is judged by subspaces found without it (five folds) and, in a few rounds, without the
-    samples that a round before fitted another class better; so subspaces of high dimension do not memorise wrong
-    labels, and up to half of the labels may be wrong. Of a class's only sample nothing can be said, as no other shows
-    what the class is like: it keeps its label, with score 0.5. The samples of a class are dealt to the folds in their
-    order, on which scores depend a little. What each of these steps is worth: docs/estimators.md.
+    another class's. A sample is judged by subspaces found without it (five folds) and, over a few rounds, without the
+    samples that fitted another class better in the round before; so subspaces of high dimension do not memorise wrong
+    labels, and up to half of the labels may be wrong. A class's only sample cannot be judged, as no other shows what
+    the class is like: it keeps its label, with score 0.5. The samples of a class are dealt to the folds in order, and
+    scores depend slightly on this order. docs/estimators.md says what each of these steps is worth.
 
     Args:
-        features: Z, (m, d), NumPy or torch, finite, no row zero; their scale does not matter.
+        features: Z, (m, d), NumPy or torch, finite, no row all zeros; their scale does not matter.
         labels: (m,), of any kind, at least two classes.
         n_components: dimension of each class's subspace, from 1 to d (at d, large classes cannot be told apart); None
-            means ⌊d/k⌋, but no more than an eighth of the median class's samples, and 1 at least.
+            means ⌊d/k⌋, but at most an eighth of the median class's samples, and at least 1.
 
     Raises:
         InputError: a wrong argument (a ValueError).
@@ -565,8 +566,8 @@ def _judged(
 ) -> tuple[Float[Tensor, " m"], Float[Tensor, " m"], Int[Tensor, " m"]]:
     """Returns each sample's energy in its class's subspace, the largest in another's, and which other.
 
-    The subspaces are found from the kept samples of the other folds. Where a class has none there, the sample's own
-    energy counts as equal to the largest.
+    The subspaces are found from the kept samples of the other folds. If a class has none there, the sample's own energy
+    counts as equal to the largest.
     """
     own, best, other = unit.new_zeros(len(unit)), unit.new_zeros(len(unit)), torch.zeros_like(labels)
     for rows, energies in held_out_energies(unit, labels, k, n_components, kept):
@@ -578,7 +579,7 @@ def _judged(
 
 
 def _checked(features: Any, labels: Any) -> tuple[Tensor, Tensor, np.ndarray]:
-    """Returns features as float64, labels as places among their values, and the sorted values."""
+    """Returns features as float64, labels as indices into their sorted values, and these values."""
     if not isinstance(features, Tensor):
         if hasattr(features, "toarray"):
             raise InputError(f"features must be dense, got {type(features).__name__}; .toarray() makes it so")
@@ -608,44 +609,46 @@ def _checked(features: Any, labels: Any) -> tuple[Tensor, Tensor, np.ndarray]:
 def sorted_classes(
     labels: Any, m: int, name: str = "labels", beside: str = "features"
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the sorted values (k,) of m labels of any kind, and labels (m,) as places among them, from 0 to k − 1.
+    """Returns the sorted values (k,) of m labels of any kind, and the labels (m,) as indices into them, 0 to k − 1.
 
     Args:
         labels: of the samples.
         m: how many there must be.
-        name: what the caller calls them.
-        beside: what the caller calls the samples.
+        name: the caller's name for them.
+        beside: the caller's name for the samples.
 
     Raises:
-        InputError: labels are not m, are non-integer numbers, are of several kinds, or some are missing (a
+        InputError: there are not m labels, or they are non-integer numbers, of several kinds, or some are missing (a
             ValueError).
     """
     refuse_masked(name, labels)
     try:
         array = labels.detach().cpu().numpy() if isinstance(labels, Tensor) else np.asarray(labels)
     except (TypeError, ValueError, RuntimeError) as error:  # bfloat16, sparse, without values; lists of unequal length
-        raise InputError(f"{name} must be of shape ({m},), dense and of a dtype that NumPy has: {error}") from error
+        raise InputError(
+            f"{name} must be of shape ({m},), dense and of a dtype that NumPy supports: {error}"
+        ) from error
     if array.shape != (m,):
         raise InputError(f"{name} must have shape ({m},) to match {beside}, got {array.shape}")
-    # NumPy makes strings of what is listed beside strings, and sorts NaN as if it were a label.
+    # In a list with strings NumPy turns everything into strings, and it sorts NaN as if it were a label.
     listed = list(labels) if array.dtype.kind in "OU" else []
     if array.dtype.kind in "fmM":
         missing = int((np.isnan(array) if array.dtype.kind == "f" else np.isnat(array)).sum())
     else:
         missing = sum(isinstance(label, float) and math.isnan(label) for label in listed)
     if missing:
-        raise InputError(f"{name} must not be missing, got {missing} of {m} that are")
+        raise InputError(f"{name} must not be missing, but {missing} of {m} are")
     if array.dtype.kind == "f" and not (np.isfinite(array).all() and (array == np.round(array)).all()):
         raise InputError(f"{name} must name classes, got numbers that are not integers")
     if len({isinstance(label, str) for label in listed}) < 2:
-        with suppress(TypeError):  # of what cannot be sorted
+        with suppress(TypeError):  # labels that cannot be sorted
             return np.unique(array, return_inverse=True)
     kinds = sorted({type(label).__name__ for label in listed})
     raise InputError(f"{name} must be of one kind that can be sorted, got {' and '.join(kinds)}")
 
 
 def _unit_rows(features: Tensor) -> tuple[Tensor, bool]:
-    """Returns rows at norm 1, and whether they had another."""
+    """Returns the rows scaled to norm 1, and whether any had another norm."""
     largest = features.abs().amax(1, keepdim=True)
     if not bool((largest > 0).all()):
         rows = (largest[:, 0] == 0).nonzero()[:, 0].tolist()

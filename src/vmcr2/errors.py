@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class InputError(ValueError):
-    """An argument, a file or a run folder is not what it must be; nothing was computed or overwritten."""
+    """An argument, a file or a run folder is not as required; nothing was computed or overwritten."""
 
 
 class NotLatchedError(InputError, RuntimeError):

@@ -1,7 +1,7 @@
 """Latching (Algorithm 2): every class's top singular vectors and values, from all its samples, streamed.
 
-`latched_blocks` is the mathematics, `MomentStream` gathers what it needs from batches in memory bounded by k d² however
-many samples there are, and `batch_statistics` decides which of a network's features are latched onto.
+`latched_blocks` is the mathematics; `MomentStream` gathers what it needs from batches, in memory bounded by k d²
+however many samples there are; `batch_statistics` decides in which mode the network computes the features to latch.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from vmcr2.errors import InputError, NumericalError
 from vmcr2.membership import Membership, as_rows, moments, shared_in
 
 _EIGH_ELEMENTS = 2**24  # entries of the d×d matrices decomposed at once
-_FOLDED = 8192  # rows folded into the moments at once: they cost memory, a product of few rows costs time
-_COPIES = 8  # of the rows that are decomposed, counting what the decomposition makes itself
+_FOLDED = 8192  # rows folded into the moments at once: many cost memory, few cost time
+_COPIES = 8  # copies of the rows being decomposed, counting those the decomposition itself makes
 
 
 def latched_blocks(
@@ -65,7 +65,7 @@ def latched_blocks(
 
 def _top_eigen(moments: Float[Tensor, "b d d"], s: int) -> tuple[Float[Tensor, "b d s"], Float[Tensor, "b s"]]:
     values, vectors = _decomposed(torch.linalg.eigh, moments)
-    # A class of fewer samples than dimensions has eigenvalues that are rounding; its codes would not be 0 there.
+    # A class with fewer samples than dimensions has eigenvalues that are only rounding, where its codes must be 0.
     rounding = torch.finfo(values.dtype).eps * moments.shape[-1] ** 0.5 * values[..., -1:]
     values = torch.where(values <= rounding, 0, values)  # NaN stays
     return vectors[..., -s:].flip(-1), values[..., -s:].flip(-1)
@@ -81,13 +81,13 @@ def _decomposed(decompose: Callable[..., Any], matrices: Tensor, **options: Any)
 class MomentStream:
     """Gathers features batch by batch until latching, in at most about k d² numbers.
 
-    Rows are kept as they come while there are fewer than k d of them, since then they are the smaller side. Beyond
-    that they are folded into the second moments C_j, and forgotten.
+    Rows are kept as they are while there are at most k d of them, since they are then smaller than the moments. Beyond
+    that they are folded into the second moments C_j and dropped.
 
     Args:
         num_classes: k.
         feature_dim: d.
-        dtype: of the features to come.
+        dtype: of the features to be added.
         device: likewise.
     """
 
@@ -96,9 +96,9 @@ class MomentStream:
         self.feature_dim = feature_dim
         self.empty = torch.zeros(0, feature_dim, dtype=dtype, device=device)
         self.features: list[Tensor] = []
-        self.memberships: list[Tensor] = []  # labels or soft rows of each
+        self.memberships: list[Tensor] = []  # each batch's labels or soft rows
         self.kept = 0
-        # Class sizes of the rows that are kept.
+        # Class sizes of the kept rows.
         self.sizes = torch.zeros(num_classes, dtype=torch.long, device="cpu")
         self.sums: Tensor | None = None
         self.counts = torch.zeros(num_classes, dtype=dtype, device=device)
@@ -118,13 +118,13 @@ class MomentStream:
         self.sizes += sizes
 
     def brings(self) -> list[int]:
-        """Returns what ranks that meet must know of each other: whether all is folded, any is soft, and rows kept."""
+        """Returns what ranks must know of each other to `meet`: whether any is folded or soft, and the rows kept."""
         return [int(self.sums is not None), int(any(each.ndim == 2 for each in self.memberships)), self.kept]
 
     def meet(self, brought: list[list[int]], group: Any = None) -> None:
-        """Takes in what all ranks of a group have added, any number of batches each; `brings` of every rank is known.
+        """Merges what all ranks of a group have added, any number of batches each, given every rank's `brings`.
 
-        All ranks end with the same.
+        All ranks end with the same contents.
         """
         folded, soft, kept = zip(*brought, strict=True)
         if any(folded) or sum(kept) > self.num_classes * self.feature_dim:
@@ -139,9 +139,9 @@ class MomentStream:
         self.counts = sum_over_ranks(self.counts, group)
 
     def _rows(self, soft: bool) -> tuple[Tensor, Tensor]:
-        """Returns the rows that are kept, and their labels or soft rows."""
+        """Returns the kept rows, and their labels or soft rows."""
         features = torch.cat([self.empty, *self.features])
-        self.features = [features]  # not twice
+        self.features = [features]  # so as not to hold them twice
         if not soft:
             return features, torch.cat([torch.zeros(0, dtype=torch.long, device=features.device), *self.memberships])
         rows = [as_rows(each, self.num_classes, features.dtype) for each in self.memberships]
@@ -152,7 +152,7 @@ class MomentStream:
         features, rows_or_labels = self._rows(soft)
         if not soft:
             return features, Membership(rows_or_labels, None, self.counts, self.sizes)
-        # A class may have been absent from one batch, but for entries of no account, and present in the next.
+        # A class may have been absent from one batch, except for negligible entries, and present in the next.
         return features, Membership(
             None, rows_or_labels, self.counts, shared_in(rows_or_labels, self.counts).sum(0).cpu()
         )
@@ -187,16 +187,16 @@ class MomentStream:
 
 @contextmanager
 def batch_statistics(model: Callable[[Tensor], Tensor]) -> Iterator[Callable[[Tensor], Tensor]]:
-    """Lends a model that runs on each batch's own statistics and without noise; all is put back after.
+    """Yields the model running on each batch's own statistics and without noise; everything is restored afterwards.
 
-    Normalisation layers that would use batch statistics in training use them here, and leave their running ones alone;
-    one that is frozen (in eval mode while something else of the model is in training mode) stays frozen. Everything
-    else, dropout say, is in eval mode. If `model` is a Module or a method of one, its submodules are known. Those that
-    any other function calls are found by running the first batch once in eval mode; that batch then runs again for its
-    features. The same is done where a lazy module has yet to infer its shapes.
+    Normalisation layers that would use batch statistics in training use them here and leave their running ones alone; a
+    frozen one (in eval mode while another part of the model is in training mode) stays frozen. Everything else, such as
+    dropout, is in eval mode. If `model` is a Module or a method of one, its submodules are known. Those that any other
+    function calls are found by running the first batch once in eval mode; that batch then runs again for its features.
+    The same is done if a lazy module has yet to infer its shapes.
 
     Args:
-        model: a Module, or any function that calls some, however they are wrapped.
+        model: a Module, or any function that calls Modules, however they are wrapped.
     """
     modes: dict[nn.Module, bool] = {}
     lent: list[tuple[dict[str, Any], dict[str, Any]]] = []
@@ -208,13 +208,13 @@ def batch_statistics(model: Callable[[Tensor], Tensor]) -> Iterator[Callable[[Te
 
     def settle(module: nn.Module) -> None:
         if isinstance(module, _NormBase) and (modes[module] or not any(modes.values())):
-            # Without running statistics a layer has only the batch's, in any mode, and none to change.
+            # Without running statistics a layer uses only the batch's, in any mode, and has none to change.
             lend(module._buffers, running_mean=None, running_var=None)
             lend(module.__dict__, track_running_stats=False)
 
     def enter(module: nn.Module, _: Any = None) -> None:
         new = [inner for inner in module.modules() if inner not in modes]
-        modes.update({inner: inner.training for inner in new})  # all before any: a compiled module passes its mode on
+        modes.update({inner: inner.training for inner in new})  # read all first: a compiled module passes its mode on
         for inner in new:
             inner.training = False
             if isinstance(inner, nn.parallel.DistributedDataParallel):
@@ -245,12 +245,12 @@ def batch_statistics(model: Callable[[Tensor], Tensor]) -> Iterator[Callable[[Te
             handle.remove()
         for attributes, values in reversed(lent):
             attributes.update(values)
-        for module, mode in reversed(modes.items()):  # a compiled module, met last, passes its mode on
+        for module, mode in reversed(modes.items()):  # a compiled module, found last, passes its mode on
             module.training = mode
 
 
 def _is_unfinished(module: nn.Module) -> bool:
-    """Whether a module takes its shapes from its first inputs, which it has not had."""
+    """Whether a module infers its shapes from its first inputs and has not seen any yet."""
     return any(map(is_lazy, (*module.parameters(recurse=False), *module.buffers(recurse=False))))
 
 
@@ -258,7 +258,7 @@ def _is_unfinished(module: nn.Module) -> bool:
 def _untraced() -> Iterator[None]:
     """Runs compiled modules uncompiled: a hook on all modules would be traced with them."""
     with torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Using `torch.compile")  # the hook runs twice there, to no harm
+        warnings.filterwarnings("ignore", message="Using `torch.compile")  # the hook then runs twice, harmlessly
         yield
 
 
@@ -275,7 +275,7 @@ def _called(model: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
 
 
 def _modules_of(function: Any) -> tuple[list[nn.Module], bool]:
-    """Returns the modules that a function is, belongs to or is given, and whether it can be taken to call no others."""
+    """Returns the modules that a function is, belongs to or is given, and whether to assume that it calls no others."""
     given: list[nn.Module] = []
     while isinstance(function, functools.partial):
         given += [each for each in (*function.args, *function.keywords.values()) if isinstance(each, nn.Module)]

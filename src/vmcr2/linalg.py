@@ -1,4 +1,4 @@
-"""Log-determinants and products of positive semi-definite matrices, in a dtype that is wide enough."""
+"""Log-determinants and products of positive semi-definite matrices, in a sufficiently wide dtype."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch.autograd import Function, forward_ad
 
 from vmcr2.errors import InputError, NumericalError
 
-# β = d/ε² scales every matrix of which I + βC is factorised. While β ‖z‖² is in the first range, float32 is exact to
-# about 1e-5 even where all features of a class coincide. Outside it float64 is used, which fails outside the second.
+# β = d/ε² scales every matrix C of which I + βC is factorised. While β ‖z‖² is in the first range, float32 is exact to
+# about 1e-5 even if all features of a class coincide. Outside it float64 is used, which fails outside the second range.
 _FLOAT32_RANGE = (1.0, 1e4)
 FLOAT64_RANGE = (1e-8, 1e10)
-# Of β ‖z‖² with features that are not of norm 1. Here R is still exact to 1e-7; at a few thousand times this ΔR of
-# features of low rank, a difference, is percents off.
+# Of β ‖z‖² for features that are not of norm 1. At this value R is still exact to 1e-7; at a few thousand times it, ΔR
+# of low-rank features, being a difference, is off by several per cent.
 _LARGEST_SCALE = 1e12
 
 _LOGDET_FAILED = (
@@ -26,7 +26,7 @@ _LOGDET_FAILED = (
 
 
 def wide_dtype(*tensors: Tensor) -> torch.dtype:
-    """Returns the dtype that rates are computed in: the widest of the tensors', and float32 at least."""
+    """Returns the dtype that rates are computed in: the widest of the tensors' dtypes, at least float32."""
     dtype = torch.float32
     for tensor in tensors:
         dtype = torch.promote_types(dtype, tensor.dtype)
@@ -34,7 +34,7 @@ def wide_dtype(*tensors: Tensor) -> torch.dtype:
 
 
 def check_eps_sq(feature_dim: int, eps_sq: float) -> None:
-    """Raises InputError where β = d/ε² is so small or large that float64 would lose the rates."""
+    """Raises InputError if β = d/ε² is so small or large that float64 would lose the rates."""
     lowest, highest = FLOAT64_RANGE
     if not lowest <= feature_dim / eps_sq <= highest:
         raise InputError(
@@ -44,23 +44,23 @@ def check_eps_sq(feature_dim: int, eps_sq: float) -> None:
 
 
 def rate_dtype(feature_dim: int, eps_sq: float, *tensors: Tensor, largest: float = 1.0) -> torch.dtype:
-    """Returns `wide_dtype`, or float64 where d/ε² asks for it, or the norm of features does.
+    """Returns `wide_dtype`, or float64 if d/ε² or the norm of features requires it.
 
     Args:
         feature_dim: d.
         eps_sq: ε².
-        tensors: whose dtype is the least.
-        largest: the norm of the longest feature; NaN where it is not known, which takes float64.
+        tensors: the result is at least as wide as their dtypes.
+        largest: the norm of the longest feature; NaN if unknown, which selects float64.
 
     Raises:
         InputError: ε² is so small or large that float64 would not do either (a ValueError).
-        NumericalError: features are too long for float64.
+        NumericalError: the norm of features is too large for float64.
     """
     check_eps_sq(feature_dim, eps_sq)
     beta = feature_dim / eps_sq
     if beta * largest * largest > _LARGEST_SCALE:
         raise NumericalError(
-            f"logdet(I + A) fails for features of norms up to {largest:.3g}: at this eps_sq float64 takes norms of at "
+            f"logdet(I + A) fails for features of norms up to {largest:.3g}: at this eps_sq float64 allows norms of at "
             f"most {(_LARGEST_SCALE / beta) ** 0.5:.3g}; scale the features down, or raise eps_sq"
         )
     lowest, highest = _FLOAT32_RANGE
@@ -69,7 +69,7 @@ def rate_dtype(feature_dim: int, eps_sq: float, *tensors: Tensor, largest: float
 
 
 def is_batched(tensor: Tensor) -> bool:
-    """Whether the tensor stands for many under `torch.vmap`, so that no value of it can be read."""
+    """Whether the tensor stands for many under `torch.vmap`, so that its values cannot be read."""
     while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         if torch._C._functorch.is_batchedtensor(tensor):
             return True
@@ -78,7 +78,7 @@ def is_batched(tensor: Tensor) -> bool:
 
 
 def is_tracked(tensor: Tensor) -> bool:
-    """Whether derivatives in the tensor may be asked for: by autograd, `torch.func`, forward mode, or around vmap."""
+    """Whether derivatives in the tensor may be needed: by autograd, `torch.func`, forward mode, or around vmap."""
     return (
         is_batched(tensor)
         or tensor.requires_grad
@@ -88,9 +88,9 @@ def is_tracked(tensor: Tensor) -> bool:
 
 
 def unit_rows(features: Float[Tensor, "m d"]) -> Float[Tensor, "m d"]:
-    """Returns every row at norm 1, in float32 or wider: the constraint Z ∈ S of eq. (1). Differentiable.
+    """Returns every row scaled to norm 1, in float32 or wider: the constraint Z ∈ S of eq. (1). Differentiable.
 
-    A row of zeros stays. One whose norm overflows has no direction left: it becomes NaN, to be found.
+    A row of zeros stays. A row whose norm overflows has no direction left: it becomes NaN, to be noticed later.
     """
     features = features.to(wide_dtype(features))
     norms = torch.linalg.vector_norm(features, dim=1, keepdim=True)
@@ -106,7 +106,7 @@ def _plain_product(left: Tensor, right: Tensor) -> Tensor:
 
 
 class _Product(Function):
-    """A B, whose derivatives keep their precision also where they are taken under autocast."""
+    """A B, whose derivatives keep their precision even if they are taken under autocast."""
 
     generate_vmap_rule = True
 
@@ -145,7 +145,7 @@ def product(left: Float[Tensor, "*b n i"], right: Float[Tensor, "*b i p"]) -> Fl
 
 
 class _Gram(Function):
-    """X Xᵀ, with the one product in the gradient that its symmetry leaves, where autograd takes two."""
+    """X Xᵀ, whose symmetry lets its gradient take one product, where autograd takes two."""
 
     generate_vmap_rule = True
 
@@ -180,7 +180,7 @@ def gram(rows: Float[Tensor, "*b n d"]) -> Float[Tensor, "*b n n"]:
 
 
 def one_for_zero(values: Tensor) -> Tensor:
-    """Returns values ≥ 0 with 1 for 0: to divide by where 0 / 0 stands for 0."""
+    """Returns values ≥ 0 with 1 in place of 0, to divide by where 0 / 0 means 0."""
     return torch.where(values > 0, values, 1)
 
 
@@ -189,15 +189,15 @@ def _shifted(matrix: Float[Tensor, "*b n n"]) -> Float[Tensor, "*b n n"]:
 
 
 def factor_shifted(matrix: Float[Tensor, "*b n n"]) -> Float[Tensor, "*b n n"]:
-    """Returns the Cholesky factor of I + A for A positive semi-definite, NaN where there is none."""
+    """Returns the Cholesky factor of I + A for A positive semi-definite, or NaN if there is none."""
     factor, info = torch.linalg.cholesky_ex(_shifted(matrix))
-    # An infinite entry may pass as a success, so the diagonal is looked at too.
+    # An infinite entry may be reported as a success, so the diagonal is checked too.
     factorised = (info == 0) & factor.diagonal(dim1=-2, dim2=-1).isfinite().all(-1)
     return torch.where(factorised[..., None, None], factor, torch.nan)
 
 
 class _Inverse(Function):
-    """A⁻¹ of symmetric A, whose derivatives keep their precision also where they are taken under autocast."""
+    """A⁻¹ for symmetric A, whose derivatives keep their precision even if they are taken under autocast."""
 
     generate_vmap_rule = True
 
@@ -240,7 +240,7 @@ class _HalfLogdet(Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:
         matrix, factor = ctx.saved_tensors
-        # A graph of the gradient is wanted for second derivatives; the factor carries none.
+        # Second derivatives need a graph of the gradient, and the factor carries none.
         inverse = _Inverse.apply(_shifted(matrix)) if torch.is_grad_enabled() else torch.cholesky_inverse(factor)
         assert isinstance(inverse, Tensor)
         return 0.5 * grad_outputs[0][..., None, None] * inverse
@@ -253,13 +253,13 @@ class _HalfLogdet(Function):
 
 
 def half_logdet(matrix: Float[Tensor, "*b n n"]) -> Float[Tensor, "*b"]:
-    """Returns ½ logdet(I + A) of symmetric positive semi-definite matrices A.
+    """Returns ½ logdet(I + A) for symmetric positive semi-definite matrices A.
 
     Args:
         matrix: A, float32 or float64, any number of leading batch dimensions.
 
     Returns:
-        One value per matrix, in nats, ≥ 0; NaN where the factorisation failed, for `require_finite` to find.
+        One value per matrix, in nats, ≥ 0; NaN if the factorisation failed, for `require_finite` to find.
         Differentiable.
     """
     value, _ = _HalfLogdet.apply(matrix)  # pyrefly: ignore[not-iterable]
@@ -268,7 +268,7 @@ def half_logdet(matrix: Float[Tensor, "*b n n"]) -> Float[Tensor, "*b"]:
 
 
 def inverse_shifted(matrix: Float[Tensor, "d d"]) -> Float[Tensor, "d d"]:
-    """Returns (I + A)⁻¹ for A positive semi-definite, by Cholesky; NaN where that fails.
+    """Returns (I + A)⁻¹ for A positive semi-definite, by Cholesky; NaN if that fails.
 
     I + A is so well conditioned that the inverse serves as well as a solve, and a product with it is far cheaper.
     """
@@ -276,10 +276,10 @@ def inverse_shifted(matrix: Float[Tensor, "d d"]) -> Float[Tensor, "d d"]:
 
 
 def require_finite(*values: Tensor, otherwise: str = _LOGDET_FAILED) -> None:
-    """Reads from the device whether all came out finite, by default rates.
+    """Reads from the device whether all values are finite; the default message is about rates.
 
     Raises:
-        NumericalError: not so; `otherwise` says why.
+        NumericalError: some are not; `otherwise` is the message.
     """
     finite = [value.detach().isfinite().all() for value in values if not is_batched(value)]
     if finite and not bool(torch.stack(finite).all()):

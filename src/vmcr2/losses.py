@@ -1,7 +1,7 @@
-"""The objectives as PyTorch criteria: `MCR2Loss` (exact, eq. 1), `VMCR2Loss` (variational, eq. 7), and without labels
-`TotalCodingRateLoss` (R alone).
+"""The objectives as PyTorch criteria: `MCR2Loss` (exact, eq. 1), `VMCR2Loss` (variational, eq. 7), and, without
+labels, `TotalCodingRateLoss` (R alone).
 
-Under torch.distributed all gather the batch over the ranks and compute one loss of the whole, identical everywhere;
+Under torch.distributed each gathers the batch over the ranks and computes one loss of the whole, identical everywhere;
 with DistributedDataParallel's mean over ranks the gradients are those of a single process.
 """
 
@@ -47,15 +47,15 @@ from vmcr2.variational import VariationalRates, objective
 Step = Literal["ascent", "paper", "simultaneous"]
 Reduction = Literal["mean", "sum"]
 
-_ROWS = 4096  # of a rank's rows are gathered at once where the dictionary is sharded
-_CANCELLED = 0.05  # below this share of its terms a float32 mismatch is worked out again in float64
-# Where µ follows from `balance`, the first steps hold the dictionary back: ρ starts so many times higher and falls by a
-# constant factor. A fresh network without BatchNorm gives all samples nearly one direction; a dictionary that ran ahead
-# of it would push them all together, and at a high learning rate they would never part (results/defaults.md).
+_ROWS = 4096  # rows of each rank gathered at once if the dictionary is sharded
+_CANCELLED = 0.05  # below this share of its terms a float32 mismatch is computed again in float64
+# If µ follows from `balance`, the first steps hold the dictionary back: ρ starts this many times higher and falls by a
+# constant factor. An untrained network without BatchNorm maps all samples to nearly one direction; a dictionary running
+# ahead would push them all together, and at a high learning rate they would never separate (results/defaults.md).
 _FIRST_BALANCE = 6.0
 _BALANCE_DECAY = 0.97
-_LARGEST_MOMENT = 1.05  # ‖C_j‖ of unit rows, with the tolerance of their norms
-_HEAVIEST = 1e30  # weight of R: float32 holds the loss and its gradient
+_LARGEST_MOMENT = 1.05  # ‖C_j‖ of unit rows, allowing for the tolerance of their norms
+_HEAVIEST = 1e30  # largest weight of R: up to it float32 holds the loss and its gradient
 _SPOILT = (
     "the dictionary holds NaN or infinite entries, or codes (or mu) so large that the loss overflows; load it or latch "
     "it anew"
@@ -63,13 +63,13 @@ _SPOILT = (
 
 
 class _OverRanks(nn.Module):
-    """A loss of the batch of all ranks of a process group; copies of it share the group.
+    """A loss of the batch of all ranks in a process group; copies of the loss share the group.
 
-    Settings are checked whenever they are set, so that a schedule may change them between steps.
+    Settings are checked whenever they are assigned, so a schedule may change them between steps.
     """
 
     _checks: ClassVar[dict[str, Callable[[str, Any], Any]]] = {"eps_sq": check_number}
-    _fixed: ClassVar[tuple[str, ...]] = ("process_group",)  # the buffers and what ranks share follow from these
+    _fixed: ClassVar[tuple[str, ...]] = ("process_group",)  # the buffers, and what ranks share, depend on these
 
     def __init__(self, process_group: Any) -> None:
         super().__init__()
@@ -85,7 +85,7 @@ class _OverRanks(nn.Module):
         super().__setattr__(name, value if check is None else check(name, value))
 
     def _settings(self) -> dict[str, int | str]:
-        """Returns what ranks' losses must have alike."""
+        """Returns what must be the same in all ranks' losses."""
         return {"settings of the loss, see repr(loss), by a checksum": zlib.crc32(self.extra_repr().encode())}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
@@ -97,7 +97,7 @@ class _OverRanks(nn.Module):
 
 
 def _facts(features: Tensor, membership: Membership) -> dict[str, int | str]:
-    """Returns what all ranks must bring alike of a batch that has been checked."""
+    """Returns what must be the same on all ranks for a batch that has been checked."""
     gradient = torch.is_grad_enabled() and (features.requires_grad or membership.rows_or_labels.requires_grad)
     return {
         "the dimension of features": features.shape[1],
@@ -108,14 +108,14 @@ def _facts(features: Tensor, membership: Membership) -> dict[str, int | str]:
 
 
 class MCR2Loss(_OverRanks):
-    """−ΔR of eq. (1), to be minimised: exact, on the smaller side of every matrix.
+    """−ΔR of eq. (1), to be minimised: exact, computed on the smaller side of every matrix.
 
-    It is negative where training goes well, since ΔR ≥ 0 is maximised.
+    It is negative when training goes well, since ΔR ≥ 0 is maximised.
 
     Args:
         num_classes: k ≥ 1. A batch may lack any of them.
         eps_sq: the squared precision ε² > 0.
-        process_group: the ranks whose batches make one; None for all.
+        process_group: the ranks whose batches form one; None for all.
 
     Raises:
         InputError: a wrong argument (a ValueError).
@@ -167,11 +167,11 @@ class MCR2Loss(_OverRanks):
 class TotalCodingRateLoss(_OverRanks):
     """−R of eq. (1), to be minimised: it spreads features over all directions, without labels.
 
-    The term against collapse of EMP-SSL (Tong et al., 2023), SimDINO (Wu et al., 2025) and their kin; a loss that pulls
-    the views of one image together goes beside it. Minimising it expands: spread features score lowest.
+    This is the term against collapse in EMP-SSL (Tong et al., 2023), SimDINO (Wu et al., 2025) and the like; add a loss
+    that pulls the views of one image together. Minimising it expands: spread features have the lowest value.
 
     Args:
-        eps_sq: the squared precision ε² > 0; EMP-SSL's 0.2, which its code calls `eps`.
+        eps_sq: the squared precision ε² > 0; the default is EMP-SSL's, whose code calls it `eps`.
         process_group: the ranks whose views are gathered; None for all.
 
     Raises:
@@ -189,8 +189,8 @@ class TotalCodingRateLoss(_OverRanks):
 
         Args:
             features: Z of one view (m, d), of b views (b, m, d), or a sequence of views (n, d) that may differ in n.
-                Finite, rows of norm 1, or less where they are means of such (R is unbounded otherwise). Every rank
-                must give the same number of views.
+                Finite, rows of norm 1, or less if they are means of such rows (R is unbounded otherwise). Every rank
+                must pass the same number of views.
 
         Raises:
             InputError: a wrong argument (a ValueError).
@@ -220,7 +220,7 @@ class TotalCodingRateLoss(_OverRanks):
 
 
 def _checked_views(features: Any) -> tuple[list[Tensor], list[int]]:
-    """Returns the views, and how many rows there are."""
+    """Returns the views, and their total number of rows."""
     form = "a torch.Tensor of shape (m, d) or (b, m, d), or a sequence of views (n, d)"
     if isinstance(features, Tensor):
         check_tensor("features", features, "of shape (m, d) or (b, m, d)")
@@ -259,12 +259,12 @@ def _longest(features: Float[Tensor, "m d"]) -> Condition:
 def balanced_mu(feature_dim: int, batch_size: int, *, eps_sq: float = 0.5, balance: float = 0.05) -> float:
     """Returns the µ at which the residual weighs ρ = µ m ε² / d against the rates in the dictionary's step.
 
-    What a good µ is depends on batch size and dimension, what a good ρ is hardly (docs/choosing.md). From about 1 the
+    A good µ depends on batch size and dimension; a good ρ hardly does (docs/choosing.md). From ρ of about 1 the
     dictionary no longer leads the features, and they may collapse; the paper's µ = 1 has ρ from 2 to 10.
 
     Args:
         feature_dim: d ≥ 1.
-        batch_size: m ≥ 1, that of all ranks together.
+        batch_size: m ≥ 1, of all ranks together.
         eps_sq: ε² > 0.
         balance: ρ > 0.
 
@@ -279,12 +279,12 @@ def balanced_mu(feature_dim: int, batch_size: int, *, eps_sq: float = 0.5, balan
 
 
 def balance_at(mu: float, feature_dim: int, batch_size: int, eps_sq: float) -> float:
-    """Returns ρ = µ m ε² / d, which `balanced_mu` turns into µ: what the residual weighs against the rates.
+    """Returns ρ = µ m ε² / d, the residual's weight against the rates; `balanced_mu` turns it into µ.
 
     Args:
         mu: µ > 0.
         feature_dim: d ≥ 1.
-        batch_size: m ≥ 1, that of all ranks together.
+        batch_size: m ≥ 1, of all ranks together.
         eps_sq: ε² > 0.
     """
     return mu * batch_size * eps_sq / feature_dim
@@ -292,15 +292,15 @@ def balance_at(mu: float, feature_dim: int, batch_size: int, eps_sq: float) -> f
 
 @dataclass(frozen=True)
 class _Batch:
-    """The batch of all ranks, and what of it a rank works on.
+    """The batch of all ranks, and the part of it that this rank works on.
 
     Attributes:
-        features: Z; of a sharded dictionary the part that has to do with this rank's classes. Differentiable.
-        membership: Π of those.
+        features: Z; if the dictionary is sharded, the part that concerns this rank's classes. Differentiable.
+        membership: Π of `features`.
         whole: Z of all classes.
         rows_or_labels: labels or soft rows of all classes.
         confined: whether the dictionary is shared and every class keeps to its own atoms.
-        latched: whether any rank's part of a sharded dictionary has been latched; None of any other.
+        latched: whether any rank's part of a sharded dictionary has been latched; None if it is not sharded.
     """
 
     features: Float[Tensor, "n d"]
@@ -312,12 +312,12 @@ class _Batch:
 
 
 class _Stepped(NamedTuple):
-    """What a step comes to.
+    """The result of a step.
 
     Attributes:
         membership: Π among the dictionary's classes.
-        dictionary: after the step.
-        mismatch: M/2m between the features and that, and what `pull` adds. Differentiable.
+        dictionary: the dictionary after the step.
+        mismatch: M/2m between it and the features, and what `pull` adds. Differentiable.
         flags: whether all is finite, whether the mismatch lost its digits to cancellation, and whether no code beyond
             a class's own atoms would have risen.
     """
@@ -332,8 +332,8 @@ def _number_or_none(name: str, value: float | None) -> float | None:
     return None if value is None else check_number(name, value)
 
 
-# Checks of `VMCR2Loss`'s settings, by name; recipes and estimators call them under names of their own. Each takes what
-# to call the setting and its value, and returns the value to keep.
+# Checks of `VMCR2Loss`'s settings, by name; recipes and estimators call them under names of their own. Each takes the
+# setting's name for messages and its value, and returns the value to keep.
 SETTING_CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "mu": _number_or_none,
     "eps_sq": check_number,
@@ -353,65 +353,66 @@ class VMCR2Loss(_OverRanks):
     """The variational objective of eq. (7): a dictionary that leads the features, and features that follow it.
 
     In training mode a call first moves the dictionary by one step (Alg. 1, lines 6 to 10) and returns the mismatch
-    between the features and the moved dictionary, whose gradient in the features is line 12. In eval mode, and wherever
-    gradients are off (`torch.no_grad`, `torch.inference_mode`), it returns the mismatch with the dictionary as it
-    stands, and changes nothing. With gradient accumulation the dictionary moves once per micro-batch, under `no_sync`
-    of DistributedDataParallel too, which holds back the mean of the network's gradients alone (docs/many-processes.md).
+    between the features and the moved dictionary, whose gradient in the features is line 12. In eval mode, and whenever
+    gradients are off (`torch.no_grad`, `torch.inference_mode`), it returns the mismatch with the present dictionary and
+    changes nothing. With gradient accumulation the dictionary moves once per micro-batch, even under
+    DistributedDataParallel's `no_sync`, which defers only the mean of the network's gradients
+    (docs/many-processes.md).
 
     A class is latched the first time training sees it: call `latch` or `latch_from` before training so that all
     classes start from all their samples, or let the first batches do it (a class that comes much later replaces atoms
     that shared codes of others may have begun to use).
 
-    With labels, a training step reads from the device twice: before it what must hold of the batch, with the sizes of
-    its classes, and after it whether it came out finite; every twentieth step ΔR as well, for the warning of a
-    collapse; and, until every class has been latched, which have been. Soft rows with few entries are read once more,
-    to be packed; where the dictionary is sharded, so is what each rank keeps of the batch; and where classes of a
-    shared one begin to use each other's atoms, the flags of the step that is then taken anew.
+    With labels, a training step reads from the device twice: before the step the checks of the batch and the sizes of
+    its classes, and after it whether the result is finite. Every twentieth step also reads ΔR, for the warning of
+    collapse; and, until every class has been latched, each step reads which have been. There is one more read for soft
+    rows with few entries, to pack them; one for what each rank of a sharded dictionary keeps of the batch; and, when
+    classes of a shared one begin to use each other's atoms, one for the flags of the step that is then taken instead.
 
-    Settings may change between steps, by assignment (`loss.mu = 0.3`), on all ranks alike; num_classes, feature_dim,
-    atoms_per_class, structure, sharded and process_group may not.
+    Settings may change between steps, by assignment (`loss.mu = 0.3`), in the same way on all ranks; num_classes,
+    feature_dim, atoms_per_class, structure, sharded and process_group may not.
 
     Args:
         num_classes: k ≥ 1. A batch may lack any of them.
         feature_dim: d ≥ 1.
-        atoms_per_class: s = q/k, from 1 to d; None means ⌊d/k⌋, 1 at least.
-        mu: the penalty weight µ > 0; None means the µ of `balance` at the batch at hand. 1 is the paper's.
+        atoms_per_class: s = q/k, from 1 to d; None means ⌊d/k⌋, at least 1.
+        mu: the penalty weight µ > 0; None means the µ that `balance` gives at the present batch size. The paper has 1.
         eps_sq: the squared precision ε² > 0.
         reduction: "mean": M/2m² = ½ Σ_j γ_j ‖C_j − B_j‖²_F, free of µ, m and d, so that one learning rate suits all;
-            "sum": (µ/2m) M, as the paper has it. The directions are the same.
+            "sum": (µ/2m) M, as in the paper. The gradient's direction is the same.
         structure: "shared": every class may use every atom, codes (q, k). "block": class j uses its own s atoms only,
             codes (s, k); classes cost nothing while absent.
-        balance: ρ = µ m ε²/d > 0, what the residual weighs in the dictionary's step against the rates. Not used where
-            mu is given. The first 60 training steps use up to 6 times as much, so that features that are still all
-            alike are not left behind.
-        energy: what the codes of a class sum to, from its first step on; 1 is the trace of C_j. What is latched is
-            Algorithm 2's, whatever this is: its codes sum to what s directions hold of that trace. None lets the sum
-            run free, as the paper does: it grows (the more, the smaller ρ), and presses each class together.
+        balance: ρ = µ m ε²/d > 0, the residual's weight against the rates in the dictionary's step. Not used if mu is
+            given. The first 60 training steps use up to 6 times as much, so that features that are still all alike are
+            not left behind.
+        energy: what the codes of a class sum to, from its first step on; 1 is the trace of C_j. Latching follows
+            Algorithm 2 whatever this is: its codes sum to the part of that trace in s directions. None leaves the sum
+            free, as the paper does: it then grows (the more so the smaller ρ is) and presses each class together.
         pull: exponent in (0, 1] of how a sample is pulled into its class. 1 is eq. (7), in which the pull vanishes for
-            a feature orthogonal to its class: what spares wrong labels, and is slow where features start far from
-            their classes. Any value below 1 pulls distant features harder, by u^(pull − 1), with u the share of a
-            feature's energy in its class; below ½ the distant are pulled hardest: natural images from scratch
+            a feature orthogonal to its class: this limits the effect of wrong labels, but is slow when features start
+            far from their classes. Any value below 1 pulls distant features harder, by u^(pull − 1), where u is the
+            share of a feature's energy in its class; below ½ the most distant are pulled hardest: for natural images
+            from scratch (docs/choosing.md).
+        expand: λ ≥ 0, the weight of the features' own R of eq. (1) beside the residual: the loss is (µ/2m) M − λ R or,
+            with "mean", that divided by µ m (= ρ d/ε² if µ follows from `balance`). 0 is Algorithm 1, in which only the
+            dictionary expands. Larger values keep more of the variety within a class, for one log-determinant a step;
+            the loss may be negative. Use 0.2 to 0.6, and `pull` near 0.3: at 1, samples that R pushes out of their
+            class are let go. With many classes and a long run, setting it to 0 part-way is more accurate
             (docs/choosing.md).
-        expand: λ ≥ 0, what the features' own R of eq. (1) weighs beside the residual: the loss is (µ/2m) M − λ R or,
-            with "mean", that divided by µ m (= ρ d/ε² where µ follows from `balance`). 0 is Algorithm 1, in which the
-            dictionary alone expands. Larger values keep more of the variety within a class, for one log-determinant a
-            step; the loss may be negative. Take 0.2 to 0.6, and `pull` near 0.3: at 1 samples that R pushes out of
-            their class are let go. With many classes and a long run, setting it to 0 on the way is more
-            accurate (docs/choosing.md).
         step: "ascent": eq. (7) at the step's µ never falls, no step size. "paper": the paper's Lipschitz bounds, the
             codes' gradient at the moved atoms (line 8). "simultaneous": both gradients at the old dictionary.
         step_atoms: ν_Γ > 0, in units of the inverse Lipschitz bound; not used by "ascent".
         step_codes: ν_A > 0, likewise.
-        sharded: whether each rank holds the atoms, codes and latched flags of its own range of classes alone, with
-            structure "block": the same loss, gradients and steps, in a W-th of the memory on W ranks. Ranks hold
+        sharded: whether each rank holds the atoms, codes and latched flags of its own range of classes only; requires
+            structure "block". The same loss, gradients and steps, in a W-th of the memory on W ranks. Ranks hold
             `torch.chunk`'s ranges; the last may hold fewer classes, or none.
-        process_group: the ranks whose batches make one; None for all.
+        process_group: the ranks whose batches form one; None for all.
 
     Attributes:
-        dictionary: the `Dictionary`, whose buffers `atoms` and `codes` are part of `state_dict`. Of a sharded one the
+        dictionary: the `Dictionary`, whose buffers `atoms` and `codes` are part of `state_dict`. If it is sharded, the
             buffers are this rank's, and `state_dict` holds them as DTensors by class, `Shard(0)`: atoms (k, s, d),
             codes (k, s), latched (k,), which `torch.distributed.checkpoint` saves under any number of ranks and loads
-            under any other. `full_state_dict` has the state of an unsharded loss; each loads what the other saved.
+            under any other. `full_state_dict` returns an unsharded loss's state; each loads what the other saved.
 
     Raises:
         InputError: a wrong argument (a ValueError).
@@ -461,7 +462,7 @@ class VMCR2Loss(_OverRanks):
         check_flag("sharded", sharded)
         if sharded and structure != "block":
             raise InputError(
-                f"sharded takes structure='block', in which classes have atoms of their own, got {structure!r}"
+                f"sharded requires structure='block', in which classes have atoms of their own, got {structure!r}"
             )
         self.num_classes = num_classes
         self.feature_dim = feature_dim
@@ -471,10 +472,10 @@ class VMCR2Loss(_OverRanks):
         self._watch = CollapseWatch()
 
     def mu_at(self, batch_size: int) -> float:
-        """Returns µ at a batch of so many samples: `mu`, or what `balance` makes of it.
+        """Returns µ for a batch of this size: `mu`, or the value that `balance` gives.
 
         Args:
-            batch_size: m ≥ 1, that of all ranks together.
+            batch_size: m ≥ 1, of all ranks together.
 
         Raises:
             InputError: a wrong argument (a ValueError).
@@ -486,11 +487,11 @@ class VMCR2Loss(_OverRanks):
 
     @property
     def sharded(self) -> bool:
-        """Whether each rank holds its own range of classes alone."""
+        """Whether each rank holds only its own range of classes."""
         return self.dictionary.shards is not None
 
     def _check(self, features: Tensor, membership: Tensor, *, watched: bool = False) -> tuple[Membership, bool]:
-        """Returns the membership, and, `watched`, whether every class of a shared dictionary keeps to its own atoms."""
+        """Returns the membership and, if `watched`, whether classes of a shared dictionary use only their own atoms."""
         shards, beside = self.dictionary.shards, None
         if shards is not None:
             beside = self.dictionary.first_class
@@ -533,7 +534,7 @@ class VMCR2Loss(_OverRanks):
             )
 
     def _batch(self, features: Tensor, membership: Tensor, call: str) -> _Batch:
-        """Checks the batch of this rank, agrees on it with all ranks, and gathers theirs."""
+        """Checks this rank's batch, makes sure that all ranks agree, and gathers theirs."""
         dictionary, group = self.dictionary, self.process_group
 
         def prepare() -> tuple[tuple[Membership, bool], list[int]]:
@@ -567,7 +568,7 @@ class VMCR2Loss(_OverRanks):
         )
 
     def _settings(self) -> dict[str, int | str]:
-        """Returns what ranks' losses must have alike."""
+        """Returns what must be the same in all ranks' losses."""
         return {
             "num_classes": self.num_classes,
             "feature_dim": self.feature_dim,
@@ -578,7 +579,7 @@ class VMCR2Loss(_OverRanks):
     def forward(
         self, features: Float[Tensor, "m d"], membership: Int[Tensor, " m"] | Shaped[Tensor, "m k"]
     ) -> Float[Tensor, ""]:
-        """Returns (µ/2m) M or M/2m² of the batch, less what `expand` takes; in training mode after one step.
+        """Returns (µ/2m) M or M/2m² of the batch, less the term of `expand`; in training mode after one step.
 
         Args:
             features: Z, (m, d), finite, rows of norm 1 (as the unit columns of Γ assume).
@@ -586,15 +587,15 @@ class VMCR2Loss(_OverRanks):
 
         Raises:
             InputError: a wrong argument (a ValueError).
-            NotLatchedError: nothing was ever latched, and this call is not to (a ValueError too).
-            NumericalError: the step failed, or R weighs more than the loss can hold, and the dictionary is as it was;
-                or, without a step, the value is not finite.
+            NotLatchedError: nothing was ever latched, and this call does not latch (a ValueError too).
+            NumericalError: the step failed, or R has a larger weight than the loss can hold (the dictionary is then as
+                it was); or, without a step, the value is not finite.
         """
         moving = self.training and torch.is_grad_enabled()
         if moving and torch._C._functorch.maybe_current_level() is not None:
             raise InputError(
                 "a training step must not be taken within torch.func's grad, jvp, vmap and the like: it changes the "
-                "dictionary. Call loss.eval() before, under which that is left alone"
+                "dictionary. Call loss.eval() first; the dictionary is then left alone"
             )
         if moving and torch._C._current_graph_task_id() != -1:
             raise InputError(
@@ -606,11 +607,11 @@ class VMCR2Loss(_OverRanks):
         weight = self.expand if self.reduction == "sum" else self.expand / (self.mu_at(m) * m)
         if weight > _HEAVIEST:
             raise NumericalError(
-                f"expand weighs R by {weight:.3g}, more than the loss can hold; a smaller expand, or a larger mu"
+                f"expand gives R the weight {weight:.3g}, more than the loss can hold; lower expand or raise mu"
             )
         if moving:
             new = (batch.membership.sizes > 0) & ~self.dictionary.known()
-            with self.dictionary.restored_on_error(new):  # what is latched for a step that fails is not kept
+            with self.dictionary.restored_on_error(new):  # nothing stays latched if the step fails
                 self._latch(batch.features.detach(), batch.membership.detach(), new)
                 if self._watch.is_due():
                     balance = balance_at(self.mu_at(m), self.feature_dim, m, self.eps_sq)
@@ -628,7 +629,7 @@ class VMCR2Loss(_OverRanks):
         return value
 
     def _part_for(self, batch: _Batch) -> tuple[Membership, Codes]:
-        """Returns what a batch meets of the dictionary, which stays as it is now.
+        """Returns the part of the dictionary that a batch involves, as a copy of its present state.
 
         Raises:
             NotLatchedError: nothing was ever latched.
@@ -643,19 +644,19 @@ class VMCR2Loss(_OverRanks):
     def _step(self, batch: _Batch) -> Tensor:
         """Moves the dictionary and returns the mismatch with it (Alg. 1, lines 6 to 12).
 
-        A shared dictionary of which every class keeps to its own atoms takes the step in block structure, without the
-        products of all atoms with all samples. That is the same step if no other code would rise from 0, and none would
-        where its gradient γ_j ½β (Γ_lᵀ S⁻¹ Γ_l − 1) + µ n_j Γ_lᵀ (C_j − B_j) Γ_l is at most 0, with C_j at most I.
+        If every class of a shared dictionary keeps to its own atoms, the step is taken in block structure, without the
+        products of all atoms with all samples. It is the same step if no other code would rise from 0; none does if its
+        gradient γ_j ½β (Γ_lᵀ S⁻¹ Γ_l − 1) + µ n_j Γ_lᵀ (C_j − B_j) Γ_l is at most 0, with C_j at most I.
         """
         features, membership = batch.features, batch.membership
         mu = self.mu_at(membership.num_samples)
         if self.mu is None:
             mu *= max(1.0, _FIRST_BALANCE * _BALANCE_DECAY**self.dictionary.steps)
-        if mu > torch.finfo(features.dtype).max:  # torch refuses such numbers in its own words
+        if mu > torch.finfo(features.dtype).max:  # torch would raise an error of its own
             raise _step_failed(self.dictionary)
         confined = batch.confined and len(membership.present) == self.num_classes
         stepped = self._stepped(features, membership, mu, confined)
-        finite, cancelled, alone = stepped.flags.tolist()  # the step's one look back at the device
+        finite, cancelled, alone = stepped.flags.tolist()  # the step's only read from the device
         if confined and finite and not alone:
             stepped = self._stepped(features, membership, mu, False)
             finite, cancelled, _ = stepped.flags.tolist()
@@ -669,7 +670,7 @@ class VMCR2Loss(_OverRanks):
         return value
 
     def _stepped(self, features: Tensor, membership: Membership, mu: float, confined: bool) -> _Stepped:
-        """Returns what a step makes of the dictionary, which itself stays as it is."""
+        """Returns the result of a step on the dictionary, which itself stays as it is."""
         among, before = self.dictionary.part_for(membership, features.dtype, confined=confined)
         with torch.autocast(features.device.type, enabled=False):
             if self.step == "ascent":
@@ -695,7 +696,7 @@ class VMCR2Loss(_OverRanks):
                 features, among, after, self.pull, projections=projections, energies=energies, overlap=overlap
             )
         balance = balance_at(mu, self.feature_dim, membership.num_samples, self.eps_sq)
-        # The mismatch as it is returned: in float64 it may be finite where that would be infinite.
+        # The mismatch in the dtype it is returned in, where it may be infinite though finite in float64.
         finite = (after.total(after.atoms.sum() + after.codes.sum()) + value.detach().to(features.dtype)).isfinite()
         alone = balance * _LARGEST_MOMENT <= 0.5 * (1 - exposure)
         flags = torch.stack([finite, value.detach() < _CANCELLED * terms, alone])
@@ -734,18 +735,18 @@ class VMCR2Loss(_OverRanks):
     def latch(self, features: Float[Tensor, "m d"], membership: Int[Tensor, " m"] | Shaped[Tensor, "m k"]) -> None:
         """Sets the dictionary to each class's top singular vectors and values (Alg. 2).
 
-        A class that is absent keeps what it had. A class of rank below s is completed by orthonormal directions with
-        code 0. Under torch.distributed every rank must call it, each with its share.
+        An absent class keeps what it had. A class of rank below s is completed by orthonormal directions with code 0.
+        Under torch.distributed every rank must call it, each with its share.
 
         Args:
-            features: Z, (m, d), finite, rows of norm 1; of as many samples as there are, as training sees them.
+            features: Z, (m, d), finite, rows of norm 1; from as many samples as there are, as training sees them.
             membership: labels (m,) or rows (m, num_classes) that sum to 1.
 
         Raises:
             InputError: a wrong argument (a ValueError).
             NumericalError: a decomposition did not converge.
         """
-        if self.sharded:  # of a large set no rank could hold all rows
+        if self.sharded:  # no rank could hold all rows of a large set
             self._latch_shard(_pieces(features, membership), "latch")
             return
         batch = self._batch(features, membership, "latch")
@@ -762,28 +763,28 @@ class VMCR2Loss(_OverRanks):
 
     @torch.no_grad()
     def latch_from(self, model: Callable[[Tensor], Tensor], batches: Iterable[tuple[Tensor, Tensor]]) -> None:
-        """Latches onto the features that a model gives for a stream of batches, which need not fit in memory.
+        """Latches onto a model's features of a stream of batches, which need not fit in memory.
 
-        The model runs as training sees the features: normalisation layers use the batch's own statistics (unless they
-        are frozen) and leave the running ones alone, since before they have settled eval mode shows another network;
+        The model runs as in training: normalisation layers use the batch's own statistics (unless they are frozen) and
+        leave the running ones alone, since until these have settled the network in eval mode is a different one;
         dropout is off. So the batches should be shuffled, un-augmented, and of about the training batch size. All modes
-        are restored. Under torch.distributed each rank gives its own share, of any number of batches, none included
-        (the same number on every rank where the model gathers its weights as it runs, as with FSDP). Of a DataLoader
-        with a `ClassBalancedBatchSampler` a whole epoch is taken, and the sampler stands where it stood.
+        are restored. Under torch.distributed each rank passes its own share, of any number of batches, even none (the
+        same number on every rank if the model gathers its weights as it runs, as with FSDP). From a DataLoader with a
+        `ClassBalancedBatchSampler` a whole epoch is read, and the sampler's position is restored.
 
         Args:
-            model: a Module, or any function that calls some, that maps inputs to features (m, d) with rows of norm 1.
+            model: a Module, or any function that calls Modules, mapping inputs to features (m, d) with rows of norm 1.
             batches: pairs (inputs, membership), one pass over the training set. Tensors are moved to the loss's device.
 
         Raises:
-            InputError: no batch on any rank, a batch that is wrong or no pair, or a model that cannot be called (a
+            InputError: no batch on any rank, a batch that is wrong or not a pair, or a model that cannot be called (a
                 ValueError).
             NumericalError: a decomposition did not converge.
         """
         with batch_statistics(model) as run, position_kept(getattr(batches, "batch_sampler", None)):
 
             def pairs() -> Iterator[tuple[Tensor, Tensor]]:
-                # Pulled where the ranks agree on each other's errors; one by one, since a stream may not end.
+                # Drawn where ranks learn of each other's errors; one by one, since a stream may not end.
                 if not callable(model):
                     raise InputError(f"model must be a Module or a function, got {type(model).__name__}")
                 device = self.dictionary.atoms.device
@@ -797,7 +798,7 @@ class VMCR2Loss(_OverRanks):
                 self._latch_stream(pairs())
 
     def _latch_stream(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
-        """Latches onto the features and memberships of all ranks, which meet once, at the end."""
+        """Latches onto the features and memberships of all ranks, which communicate once, at the end."""
         atoms = self.dictionary.atoms
         dtype = rate_dtype(self.feature_dim, self.eps_sq, atoms)
         stream = MomentStream(self.num_classes, self.feature_dim, dtype, atoms.device)
@@ -816,11 +817,11 @@ class VMCR2Loss(_OverRanks):
             if not bool((stream.counts > 0).any()):
                 raise _no_batches()
             self._latch_onto(stream)
-        # All ranks have latched onto the same; where they differed before, classes without a sample still do.
+        # All ranks have latched onto the same; if they differed before, classes without a sample still do.
         self.dictionary.changed = len(brought) > 1 and any(numbers[-1] for numbers in brought)
 
     def _latch_shard(self, pairs: Iterator[tuple[Tensor, Tensor]], call: str) -> None:
-        """Latches each rank's classes onto their rows: batch by batch all ranks' are gathered, and the own kept."""
+        """Latches each rank's classes: gathers all ranks' rows batch by batch, and keeps those of its own classes."""
         atoms, shards = self.dictionary.atoms, self.dictionary.shards
         assert shards is not None
         dtype = rate_dtype(self.feature_dim, self.eps_sq, atoms)
@@ -862,8 +863,8 @@ class VMCR2Loss(_OverRanks):
         """Returns the class whose subspace in the dictionary is nearest to each sample (eq. 8); block structure only.
 
         A class's subspace is spanned by those of its atoms whose codes are above 0; a class without any is never
-        predicted. Where the dictionary is sharded every rank must call it, each with samples of its own, of any
-        number, none included: each rank finds the best of its classes for all samples, and the best of those wins.
+        predicted. If the dictionary is sharded, every rank must call this, each with any number of samples of its own,
+        even none: each rank finds the best of its classes for all samples, and the best of those wins.
 
         Args:
             features: Z, (m, d), finite; of the same dtype on all ranks.
@@ -879,7 +880,7 @@ class VMCR2Loss(_OverRanks):
         dictionary, shards = self.dictionary, self.dictionary.shards
         if self.structure != "block":
             raise InputError(
-                "nearest_class takes structure='block', in which classes have atoms of their own, got "
+                "nearest_class requires structure='block', in which classes have atoms of their own, got "
                 f"{self.structure!r}; fit vmcr2.NearestSubspaceClassifier on features instead"
             )
 
@@ -914,9 +915,9 @@ class VMCR2Loss(_OverRanks):
         return torch.cat(predicted)
 
     def full_state_dict(self) -> dict[str, Tensor]:
-        """Returns the `state_dict` that the same loss has unsharded, on every rank: for one machine.
+        """Returns, on every rank, the `state_dict` of the same loss unsharded: for use on one machine.
 
-        Where the dictionary is sharded, every rank must call it, and each receives all k s d numbers.
+        If the dictionary is sharded, every rank must call this, and each receives all k s d numbers.
         """
         if self.dictionary.shards is None:
             return dict(self.state_dict())
@@ -962,7 +963,7 @@ def _no_batches() -> InputError:
 
 
 def _pieces(features: Any, membership: Any) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yields a batch in parts of few rows; what cannot be parted is yielded as it is, to be refused."""
+    """Yields a batch in parts of few rows; what cannot be split is yielded as it is, to be refused."""
     dense = all(isinstance(each, Tensor) and each.layout == torch.strided for each in (features, membership))
     if dense and features.shape[:1] == membership.shape[:1]:
         yield from zip(features.split(_ROWS), membership.split(_ROWS), strict=True)

@@ -1,4 +1,4 @@
-"""Class membership Π: checked once at the border, then read in the one form the mathematics needs.
+"""Class membership Π: checked once on entry, then held in the one form the mathematics needs.
 
 Inside the package a membership is a `Membership`. Per-class work goes through `Membership.groups`: classes of similar
 size in one padded batch, so that nothing builds the k×m×m matrices of eq. (1) and only classes with a sample are
@@ -20,24 +20,24 @@ from vmcr2.errors import InputError
 from vmcr2.linalg import is_batched, is_tracked, one_for_zero, product, wide_dtype
 
 _ABSENT = 1e-15  # a class with a smaller share of the samples counts as absent: its part in any rate is below rounding
-_LARGEST_LABEL = 10_000_000  # beyond this a forgotten num_classes is likelier than so many classes
-_GROUP_ELEMENTS = 2**25  # entries of the largest padded tensor a group may give rise to
-_MERGED = 2**22  # p n² d, of p classes of n samples at most: up to here padding costs less than another group
+_LARGEST_LABEL = 10_000_000  # beyond this, num_classes was probably forgotten
+_GROUP_ELEMENTS = 2**25  # entries of the largest padded tensor a group may need
+_MERGED = 2**22  # p n² d for p classes of at most n samples: up to here padding costs less than another group
 _MOMENT_ELEMENTS = 2**24  # entries of the moments, or of the rows they are made of, held at once
-_TOLERANCE_16_BITS = 1e-2  # of the sums of rows that 16 bits hold
-_DENSE = 0.125  # from this share of entries above 0, soft rows are taken whole
+_TOLERANCE_16_BITS = 1e-2  # for the sums of rows held in 16 bits
+_DENSE = 0.125  # from this share of entries above 0, soft rows are used whole
 
 
 @dataclass(frozen=True)
 class ClassGroup:
-    """A batch of sets of samples, each with the classes it is weighed for; padding has weight 0.
+    """A batch of sets of samples, each with the classes that weight it; padding has weight 0.
 
-    Labels, and soft rows with few entries, give one class a set (c = 1) and its samples alone, sets of similar size
-    together. Dense soft rows give a single set: all samples, weighed for all classes (b = 1, n = m, c = k).
+    With labels, or soft rows with few entries, each set has one class (c = 1) and only its samples; sets of similar
+    size are batched. Dense soft rows give a single set: all samples, weighted for all classes (b = 1, n = m, c = k).
 
     Attributes:
-        classes: which classes, (b, c).
-        rows: the samples of each set, (b, n); the padding names any sample. None: all samples in their order.
+        classes: the classes of each set, (b, c).
+        rows: the samples of each set, (b, n); padding may name any sample. None: all samples in order.
         weights: Π of each, (b, n, c).
         counts: n_j, (b, c).
     """
@@ -49,7 +49,7 @@ class ClassGroup:
 
     @property
     def shares(self) -> Float[Tensor, "b n c"]:
-        """Π_ij / n_j, and 0 for a class without a sample, which only `torch.vmap` lets in."""
+        """Π_ij / n_j, or 0 for a class without a sample, which can occur only under `torch.vmap`."""
         return self.weights / one_for_zero(self.counts)[:, None]
 
     def take(self, values: Float[Tensor, "m d"]) -> Float[Tensor, "b n d"]:
@@ -68,14 +68,14 @@ class ClassGroup:
 
 
 def moments(rows: Float[Tensor, "b n d"], weights: Float[Tensor, "b n c"]) -> Float[Tensor, "b c d d"]:
-    """Returns Σ_i w_ij z_i z_iᵀ: C_j where the weights are a group's `shares`, n_j C_j where they are its `weights`.
+    """Returns Σ_i w_ij z_i z_iᵀ: C_j if the weights are a group's `shares`, n_j C_j if they are its `weights`.
 
     Args:
-        rows: what `ClassGroup.take` gives of the features Z.
-        weights: w, of each of the c classes of a set.
+        rows: the features Z as `ClassGroup.take` returns them.
+        weights: w, for each of the c classes of a set.
 
     Returns:
-        A d×d matrix of each class. Differentiable, and linear in the weights.
+        A d×d matrix for each class. Differentiable, and linear in the weights.
     """
     each = rows[:, None].expand(-1, weights.shape[2], -1, -1)
     return product(each.mT, each * weights.mT[..., None])
@@ -89,8 +89,8 @@ class Membership:
         labels: (m,), or None.
         soft: (m, k), or None.
         counts: n_j, (k,), in the dtype of the computation.
-        sizes: how many samples each class has a share in, (k,), on the CPU: the shapes of all that follows.
-        batch_size: m of the batch that these samples and classes are a part of; None where they are all of it.
+        sizes: how many samples each class has a share in, (k,), on the CPU: all later shapes depend on it.
+        batch_size: m of the batch that these samples and classes are a part of; None if they are all of it.
     """
 
     labels: Int[Tensor, " m"] | None
@@ -102,24 +102,24 @@ class Membership:
 
     @property
     def num_classes(self) -> int:
-        """The number of classes k, the absent ones included."""
+        """The number of classes k, including absent ones."""
         return self.counts.shape[0]
 
     @property
     def num_samples(self) -> int:
-        """The number of samples m, of the whole batch where this is a part of one."""
+        """The number of samples m, in the whole batch if this is a part of one."""
         return len(self.rows_or_labels) if self.batch_size is None else self.batch_size
 
     @property
     def rows_or_labels(self) -> Tensor:
-        """The form that is held."""
+        """The form that is not None."""
         value = self.soft if self.labels is None else self.labels
         assert value is not None
         return value
 
     @property
     def is_learned(self) -> bool:
-        """Whether derivatives in Π are asked for, so that also entries of 0 count."""
+        """Whether derivatives in Π are needed, so that entries of 0 count too."""
         return self.soft is not None and is_tracked(self.soft)
 
     @property
@@ -133,7 +133,7 @@ class Membership:
         return self.sizes.nonzero()[:, 0].to(self.counts.device)
 
     def spread(self, values: Float[Tensor, "k q"]) -> Float[Tensor, "m q"]:
-        """Returns Π V: for each sample the values of its class."""
+        """Returns Π V: for each sample, the values of its class."""
         if self.labels is not None:
             return values.index_select(0, self.labels)
         assert self.soft is not None
@@ -160,7 +160,7 @@ class Membership:
         return Membership(None, self.soft.detach(), self.counts.detach(), self.sizes, self.batch_size)
 
     def among_present(self) -> Membership:
-        """Returns the membership among the classes of `present` alone, numbered in their order."""
+        """Returns the membership among only the classes of `present`, numbered in their order."""
         if len(self.present) == self.num_classes:
             return self
         sizes = self.sizes[self.sizes > 0]
@@ -172,15 +172,15 @@ class Membership:
         return Membership(places[self.labels], None, self.counts[self.present], sizes, self.batch_size)
 
     def groups(self, width: int, *, merged: bool = False) -> list[ClassGroup]:
-        """Returns the classes that have a sample, as `ClassGroup`s; worked out once.
+        """Returns the classes that have a sample, as `ClassGroup`s; computed once.
 
         A group holds classes whose sizes lie within a factor of two, so padding at most doubles the work however
         unbalanced the classes are. Rows of weight 0 are left out, unless the membership itself is being learned.
 
         Args:
-            width: entries each row brings along (the feature dimension); bounds the memory a batch may take.
-            merged: whether the classes of a small batch may make a single group whatever their sizes. It takes fewer
-                calls, which are what a small step costs; for callers that work on rows, not on a matrix of a class.
+            width: entries per row (the feature dimension); bounds the memory a batch may use.
+            merged: whether the classes of a small batch may form a single group whatever their sizes. This saves calls,
+                the main cost of a small step; for callers that work on rows, not on a matrix per class.
         """
         if (width, merged) not in self._packed:
             self._packed[width, merged] = list(self._pack(width, merged))
@@ -206,7 +206,7 @@ class Membership:
         present = sizes > 0
         if merged and int(present.sum()) * int(sizes.max()) ** 2 * width <= _MERGED:
             buckets = torch.zeros_like(sizes)
-        else:  # frexp's exponent is the number of binary digits: the bucket of sizes within a factor of two
+        else:  # frexp's exponent is the number of binary digits: one bucket for sizes within a factor of two
             buckets = torch.frexp(sizes.double()).exponent
         for bucket in buckets[present].unique().tolist():
             members = (buckets == bucket).logical_and(present).nonzero()[:, 0]
@@ -232,10 +232,10 @@ def as_membership(
         membership: integer labels (m,) in [0, k), or rows (m, k) ≥ 0 that sum to one.
         num_classes: k, or None to take it from the membership (labels: the largest + 1).
         unit: whether rows must have norm 1.
-        name: what the caller calls the membership.
+        name: the caller's name for the membership.
 
     Raises:
-        InputError: names the argument, what it got and what it takes.
+        InputError: an argument is wrong; names it, what is required and what was given.
     """
     return read_membership(features, membership, num_classes, unit=unit, name=name)[0]
 
@@ -251,24 +251,24 @@ def read_membership(
     counted: bool = True,
     name: str = "membership",
 ) -> tuple[Membership, Tensor | None]:
-    """Does what `as_membership` does in one transfer from the device: what must hold, the classes' sizes, and `beside`.
+    """Does what `as_membership` does, reading the checks, the class sizes and `beside` from the device in one transfer.
 
     Args:
-        features: as there.
-        membership: as there.
-        num_classes: as there.
-        feature_dim: the d that is required, or None.
-        unit: as there.
+        features: as for `as_membership`.
+        membership: likewise.
+        num_classes: likewise.
+        feature_dim: the required d, or None.
+        unit: as for `as_membership`.
         beside: a vector to read from the device in the same transfer, or None.
-        counted: whether to count the classes of labels. Without, nothing of k entries is made, and the membership has
-            no classes: it is only for `part_of`.
-        name: as there.
+        counted: whether to count the classes of labels. If not, nothing with k entries is made, and the membership has
+            no classes: it is for `part_of` only.
+        name: as for `as_membership`.
 
     Returns:
         The membership, and `beside` on the CPU.
 
     Raises:
-        InputError: names the argument, what it got and what it takes.
+        InputError: an argument is wrong; names it, what is required and what was given.
     """
     conditions = feature_conditions(features, feature_dim=feature_dim, unit=unit)
     if num_classes is not None:
@@ -290,7 +290,7 @@ def read_membership(
 def part_of(
     features: Float[Tensor, "m d"], rows_or_labels: Tensor, classes: range
 ) -> tuple[Float[Tensor, "n d"], Membership]:
-    """Returns the part of a batch that has to do with some classes; γ is still their share of the whole batch.
+    """Returns the part of a batch that concerns some classes; γ is still their share of the whole batch.
 
     Args:
         features: Z of the whole batch, checked. Differentiable, as the membership is.
@@ -298,7 +298,7 @@ def part_of(
         classes: which of the k classes.
 
     Returns:
-        Of labels the samples of those classes, of rows all samples; and Π among those classes, numbered from 0.
+        With labels the samples of those classes, with rows all samples; and Π among those classes, numbered from 0.
     """
     dtype = wide_dtype(features)
     if rows_or_labels.ndim == 2:
@@ -314,7 +314,7 @@ def part_of(
 def _read_sizes(
     conditions: list[Condition], sizes: Tensor, beside: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Reads all that a step must know on the host; sizes are None where `torch.vmap` has batched them."""
+    """Reads all that a step needs on the host; sizes are None if `torch.vmap` has batched them."""
     on_host = read_conditions(conditions, sizes if beside is None else torch.cat([sizes.double(), beside.double()]))
     if on_host is None:
         return None, None
@@ -337,7 +337,7 @@ def _from_labels(
             "soft membership has shape (m, k), one row per sample"
         )
     if is_batched(labels):
-        raise InputError(f"{name} must be the same for all that torch.vmap runs over, got labels that differ")
+        raise InputError(f"{name} must be the same across the batch of torch.vmap, got labels that differ")
     labels = labels.long()
     lowest, highest = labels.min(), labels.max()
     limit = _LARGEST_LABEL if num_classes is None else num_classes
@@ -393,7 +393,7 @@ def _from_rows(
                 f"sums from {float(sums.min()):.3g} to {float(sums.max()):.3g}"
                 + ("; labels have shape (m,), not (m, 1)" if rows.shape[1] == 1 else "")
                 + (
-                    "; divide rows that were worked out in 16 bits by their sums"
+                    "; divide rows that were computed in 16 bits by their sums"
                     if bool(((sums - 1).abs() <= _TOLERANCE_16_BITS).all())
                     else ""
                 )
@@ -408,7 +408,7 @@ def _from_rows(
 
 
 def _counted(rows: Float[Tensor, "m k"]) -> tuple[Float[Tensor, " k"], Int[Tensor, " k"]]:
-    """Returns n_j, 0 for a class that counts as absent, and how many samples have a share in each class."""
+    """Returns n_j (0 for a class that counts as absent), and how many samples have a share in each class."""
     counts = rows.sum(0)
     counts = torch.where(counts > _ABSENT * len(rows), counts, 0)
     return counts, shared_in(rows, counts).sum(0)
@@ -422,5 +422,5 @@ def as_rows(rows_or_labels: Tensor, num_classes: int, dtype: torch.dtype) -> Flo
 
 
 def shared_in(rows: Float[Tensor, "m k"], counts: Float[Tensor, " k"]) -> Bool[Tensor, "m k"]:
-    """Returns which samples have a share in which classes, those left out that count as absent."""
+    """Returns which samples have a share in which classes, except classes that count as absent."""
     return (rows.detach() > 0) & (counts > 0)

@@ -1,13 +1,13 @@
-"""The mismatch M between the classes' second moments and what the dictionary makes of them, eqs. (7), (9), (10), (11).
+"""The mismatch M between the classes' second moments and the dictionary's model of them, eqs. (7), (9), (10), (11).
 
 In class-normalised form, with C_j = Zᵀ Diag(Π_j) Z / n_j, B_j = Γ Diag(Ã_j) Γᵀ and A = Ã Diag(n),
 
     (µ/2m) M = µ/2 Σ_j n_j ‖C_j − B_j‖²_F
              = µ/2 Σ_j n_j ‖C_j‖²_F − µ ⟨Ã, (ΓᵀZ)^⊙2 Π⟩ + µ/2 ⟨Ã, (ΓᵀΓ)^⊙2 Ã Diag(n)⟩           (eq. 9)
 
-so no d×d matrix is built. A dictionary is held in one of two structures, chosen once: `SharedCodes`, in which every
-class may use every atom, and `BlockCodes`, in which each class has atoms of its own. Both keep atoms as rows and codes
-by class, (k, c), so that whatever acts on single codes is written once for both.
+so no d×d matrix is built. A dictionary has one of two structures, chosen once: `SharedCodes`, in which every class may
+use every atom, and `BlockCodes`, in which each class has atoms of its own. Both keep atoms as rows and codes by class,
+(k, c), so that whatever acts on single codes is written once for both.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from vmcr2.linalg import gram, one_for_zero, product
 from vmcr2.membership import Membership, moments
 
 _PAIRS = 2**25  # inner products of samples held at once
-_FEW_PAIRS = 2**16  # up to so many it is faster to take those of samples of different classes as well
+_FEW_PAIRS = 2**16  # up to this many, it is faster to include pairs of samples from different classes
 
 
 class Attraction(NamedTuple):
-    """Samples and the classes that they are weighed for: shapes that broadcast to (m,), (m, k) or (b, n, c).
+    """Samples and the classes that weight them: shapes that broadcast to (m,), (m, k) or (b, n, c).
 
     Attributes:
-        own: z_iᵀ B_j z_i; of labels (m,), of soft rows (m, k), of a class group (b, n, c).
-        largest: the largest of Ã_j, which z_iᵀ B_j z_i attains where z_i is an atom that no other comes near; (m,),
-            (k,), (b, 1, c).
-        weights: Π_ij, as `own`.
+        own: z_iᵀ B_j z_i; (m,) for labels, (m, k) for soft rows, (b, n, c) for a class group.
+        largest: the largest of Ã_j, which z_iᵀ B_j z_i attains if z_i is an atom with no other near it; (m,), (k,),
+            (b, 1, c).
+        weights: Π_ij, shaped like `own`.
     """
 
     own: Tensor
@@ -49,7 +49,7 @@ class SharedCodes:
     Attributes:
         atoms: Γ as rows, (q, d), norm 1.
         codes: Ãᵀ ≥ 0, (k, q).
-        shards: None: all classes are held here.
+        shards: None, as all classes are held here.
     """
 
     atoms: Float[Tensor, "q d"]
@@ -63,7 +63,7 @@ class SharedCodes:
         return replace(self, atoms=self.atoms if atoms is None else atoms, codes=self.codes if codes is None else codes)
 
     def total(self, part: Tensor, *of: Tensor) -> Tensor:
-        """Returns the sum over all classes of what `part` is over those held here: all of them."""
+        """Returns `part`, a sum over the classes held here, which are all classes."""
         return part
 
     def by_atom(self, values: Float[Tensor, "k q"]) -> Float[Tensor, " q"]:
@@ -71,7 +71,7 @@ class SharedCodes:
         return values.sum(0)
 
     def by_class(self, values: Float[Tensor, " q"]) -> Float[Tensor, "1 q"]:
-        """Returns a value by atom so that it meets the codes."""
+        """Returns a value by atom in a shape that broadcasts with the codes."""
         return values[None]
 
     def overlap(self) -> Float[Tensor, "q q"]:
@@ -83,11 +83,11 @@ class SharedCodes:
         return product(values, overlap.square())
 
     def overlap_norms(self, overlap: Float[Tensor, "q q"], num_classes: int) -> Float[Tensor, " k"]:
-        """Returns ‖(ΓᵀΓ)^⊙2‖_F, for every class; `num_classes` plays no part."""
+        """Returns ‖(ΓᵀΓ)^⊙2‖_F, for every class; `num_classes` is not used."""
         return torch.linalg.vector_norm(overlap.square()).expand(len(self.codes))
 
     def project(self, features: Float[Tensor, "m d"], membership: Membership) -> list[Tensor]:
-        """Returns ΓᵀZ, samples as rows: [(m, q)]. Differentiable in the features."""
+        """Returns ΓᵀZ, with samples as rows: [(m, q)]. Differentiable in the features."""
         return [product(features, self.atoms.mT)]
 
     def energies(self, projections: list[Tensor], membership: Membership) -> Float[Tensor, "k q"]:
@@ -95,7 +95,7 @@ class SharedCodes:
         return membership.collect(projections[0].square())
 
     def attractions(self, projections: list[Tensor], membership: Membership) -> list[Attraction]:
-        """Returns z_iᵀ B_j z_i of each sample and its class. Differentiable in projections and Π."""
+        """Returns z_iᵀ B_j z_i for each sample and its class. Differentiable in projections and Π."""
         largest, squares = self.codes.amax(1), projections[0].square()
         if membership.soft is None:
             assert membership.labels is not None
@@ -119,7 +119,7 @@ class BlockCodes:
     Attributes:
         atoms: Γ as rows, (k s, d), norm 1, class after class.
         codes: the classes' own codes ≥ 0, (k, s).
-        shards: which ranks hold the other classes; None where all are held here.
+        shards: which ranks hold the other classes; None if all are held here.
     """
 
     atoms: Float[Tensor, "q d"]
@@ -136,13 +136,13 @@ class BlockCodes:
         return self.atoms.view(*self.codes.shape, self.atoms.shape[1])
 
     def total(self, part: Tensor, *of: Tensor) -> Tensor:
-        """Returns the sum over all classes of what `part` is over those held here. Differentiable.
+        """Returns the sum over all classes, given `part`, the sum over those held here. Differentiable.
 
-        All that passes between ranks in a formula passes here: what sums over classes is a small matrix or a scalar.
+        All communication between ranks within a formula is here: sums over classes are small matrices or scalars.
 
         Args:
             part: of any shape.
-            of: what it is a function of. A rank without a sample of its classes takes part in the backward pass too.
+            of: the tensors it depends on, so that a rank without a sample of its classes joins the backward pass too.
         """
         if self.shards is None:
             return part
@@ -155,11 +155,11 @@ class BlockCodes:
         return values.flatten()
 
     def by_class(self, values: Float[Tensor, " q"]) -> Float[Tensor, "k s"]:
-        """Returns a value by atom so that it meets the codes."""
+        """Returns a value by atom in the shape of the codes."""
         return values.view_as(self.codes)
 
     def overlap(self) -> Float[Tensor, "k s s"]:
-        """Returns the blocks of ΓᵀΓ on the diagonal, all that a class of its own atoms needs."""
+        """Returns the diagonal blocks of ΓᵀΓ, all that is needed if each class has atoms of its own."""
         return gram(self.blocks)
 
     def respond(self, overlap: Float[Tensor, "k s s"], values: Float[Tensor, "k s"]) -> Float[Tensor, "k s"]:
@@ -167,14 +167,14 @@ class BlockCodes:
         return product(overlap.square(), values[..., None])[..., 0]
 
     def overlap_norms(self, overlap: Float[Tensor, "k s s"], num_classes: int) -> Float[Tensor, " k"]:
-        """Returns √k times the norm of each class's own block of (ΓᵀΓ)^⊙2, k counting absent classes too.
+        """Returns √k times the norm of each class's own block of (ΓᵀΓ)^⊙2, where k includes absent classes.
 
-        It is ‖(ΓᵀΓ)^⊙2‖_F where the classes' subspaces are orthogonal and alike, at the cost of s² d a class.
+        It is ‖(ΓᵀΓ)^⊙2‖_F if the classes' subspaces are orthogonal and alike, at a cost of s² d per class.
         """
         return torch.linalg.vector_norm(overlap.square(), dim=(1, 2)) * num_classes**0.5
 
     def project(self, features: Float[Tensor, "m d"], membership: Membership) -> list[Tensor]:
-        """Returns ΓᵀZ as far as samples meet atoms of their classes: [(b, n, c, s)], one of each class group."""
+        """Returns the part of ΓᵀZ with samples and atoms of the same class: [(b, n, c, s)], one per class group."""
         projections = []
         for group in membership.groups(features.shape[1], merged=True):
             chosen = self.blocks.index_select(0, group.classes.flatten()).view(
@@ -184,7 +184,7 @@ class BlockCodes:
         return projections
 
     def energies(self, projections: list[Tensor], membership: Membership) -> Float[Tensor, "k s"]:
-        """Returns (ΓᵀZ)^⊙2 Π, each class's energy along each atom of its own. Differentiable in projections and Π."""
+        """Returns (ΓᵀZ)^⊙2 Π, each class's energy along each of its own atoms. Differentiable in projections and Π."""
         total = torch.zeros_like(self.codes)
         for projected, group in zip(projections, membership.groups(self.atoms.shape[1], merged=True), strict=True):
             energies = (projected.square() * group.weights[..., None]).sum(1)
@@ -192,7 +192,7 @@ class BlockCodes:
         return total
 
     def attractions(self, projections: list[Tensor], membership: Membership) -> list[Attraction]:
-        """Returns z_iᵀ B_j z_i of each sample and its class. Differentiable in projections and Π."""
+        """Returns z_iᵀ B_j z_i for each sample and its class. Differentiable in projections and Π."""
         attractions, largest = [], self.codes.amax(1)
         for projected, group in zip(projections, membership.groups(self.atoms.shape[1], merged=True), strict=True):
             own = (projected.square() * self.codes[group.classes][:, None]).sum(3)
@@ -217,7 +217,7 @@ Codes = SharedCodes | BlockCodes
 
 
 def squared_moment_norms(features: Float[Tensor, "m d"], membership: Membership) -> Float[Tensor, " k"]:
-    """Returns ‖C_j‖²_F of every class, 0 for an absent one; on the smaller side of each, but for a small batch.
+    """Returns ‖C_j‖²_F for every class, 0 for an absent one; on the smaller side of each, except in a small batch.
 
     Differentiable.
 
@@ -269,7 +269,7 @@ def mismatch(
     energies: Float[Tensor, "k c"] | None = None,
     overlap: Tensor | None = None,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-    """Returns M/2m = ½ Σ_j n_j ‖C_j − B_j‖²_F by eq. (9), and the size of the terms that it is the difference of.
+    """Returns M/2m = ½ Σ_j n_j ‖C_j − B_j‖²_F by eq. (9), and the size of the terms of which it is the difference.
 
     Times µ it is the residual (µ/2m) M; its gradient in a feature is 2 Σ_j π_ij (C_j − B_j) z_i (Alg. 1, line 12).
     For `pull` < 1, `_shortfall` is added.
@@ -279,8 +279,8 @@ def mismatch(
         membership: Π, among the dictionary's classes.
         dictionary: Γ and Ã.
         pull: p of `_shortfall`, in (0, 1].
-        projections: `dictionary.project` of the features, where they are known already.
-        energies: `dictionary.energies` of those, likewise.
+        projections: `dictionary.project` of the features, if already known.
+        energies: `dictionary.energies` of the projections, likewise.
         overlap: `dictionary.overlap()`, likewise.
 
     Returns:
@@ -306,17 +306,17 @@ def _shortfall(projections: list[Tensor], membership: Membership, dictionary: Co
     """Returns Σ_ij π_ij b_j [(1 − uᵖ)/p − (1 − u)] ≥ 0, u_ij = z_iᵀ B_j z_i / b_j + 1/d; p is `pull`, b_j max_l Ã_lj.
 
     In eq. (9) a sample is pulled into its class by b_j times the gradient of u, which vanishes for a feature orthogonal
-    to the class: wrong labels are spared, and features that have still to find their class are left alone. With this
-    the pull is b_j u^(p−1) times that gradient: the same at u = 1, and at p = ½ about as hard however far the feature
-    is. It is to eq. (9) what the generalised cross-entropy (Zhang and Sabuncu, 2018) is to 1 minus a probability. The
-    1/d, what a random direction has, bounds it.
+    to the class: samples with wrong labels are left alone, but so are features that have yet to find their class. With
+    this term the pull is b_j u^(p−1) times that gradient: the same at u = 1, and at p = ½ about equally strong however
+    far away the feature is. The term is to eq. (9) what the generalised cross-entropy (Zhang and Sabuncu, 2018) is to 1
+    minus a probability. Adding 1/d, the value for a random direction, bounds it.
     """
     total = dictionary.atoms.new_zeros((), dtype=torch.float64)
     if pull == 1:
         return total
     for own, largest, weights in dictionary.attractions(projections, membership):
         share = own / one_for_zero(largest) + 1 / dictionary.atoms.shape[1]
-        short = -torch.expm1(pull * share.log()) / pull - (1 - share)  # 1 − uᵖ would cancel where p is small
+        short = -torch.expm1(pull * share.log()) / pull - (1 - share)  # 1 − uᵖ would cancel for small p
         total = total + (weights.double() * largest.double() * short.double()).sum()
     return total
 
@@ -324,6 +324,6 @@ def _shortfall(projections: list[Tensor], membership: Membership, dictionary: Co
 def precise_mismatch(
     features: Float[Tensor, "m d"], membership: Membership, dictionary: Codes, pull: float = 1.0
 ) -> Float[Tensor, ""]:
-    """Returns `mismatch`, in float64, right relative to itself however small it is."""
+    """Returns `mismatch`, computed in float64: relatively precise however small it is."""
     wide = dictionary.moved(dictionary.atoms.double(), dictionary.codes.double())
     return mismatch(features.double(), membership.to(torch.float64), wide, pull)[0]

@@ -21,30 +21,30 @@ from vmcr2.membership import Membership, as_membership, moments
 
 
 class RateReduction(NamedTuple):
-    """R and R_c, in nats; both are rates: ≥ 0 and the larger, the more volume."""
+    """R and R_c, in nats; both are rates: ≥ 0, and larger for more volume."""
 
     expansion: Float[Tensor, ""]
     compression: Float[Tensor, ""]
 
     @property
     def reduction(self) -> Float[Tensor, ""]:
-        """ΔR = R − R_c, which MCR² maximises; ≥ 0, but for rounding, for labels and soft membership alike."""
+        """ΔR = R − R_c, which MCR² maximises; ≥ 0 apart from rounding, for labels and soft membership alike."""
         return self.expansion - self.compression
 
 
 def coding_rate(features: Float[Tensor, "*b m d"], *, eps_sq: float = 0.5) -> Float[Tensor, "*b"]:
-    """Returns the coding rate R = ½ logdet(I + d/(m ε²) ZᵀZ) of eq. (1), of one matrix or of each in a batch.
+    """Returns the coding rate R = ½ logdet(I + d/(m ε²) ZᵀZ) of eq. (1), for one matrix or each in a batch.
 
     Args:
         features: Z, (..., m, d), rows are samples; finite, any floating dtype. Rows need not have norm 1 here.
         eps_sq: the squared precision ε² > 0.
 
     Returns:
-        One value per matrix, in nats, float32 or wider also under autocast. Differentiable.
+        One value per matrix, in nats, float32 or wider even under autocast. Differentiable.
 
     Raises:
         InputError: a wrong argument (a ValueError).
-        NumericalError: the factorisation failed, or features are too long for it.
+        NumericalError: the factorisation failed, or the features' norms are too large for it.
     """
     eps_sq = check_number("eps_sq", eps_sq)
     check_tensor("features", features, "of shape (..., m, d)")
@@ -67,20 +67,20 @@ def rate_reduction(
     num_classes: int | None = None,
     eps_sq: float = 0.5,
 ) -> RateReduction:
-    """Returns R and R_c of eq. (1), and through `.reduction` their difference ΔR.
+    """Returns R and R_c of eq. (1) and, as `.reduction`, their difference ΔR.
 
     Args:
         features: Z, (m, d), rows are samples; finite, any floating dtype. Rows need not have norm 1 here.
         membership: Π as integer labels (m,) in [0, k), or as rows (m, k) ≥ 0 that sum to 1. Classes may be absent.
-        num_classes: k; by default what the membership shows.
+        num_classes: k; by default inferred from the membership.
         eps_sq: the squared precision ε² > 0.
 
     Returns:
-        Scalars in nats, float32 or wider also under autocast. Differentiable in features and soft membership.
+        Scalars in nats, float32 or wider even under autocast. Differentiable in features and soft membership.
 
     Raises:
         InputError: a wrong argument (a ValueError).
-        NumericalError: the factorisation failed, or features are too long for it.
+        NumericalError: the factorisation failed, or the features' norms are too large for it.
     """
     eps_sq = check_number("eps_sq", eps_sq)
     checked = as_membership(features, membership, num_classes)
@@ -99,20 +99,20 @@ def transrate(
 
     It is ΔR in other units. Features are centred by their mean over all samples (not class by class, and not scaled to
     norm 1), and the rate is ½ logdet(I + ZᵀZ/(m ε²)), without the dimension d of eq. (1), so their ε² is d times finer
-    than that of `rate_reduction`. R(Z, ε | Y) weighs classes by their share of the samples; the authors' code takes
+    than that of `rate_reduction`. R(Z, ε | Y) weights classes by their share of the samples; the authors' code takes
     their plain mean, which is the same for balanced classes.
 
     Args:
-        features: Z, (m, d), rows are samples; finite, any floating dtype. Centred they may have norms up to 10⁶ ε.
+        features: Z, (m, d), rows are samples; finite, any floating dtype. After centring, norms may be up to 10⁶ ε.
         labels: Y, (m,) in [0, k), or rows (m, k) ≥ 0 that sum to 1.
         eps_sq: the squared precision ε² > 0; the authors' code calls this `eps`.
 
     Returns:
-        A scalar in nats, ≥ 0 but for rounding, worked out in float64. Differentiable.
+        A scalar in nats, ≥ 0 apart from rounding, computed in float64. Differentiable.
 
     Raises:
         InputError: a wrong argument (a ValueError).
-        NumericalError: the factorisation failed, or features are too long for it.
+        NumericalError: the factorisation failed, or the features' norms are too large for it.
     """
     eps_sq = check_number("eps_sq", eps_sq)
     lowest, highest = FLOAT64_RANGE
@@ -130,7 +130,7 @@ def transrate(
 
 
 def largest_norm(*features: Tensor) -> float:
-    """Returns the norm of the longest row; NaN of what `torch.vmap` has batched, which cannot be read."""
+    """Returns the norm of the longest row, or NaN under `torch.vmap`, whose batched tensors cannot be read."""
     if any(is_batched(each) for each in features):
         return math.nan
     norms = [torch.linalg.vector_norm(each.detach(), dim=-1, dtype=torch.float64).max() for each in features]
@@ -142,7 +142,7 @@ def checked_rates(
 ) -> RateReduction:
     """Returns R and R_c of eq. (1) for features that have been checked, the longest of norm `largest`.
 
-    They are NaN where a factorisation failed. A `largest` of NaN, not known, makes them float64.
+    They are NaN if a factorisation failed. If `largest` is NaN, meaning unknown, they are float64.
     """
     dtype = rate_dtype(features.shape[1], eps_sq, features, largest=largest)
     widened = features.to(dtype)
@@ -150,7 +150,7 @@ def checked_rates(
 
 
 def expansion_rate(features: Float[Tensor, "*b m d"], eps_sq: float) -> Float[Tensor, "*b"]:
-    """Returns R of eq. (1) of each matrix, in the features' own dtype."""
+    """Returns R of eq. (1) for each matrix, in the features' own dtype."""
     m, d = features.shape[-2:]
     return half_logdet(gram(features.mT if d <= m else features) * (d / (m * eps_sq)))
 
@@ -174,8 +174,8 @@ def compression_rate(features: Float[Tensor, "m d"], membership: Membership, eps
 def reduction_of_lines(sizes: Int[Tensor, " k"], feature_dim: int, eps_sq: float) -> float:
     """Returns the largest ΔR, in nats, of unit features with each class on a line: eq. (1) with C_j of rank 1.
 
-    Up to d classes it is that of orthogonal lines. Of more, R is largest where the lines are spread as evenly as the
-    sizes allow: in a frame of vectors with these energies the spectrum can be any that majorises them.
+    For up to d classes it is that of orthogonal lines. For more, R is largest if the lines are spread as evenly as the
+    sizes allow: a frame of vectors with these energies can have any spectrum that majorises them.
 
     Args:
         sizes: n_j ≥ 0 of the classes, not all 0.
@@ -186,7 +186,7 @@ def reduction_of_lines(sizes: Int[Tensor, " k"], feature_dim: int, eps_sq: float
     shares = (sizes[sizes > 0].double() / sizes.sum()).cpu().sort(descending=True).values
     spectrum = shares[:d]
     if len(shares) > d:
-        # The flattest keeps a line apart as long as it has more than an even share of what is left.
+        # The flattest spectrum keeps a line apart as long as it has more than an even share of what is left.
         left = shares.flip(0).cumsum(0).flip(0)[:d]
         even = left / torch.arange(d, 0, -1, device="cpu")
         apart = int((spectrum <= even * (1 + 1e-9)).to(torch.uint8).argmax())

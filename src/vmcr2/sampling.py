@@ -1,4 +1,4 @@
-"""Batches with the same number of samples of each class in them, on one process or split over several."""
+"""Batches with the same number of samples from each of their classes, on one process or split over several."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from vmcr2.checks import check_count, refuse_masked
 from vmcr2.distributed import check_group, process_rank, world_size
 from vmcr2.errors import InputError
 
-_LARGEST = 2**43  # of a seed and of an epoch: what torch's generator is seeded with takes both, in 64 bits
+_LARGEST = 2**43  # seed and epoch: torch's generator is seeded with both combined, in 64 bits
 
 
 class ClassBalancedBatchSampler(Sampler[list[int]]):
     """Draws batches of `classes_per_batch` classes with `samples_per_class` samples of each, for a DataLoader.
 
-    Classes take turns, so that over an epoch each comes up as often as the next, give or take one; so do the samples of
-    a class, and one that has fewer than a batch takes gives some of them again. Under torch.distributed all ranks draw
-    the same batch and each takes its share of it, so that the batch of all ranks together is balanced.
+    Classes take turns, so that over an epoch all come up equally often, give or take one; so do the samples of a class,
+    and a class with fewer samples than a batch needs repeats some. Under torch.distributed all ranks draw the same
+    batch and each takes its share of it, so that the batch of all ranks together is balanced.
 
     Everything follows from the seed and the epoch: call `set_epoch` before each epoch, as with DistributedSampler. A
-    sampler given the `state_dict` of another goes on where that one stood.
+    sampler that loads another's `state_dict` continues where that one stopped.
 
     Args:
         labels: the class of every sample, (m,), integers ≥ 0, torch or NumPy. Classes without a sample are never drawn.
         samples_per_class: n_j in a batch, from 1.
-        classes_per_batch: from 1 to the number of classes that have a sample; None takes all of them.
-        batches: in an epoch, from 1; None takes about as many as show every sample once.
+        classes_per_batch: from 1 to the number of classes that have a sample; None means all of them.
+        batches: batches per epoch, from 1; None means about as many as show every sample once.
         seed: from 0 to 2⁴³.
         process_group: the ranks that share a batch; None for all.
 
@@ -75,22 +75,22 @@ class ClassBalancedBatchSampler(Sampler[list[int]]):
         self.samples_per_class = samples_per_class
         self.classes_per_batch = classes_per_batch
         self.batches = batches
-        self.seed = int(seed)  # torch takes no NumPy integers
+        self.seed = int(seed)  # torch accepts no NumPy integers
         self.share = slice(
             process_rank(process_group) * size // world, (process_rank(process_group) + 1) * size // world
         )
         self.epoch = 0
         self.start = 0  # the batch that the next iteration begins with
-        self.done = 0  # how many the latest has drawn
+        self.done = 0  # how many the latest iteration has drawn
 
     def __len__(self) -> int:
-        """Returns the number of batches of an epoch."""
+        """Returns the number of batches in an epoch."""
         return self.batches
 
     def set_epoch(self, epoch: int) -> None:
         """Sets the epoch, from 0, that the next iteration draws, from its beginning.
 
-        Where a state of just this epoch has been loaded, and nothing drawn since, the next iteration goes on there.
+        If a state of this same epoch has been loaded, and nothing drawn since, the next iteration continues from there.
         """
         if epoch != self.epoch or not self.start:
             self.load_state_dict({"epoch": epoch, "done": 0})
@@ -105,10 +105,10 @@ class ClassBalancedBatchSampler(Sampler[list[int]]):
         return {"epoch": self.epoch, "done": self.done}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Goes on, in the next iteration, where the sampler of a `state_dict` stood.
+        """Continues, in the next iteration, where the sampler that returned the state stopped.
 
         Raises:
-            InputError: the state is not that of a sampler with the same number of batches (a ValueError).
+            InputError: the state is not from a sampler with the same number of batches (a ValueError).
         """
         if not isinstance(state, Mapping) or not {"epoch", "done"} <= state.keys():
             raise InputError(f"state must hold epoch and done, as state_dict returns them, got {state!r}")
@@ -135,19 +135,19 @@ class ClassBalancedBatchSampler(Sampler[list[int]]):
 
 
 def batch_count(m: int, batch_size: int) -> int:
-    """Returns how many batches m ≥ 2 samples make, as equal as can be and of 2 at least: BatchNorm takes none alone.
+    """Returns how many batches of nearly equal size m ≥ 2 samples make, at least 2 in each, as BatchNorm needs.
 
-    So there may be one sample more in a batch than `batch_size`. Of a single sample it is 0.
+    So a batch may have one sample more than `batch_size`. For a single sample the result is 0.
 
     Args:
         m: the samples of an epoch.
-        batch_size: at most so many in a batch, 2 or more.
+        batch_size: samples per batch at most, 2 or more.
     """
     return min(-(-m // batch_size), m // 2)
 
 
 def epoch_generator(seed: int, epoch: int, device: torch.device | str = "cpu") -> torch.Generator:
-    """Returns what everything random of an epoch is drawn from: it follows from the epoch's number alone.
+    """Returns the generator for everything random in an epoch; it depends only on the seed and the epoch's number.
 
     Args:
         seed: of the run.
@@ -159,7 +159,7 @@ def epoch_generator(seed: int, epoch: int, device: torch.device | str = "cpu") -
 
 @contextmanager
 def position_kept(sampler: Any) -> Iterator[None]:
-    """Lets a `ClassBalancedBatchSampler` draw a whole epoch, and puts it back where it stood; others are left alone."""
+    """Lets a `ClassBalancedBatchSampler` draw a whole epoch, then restores its position; others are left alone."""
     if not isinstance(sampler, ClassBalancedBatchSampler):
         yield
         return
@@ -172,12 +172,12 @@ def position_kept(sampler: Any) -> Iterator[None]:
 
 
 def _int64(labels: Any) -> Int[Tensor, " m"]:
-    """Returns labels as int64 on the CPU: elsewhere torch takes uint8 for a mask, and lacks the wider unsigned."""
+    """Returns labels as int64 on the CPU: torch would take uint8 for a mask, and lacks wider unsigned dtypes."""
     if isinstance(labels, Tensor):
         integers = not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
     else:
         refuse_masked("labels", labels)
-        labels = np.asarray(labels)  # of a pandas Series too, whatever its index
+        labels = np.asarray(labels)  # works for a pandas Series too, whatever its index
         integers = labels.dtype.kind in "iu"
     if labels.ndim != 1 or len(labels) == 0 or not integers:
         raise InputError(f"labels must be integers of shape (m,), got {labels.dtype} {tuple(labels.shape)}")
@@ -185,19 +185,19 @@ def _int64(labels: Any) -> Int[Tensor, " m"]:
 
 
 class _Turns:
-    """Deals numbers below `count` in random order, all of them before any again; one hand has no number twice."""
+    """Deals numbers below `count` in random order, each once before any again; no hand has a number twice."""
 
     def __init__(self, count: int, generator: torch.Generator) -> None:
         self.count, self.generator = count, generator
         self.left = torch.zeros(0, dtype=torch.long, device="cpu")
 
     def take(self, number: int) -> Int[Tensor, " n"]:
-        """Returns the next so many; where there are fewer than that, some again."""
+        """Returns the next `number` numbers, some of them repeated if `count` is smaller."""
         hand = self.left[:number]
         self.left = self.left[number:]
         while len(hand) < number:
             fresh = torch.randperm(self.count, generator=self.generator, device="cpu")
-            if self.count >= number:  # those of the hand come last, so that none is in it twice
+            if self.count >= number:  # those already in the hand come last, so that none is in it twice
                 again = torch.isin(fresh, hand)
                 fresh = torch.cat([fresh[~again], fresh[again]])
             missing = number - len(hand)

@@ -1,4 +1,4 @@
-"""scikit-learn estimators: eq. (8) on features that exist already, and networks trained on arrays by (V-)MCR²."""
+"""scikit-learn estimators: eq. (8) on existing features, and networks trained on arrays by (V-)MCR²."""
 
 from __future__ import annotations
 
@@ -46,17 +46,17 @@ from vmcr2.subspaces import (
 )
 
 _FLOATS = [np.float64, np.float32]
-_LIKELIHOODS = 2**20  # entries of the table of samples by classes that the temperature is found on, about
-_RECENT = 1000  # samples that a stream's temperature is found on, where the table holds as many
-_BLOCK_CLASSES = 200  # from so many classes on, codes off a class's own atoms are not held
+_LIKELIHOODS = 2**20  # approximate entries of the table of samples by classes from which the temperature is found
+_RECENT = 1000  # samples from which a stream's temperature is found, if the table holds as many
+_BLOCK_CLASSES = 200  # with this many classes or more, each has codes for its own atoms only
 _EMBEDDED = 4096  # samples embedded at once
 _EPOCHS, _STEPS = 20, 120  # enough for digits, by cross-validation; at 50 epochs wrong labels are memorised
-_KEPT = 4096  # samples that partial_fit remembers, about
-_KEPT_A_CLASS = 16  # and of every class, at least
+_KEPT = 4096  # samples that partial_fit remembers, approximately
+_KEPT_A_CLASS = 16  # and at least this many per class
 _GENERATORS = threading.RLock()  # held while torch's global random generators are seeded
 _SAY_SECONDS = 10.0
 _LARGEST_RATE = 1e30  # float32 holds it
-_LARGEST = 1e150  # squares of larger entries overflow float64, of ones below its inverse underflow
+_LARGEST = 1e150  # squares of larger entries overflow float64; squares of entries below its inverse underflow
 
 Objective = Literal["vmcr2", "mcr2"]
 Network = Callable[[int, int], nn.Module]
@@ -70,15 +70,15 @@ class NearestSubspaceClassifier(ClassifierMixin, BaseEstimator):
     on the unit sphere, as MCR² features do; others work, but long samples then weigh more in the subspaces.
 
     Args:
-        n_components: dimension of each subspace, from 1 to the number of features d; None means ⌊d/k⌋, 1 at least. At
-            d every class of d samples or more has the whole space for its subspace, and such classes tie.
+        n_components: dimension of each subspace, from 1 to the number of features d; None means ⌊d/k⌋, at least 1. At d
+            the subspace of every class with d samples or more is the whole space, and such classes tie.
 
     Attributes:
         classes_: (k,), the labels seen in `fit`.
         components_: (k, d, n_components_), orthonormal bases; columns beyond a class's rank are zero.
         n_components_: the dimension used.
-        class_count_: (k,), the samples there have been of each class.
-        temperature_: the squared distance at which a subspace is e times less likely than one that holds the sample.
+        class_count_: (k,), how many samples of each class have been seen.
+        temperature_: the squared distance at which a subspace is e times less likely than one that contains the sample.
         n_features_in_: d.
     """
 
@@ -86,7 +86,7 @@ class NearestSubspaceClassifier(ClassifierMixin, BaseEstimator):
         self.n_components = n_components
 
     def fit(self, X: Any, y: Any) -> NearestSubspaceClassifier:
-        """Finds the classes' subspaces, and by cross-validation the temperature of `predict_proba`.
+        """Finds the classes' subspaces and, by cross-validation, the temperature of `predict_proba`.
 
         Args:
             X: (m, d), float32 or float64; other types are converted to float64.
@@ -101,7 +101,7 @@ class NearestSubspaceClassifier(ClassifierMixin, BaseEstimator):
             self.classes_, labels = np.unique(y, return_inverse=True)
             k = len(_at_least_two(self.classes_))
             self._stream: MomentStream | None = None
-            self._recent: tuple[Tensor, Tensor] | None = None  # a stream's latest energies, and labels
+            self._recent: tuple[Tensor, Tensor] | None = None  # a stream's latest energies and labels
             self._set_components(X.shape[1])
             features = tensor_of(_in_range(X))
             self.components_ = class_subspaces(features, torch.from_numpy(labels), k, self.n_components_).numpy()
@@ -110,16 +110,16 @@ class NearestSubspaceClassifier(ClassifierMixin, BaseEstimator):
         return self
 
     def partial_fit(self, X: Any, y: Any, classes: Any = None) -> NearestSubspaceClassifier:
-        """Adds a batch of samples, and finds the subspaces of all there have been since the first `partial_fit`.
+        """Adds a batch of samples, and finds the subspaces of all samples since the first `partial_fit`.
 
-        What is kept of them takes k d² numbers at most. After `fit`, which keeps none, it starts afresh among the same
-        classes, and warns of it. The temperature is that of the latest thousand samples (fewer of thousands of
-        classes), each judged before it was learned from; after the first batch, that of `fit`.
+        At most k d² numbers are kept. After `fit`, which keeps none, it starts afresh with the same classes, and warns
+        that it does. The temperature is that of the latest thousand samples (fewer with thousands of classes), each
+        judged before it was learnt from; after the first batch it is found as in `fit`.
 
         Args:
             X: (m, d), as in `fit`.
             y: (m,), labels among `classes`.
-            classes: (k,), all labels there will be; needed in the first call.
+            classes: (k,), all labels that will occur; required in the first call.
 
         Raises:
             InputError: n_components is out of range, classes are missing or differ, or y holds another class (a
@@ -143,7 +143,7 @@ class NearestSubspaceClassifier(ClassifierMixin, BaseEstimator):
             if self._recent is None:
                 energies, owners = _fold_energies(features, labels, k, self.n_components_)
                 self.temperature_ = _temperature(features, energies, owners)
-                spread = slice(None, None, max(1, -(-len(owners) // most)))  # it is in the order of folds
+                spread = slice(None, None, max(1, -(-len(owners) // most)))  # the table is in the order of folds
                 self._recent = energies[spread], owners[spread]
             else:
                 part = _spread(len(features), k)
@@ -165,7 +165,7 @@ class NearestSubspaceClassifier(ClassifierMixin, BaseEstimator):
         check_components(self.n_components_, d, stacklevel=3)
 
     def _energies(self, X: Any) -> tuple[np.ndarray, np.ndarray]:
-        """Returns ‖V^(j)ᵀ z‖² (m, k), −∞ for a class that has had no sample, and ‖z‖² (m, 1)."""
+        """Returns ‖V^(j)ᵀ z‖² (m, k), −∞ for a class without a sample so far, and ‖z‖² (m, 1)."""
         check_is_fitted(self, "components_")
         X = _in_range(_validated(self, X, reset=False)).astype(np.float64)
         energies = subspace_energies(tensor_of(X), tensor_of(self.components_)).numpy()
@@ -175,7 +175,7 @@ class NearestSubspaceClassifier(ClassifierMixin, BaseEstimator):
     def decision_function(self, X: Any) -> np.ndarray:
         """Returns minus the squared distance to each subspace, (m, k); for two classes the difference (m,).
 
-        It is −∞ for a class that has had no sample yet.
+        It is −∞ for a class without a sample so far.
         """
         energies, norms = self._energies(X)
         if len(self.classes_) == 2:
@@ -195,13 +195,13 @@ class NearestSubspaceClassifier(ClassifierMixin, BaseEstimator):
         return torch.softmax(behind / self.temperature_, 1).numpy()
 
     def score_samples(self, X: Any) -> np.ndarray:
-        """Returns minus the distance to the nearest subspace over ‖z‖, (m,): from −1 to 0, higher is more normal."""
+        """Returns minus the distance to the nearest subspace over ‖z‖, (m,), from −1 to 0: higher is more normal."""
         energies, norms = self._energies(X)
         shares = energies.max(1) / np.maximum(norms[:, 0], np.finfo(norms.dtype).tiny)
         return -np.sqrt(np.clip(1 - shares, 0, 1))
 
     def __sklearn_tags__(self) -> Any:
-        """Returns scikit-learn's tags: subspaces through the origin suit no cloud of points away from it."""
+        """Returns scikit-learn's tags: subspaces through the origin do not suit clouds of points away from it."""
         tags = super().__sklearn_tags__()  # pyrefly: ignore[missing-attribute]
         tags.classifier_tags.poor_score = True
         return tags
@@ -210,43 +210,43 @@ class NearestSubspaceClassifier(ClassifierMixin, BaseEstimator):
 class CodingRateTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
     """Trains a network on arrays so that the classes of its features lie on separate, orthogonal subspaces.
 
-    Before the network columns are centred, and all divided by one number, so that their mean variance is 1: what pixels
-    and embeddings want. Where columns have units of their own, put a `StandardScaler` before this in a pipeline. The
-    network's outputs are scaled to norm 1; features are float32.
+    Columns are first centred, and all divided by one number so that their mean variance is 1, which suits pixels and
+    embeddings. If columns have units of their own, put a `StandardScaler` before this in a pipeline. The network's
+    outputs are scaled to norm 1; features are float32.
 
     Args:
-        feature_dim: d, the dimension of the features; None means 2 k, 64 at least and 512 at most.
+        feature_dim: d, the dimension of the features; None means 2 k, but at least 64 and at most 512.
         objective: "vmcr2", the variational objective (eq. 7); "mcr2", the exact one (eq. 1), for up to a few tens of
             classes.
         network: a function of the number of columns and of d that returns the `nn.Module` to train, from (m, columns)
             to (m, d), in float32; None means two hidden layers with BatchNorm and ReLU.
         hidden: the width of the default network's layers.
-        epochs: passes over the samples in `fit`; None means 20, or what 120 steps take. `partial_fit` makes one.
-        batch_size: samples per step, at most; 2 at least. A sample that would be left alone joins another batch, since
-            BatchNorm cannot take it alone.
+        epochs: passes over the samples in `fit`; None means 20, or more to make 120 steps. `partial_fit` makes one.
+        batch_size: the most samples per step, at least 2. A sample that would be left alone joins another batch, since
+            BatchNorm needs more than one.
         learning_rate: of AdamW. In `fit` it falls to 0 along a half cosine.
         weight_decay: of AdamW.
         eps_sq: the squared precision ε² > 0.
-        atoms_per_class: for "vmcr2", s, from 1 to feature_dim; None means ⌊d/k⌋, 1 at least. Take 1 where labels may be
+        atoms_per_class: for "vmcr2", s, from 1 to feature_dim; None means ⌊d/k⌋, at least 1. Use 1 if labels may be
             wrong.
         energy: for "vmcr2", what a class's codes sum to: None for accuracy, 1 to keep the variety within a class.
-        pull: for "vmcr2", exponent in (0, 1] of how a sample is pulled into its class: 1 spares wrong labels.
-        expand: for "vmcr2", λ ≥ 0, what the features' own R weighs beside the residual: 0.2 to 0.6, with `pull` 0.3,
+        pull: for "vmcr2", exponent in (0, 1] of how a sample is pulled into its class: 1 resists wrong labels.
+        expand: for "vmcr2", λ ≥ 0, the weight of the features' own R beside the residual: 0.2 to 0.6, with `pull` 0.3,
             for more variety within a class.
         latch_every: for "vmcr2", epochs between latchings.
-        device: where to train and to embed, such as "cuda"; None means a GPU where there is one.
-        random_state: an int for equal results, a NumPy RandomState, or None.
-        verbose: shows progress: a bar where rich is installed, else lines.
+        device: where to train and embed, such as "cuda"; None means a GPU if there is one.
+        random_state: an int for reproducible results, a NumPy RandomState, or None.
+        verbose: whether to show progress: a bar if rich is installed, otherwise lines.
 
     Attributes:
         classes_: (k,), the labels seen.
         network_: the trained module.
         loss_: the criterion; with "vmcr2" it holds the dictionary.
         scaler_: the columns' means and variances, scikit-learn's StandardScaler.
-        history_: mean loss of each epoch; that of "vmcr2" is the mismatch with a moving dictionary and need not fall.
+        history_: mean loss of each epoch; for "vmcr2" it is the mismatch with a moving dictionary and need not fall.
         feature_dim_: d as used.
         n_features_in_: columns of X.
-        feature_names_in_: their names, where X had some.
+        feature_names_in_: their names, if X had any.
     """
 
     def __init__(
@@ -310,18 +310,18 @@ class CodingRateTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
         return self
 
     def partial_fit(self: _Estimator, X: Any, y: Any, classes: Any = None) -> _Estimator:
-        """Trains on with one pass over a batch of samples, at the constant learning rate.
+        """Continues training with one pass over a batch of samples, at the constant learning rate.
 
-        After `fit` this tunes its network further. The scaling of columns follows all samples seen. Of parameters that
-        have been changed since the first call only `learning_rate` counts, and of the classifier `n_components`.
+        After `fit` this tunes its network further. The scaling of columns follows all samples seen. Of the parameters
+        changed since the first call, only `learning_rate` (and the classifier's `n_components`) takes effect.
 
         Args:
             X: (m, columns), as in `fit`.
             y: (m,), labels among `classes`.
-            classes: (k,), all labels there will be; by default those of the first batch.
+            classes: (k,), all labels that will occur; by default those of the first batch.
 
         Raises:
-            InputError: a wrong parameter, other classes than before (a ValueError); ValueError for wrong X or y.
+            InputError: a wrong parameter, or classes other than before (a ValueError); ValueError for wrong X or y.
             NumericalError: training diverged.
         """
         self._check_parameters()
@@ -346,7 +346,7 @@ class CodingRateTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
         return self._transformed(X)
 
     def _transformed(self, X: Any) -> np.ndarray:
-        """Returns the features as an array, whatever `set_output` asks of `transform`."""
+        """Returns the features as an array, whatever `set_output` has set for `transform`."""
         check_is_fitted(self, "network_")
         X = _validated(self, X, reset=False)
         return self._embed(self._inputs(X))
@@ -393,7 +393,7 @@ class CodingRateTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
             raise InputError(f"device must be one that torch can use here, got {self.device!r}: {error}") from error
 
     def _begin(self, columns: int) -> None:
-        """Builds what is trained, for so many columns and `classes_`."""
+        """Builds what is to be trained, for this many columns and `classes_`."""
         k = len(_at_least_two(self.classes_))
         self.feature_dim_ = self._feature_dim(k)
         check_eps_sq(self.feature_dim_, self.eps_sq)
@@ -433,7 +433,7 @@ class CodingRateTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
         self._optimizer = torch.optim.AdamW(network.parameters(), lr=self.learning_rate, weight_decay=self.weight_decay)
 
     def _inputs(self, X: np.ndarray) -> np.ndarray:
-        """Returns X scaled, as float32: in float64 up to then, so that a large mean costs no digits."""
+        """Returns X scaled, as float32, computed in float64 so that a large mean costs no digits."""
         assert self.scaler_.mean_ is not None
         assert self.scaler_.var_ is not None
         scale = np.sqrt(self.scaler_.var_.mean()) or 1.0
@@ -460,7 +460,7 @@ class CodingRateTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
             self._epoch(tensor_of(self._inputs(X)), torch.from_numpy(labels), None)
 
     def _batches(self, inputs: Tensor, labels: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Returns the batches of a shuffled epoch; of `partial_fit` there may be a single sample."""
+        """Returns the batches of a shuffled epoch; in `partial_fit` there may be a single sample."""
         device, number = self._device(), max(1, batch_count(len(inputs), self.batch_size))
         parts = torch.randperm(len(inputs), device="cpu").tensor_split(number)
         return [(inputs[part].to(device), labels[part].to(device)) for part in parts]
@@ -496,7 +496,7 @@ class CodingRateTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
             self._optimizer.step()
             total += loss.item() * len(part)
         self.history_.append(total / len(inputs))
-        # The last step may have spoilt the network without a loss to show it.
+        # The last step may have spoilt the network with no loss after it to show that.
         self.network_.eval()
         with torch.no_grad():
             _check_trained(self._features(batches[-1][0]))
@@ -524,8 +524,8 @@ class CodingRateTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
     def _embed(self, inputs: np.ndarray) -> np.ndarray:
         device = self._device()
         network, parts = self.network_.to(device).eval(), tensor_of(inputs).split(_EMBEDDED)
-        if device.type == "cpu" and isinstance(network, _MLP):  # a network of the user's is promised float32
-            # In float64 a sample's features do not depend on which others it is embedded with, by rounding of products.
+        if device.type == "cpu" and isinstance(network, _MLP):  # a user's own network is promised float32
+            # In float64, a sample's features do not vary, by rounding, with the others that it is embedded with.
             network, parts = copy.deepcopy(network).double(), tuple(part.double() for part in parts)
         features = torch.cat([self._features(part.to(device), network).cpu() for part in parts])
         if not features.isfinite().all():
@@ -563,8 +563,8 @@ class CodingRateClassifier(ClassifierMixin, CodingRateTransformer):
     """`CodingRateTransformer` with the nearest-subspace classifier of eq. (8) on its features.
 
     Args:
-        feature_dim: as of `CodingRateTransformer`, like all that follow but the next.
-        n_components: dimension of each class's subspace; None means ⌊d/k⌋, 1 at least.
+        feature_dim: as in `CodingRateTransformer`, like all others except n_components.
+        n_components: dimension of each class's subspace; None means ⌊d/k⌋, at least 1.
         objective: see there.
         network: see there.
         hidden: see there.
@@ -584,7 +584,7 @@ class CodingRateClassifier(ClassifierMixin, CodingRateTransformer):
 
     Attributes:
         subspaces_: the fitted `NearestSubspaceClassifier` on features.
-        classes_: (k,), the labels seen; all other attributes as of `CodingRateTransformer`.
+        classes_: (k,), the labels seen; all other attributes as in `CodingRateTransformer`.
     """
 
     def __init__(
@@ -653,9 +653,9 @@ class CodingRateClassifier(ClassifierMixin, CodingRateTransformer):
         self.subspaces_ = _of_all_classes(features, labels, len(self.classes_), self.n_components, before)
 
     def _keep(self, X: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Returns some samples of each class, of those kept before and of these, and keeps them.
+        """Returns some samples of each class, from those kept before and these, and keeps them.
 
-        What earlier batches looked like to the network of then would be of no use: samples are kept, not features.
+        Samples are kept, not features, since features from an earlier state of the network would be of no use.
         """
         if self._kept is not None:
             X, labels = np.concatenate([self._kept[0], X]), np.concatenate([self._kept[1], labels])
@@ -679,26 +679,26 @@ class CodingRateClassifier(ClassifierMixin, CodingRateTransformer):
     def predict_proba(self, X: Any) -> np.ndarray:
         """Returns how likely each class is, (m, k).
 
-        The temperature is found on the training set, which the network has seen: on new samples that are hard the
-        probabilities may be too confident. `sklearn.calibration.CalibratedClassifierCV` mends that.
+        The temperature is found on the training set, which the network has seen: on hard new samples the probabilities
+        may be too confident. `sklearn.calibration.CalibratedClassifierCV` corrects that.
         """
         features = self._transformed(X)
         return self.subspaces_.predict_proba(features)
 
     def score_samples(self, X: Any) -> np.ndarray:
-        """Returns minus the distance to the nearest subspace, (m,): from −1 to 0, higher is more normal."""
+        """Returns minus the distance to the nearest subspace, (m,), from −1 to 0: higher is more normal."""
         features = self._transformed(X)
         return self.subspaces_.score_samples(features)
 
     def label_quality(self, X: Any, y: Any) -> LabelQuality:
-        """Returns how well each label fits its sample; most telling for the samples the estimator was fitted on.
+        """Returns how well each label fits its sample; most informative for the samples the estimator was fitted on.
 
         Args:
             X: (m, columns).
             y: (m,), the labels to judge, among `classes_`.
 
         Returns:
-            As `vmcr2.label_quality` of the features, at the estimator's `n_components`.
+            The result of `vmcr2.label_quality` for the features, at the estimator's `n_components`.
 
         Raises:
             InputError: y holds other labels (a ValueError).
@@ -706,7 +706,7 @@ class CodingRateClassifier(ClassifierMixin, CodingRateTransformer):
         features = self._transformed(X)
         strange = np.setdiff1d(sorted_classes(y, len(features), "y", "X")[0], self.classes_)
         if len(strange):
-            raise InputError(f"y must hold the labels of classes_ alone, got {strange[:1].tolist()[0]!r}")
+            raise InputError(f"y must hold only labels in classes_, got {strange[:1].tolist()[0]!r}")
         return label_quality(features, y, self.n_components)
 
 
@@ -728,14 +728,14 @@ def _at_least_two(classes: np.ndarray) -> np.ndarray:
 
 
 def _validated(estimator: Any, X: Any, *y: Any, **options: Any) -> Any:
-    """Returns X, and y where it is given, as scikit-learn validates them; masks, which it would drop, are refused."""
+    """Returns X, and y if given, as scikit-learn validates them; refuses masks, which it would drop."""
     for name, array in zip("Xy", (X, *y), strict=False):
         refuse_masked(name, array)
     return validate_data(estimator, X, *y, dtype=_FLOATS, **options)
 
 
 def _enter_classes(estimator: Any, y: Any, classes: Any, first: bool) -> np.ndarray:
-    """Sets `classes_` in the first call of partial_fit, and returns y as places in them."""
+    """Sets `classes_` in the first call of partial_fit, and returns y as indices into them."""
     check_classification_targets(y)
     if first and classes is None:
         raise InputError("classes must be given in the first call of partial_fit")
@@ -774,12 +774,12 @@ def _spread(m: int, k: int) -> slice:
 
 
 def _temperature(features: Tensor, energies: Tensor, labels: Tensor) -> float:
-    """Returns τ at which the labels are likeliest, p_j ∝ exp(‖V^(j)ᵀ z‖²/τ); their log-likelihood is concave in 1/τ.
+    """Returns the τ at which the labels are likeliest, p_j ∝ exp(‖V^(j)ᵀ z‖²/τ); log-likelihood is concave in 1/τ.
 
     Args:
-        features: (m, d), whose scale is gone by where nothing could be judged.
-        energies: ‖V^(j)ᵀ z‖² of samples that were judged, (n, k).
-        labels: theirs, (n,).
+        features: (m, d); their scale is used if nothing could be judged.
+        energies: ‖V^(j)ᵀ z‖² of the judged samples, (n, k).
+        labels: their labels, (n,).
     """
     known = energies.gather(1, labels[:, None])[:, 0] > 0  # the others' class has no subspace yet
     if not known.any():
@@ -789,7 +789,7 @@ def _temperature(features: Tensor, energies: Tensor, labels: Tensor) -> float:
     gains = table - table.gather(1, own)
 
     def falls(exponent: float) -> bool:
-        """Whether the likelihood falls from 1/τ = 10 to this on."""
+        """Whether the likelihood falls from 1/τ = 10**exponent onwards."""
         return not (torch.softmax(10**exponent * gains, 1) * gains).sum(1).mean() < 0
 
     return scale / 10 ** float(bisected(falls, -2.0, 5.0, 30)[1])
@@ -798,7 +798,7 @@ def _temperature(features: Tensor, energies: Tensor, labels: Tensor) -> float:
 def _of_all_classes(
     features: Tensor, labels: np.ndarray, k: int, n_components: int | None, before: NearestSubspaceClassifier | None
 ) -> NearestSubspaceClassifier:
-    """Returns the classifier of k classes, of which some may have no sample: those keep what they had before."""
+    """Returns the classifier of k classes; those without a sample keep what they had before."""
     classifier = NearestSubspaceClassifier(n_components).partial_fit(features.numpy(), labels, np.arange(k))
     classifier._stream = classifier._recent = None
     if before is not None:
@@ -821,7 +821,7 @@ def _mlp(columns: int, feature_dim: int, hidden: int) -> _MLP:
 
 
 def _takes_two(network: Any) -> bool:
-    """Whether it can be called with two arguments, as far as its signature shows."""
+    """Whether `network` can be called with two arguments, as far as its signature shows."""
     try:
         inspect.signature(network).bind(1, 1)
     except TypeError:  # what cannot be called has no signature either
@@ -838,17 +838,17 @@ def _check_trained(features: Tensor) -> None:
 
 @contextmanager
 def _all_or_nothing(estimator: BaseEstimator, changed: Sequence[str] = ()) -> Iterator[None]:
-    """Puts the estimator's attributes back where a fit fails or is stopped: no new labels beside old subspaces.
+    """Restores the estimator's attributes if a fit fails or is stopped: no new labels beside old subspaces.
 
     Args:
-        estimator: whose attributes.
-        changed: those that are changed within, not replaced: they are copied beforehand, together.
+        estimator: the estimator.
+        changed: attributes that are changed in place, not replaced: they are copied beforehand, together.
     """
     before = dict(vars(estimator))
     names = [name for name in changed if name in before]
     before.update(zip(names, copy.deepcopy([before[name] for name in names]), strict=True))
     try:
-        with torch.inference_mode(False), torch.enable_grad():  # wherever it is called
+        with torch.inference_mode(False), torch.enable_grad():  # in whatever mode it is called
             yield
     except BaseException:
         vars(estimator).clear()
@@ -858,14 +858,14 @@ def _all_or_nothing(estimator: BaseEstimator, changed: Sequence[str] = ()) -> It
 
 @contextmanager
 def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Draws on a seed inside, and leaves torch's generators as they were; threads, which share them, take turns."""
+    """Seeds torch's generators within, and restores them after; threads, which share them, take turns."""
     with _GENERATORS, torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield
 
 
 class _Progress:
-    """Epochs as a bar where rich is installed, else as lines every ten seconds; nothing unless asked for."""
+    """Shows epochs as a bar if rich is installed, otherwise as lines every ten seconds; nothing unless asked to."""
 
     def __init__(self, title: str, epochs: int, shown: bool) -> None:
         self.title, self.epochs, self.shown = title, epochs, shown

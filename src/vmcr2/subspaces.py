@@ -14,24 +14,24 @@ from vmcr2.latching import latched_blocks
 from vmcr2.membership import as_membership
 from vmcr2.mismatch import BlockCodes
 
-_SCORES = 2**21  # of samples and classes held at once
-_ENERGIES = 2**23  # of samples in classes' subspaces, held at once
+_SCORES = 2**21  # scores, by sample and class, held at once
+_ENERGIES = 2**23  # energies, by sample and subspace, held at once
 _FOLDS = 5
 _CACHED = 2**20  # projections found at once: few enough to be squared and summed while they are in the cache
 
 
 def default_components(feature_dim: int, num_classes: int) -> int:
-    """Returns ⌊d/k⌋, the paper's number of components, and 1 where there are more classes than dimensions."""
+    """Returns ⌊d/k⌋, the paper's number of components, or 1 if there are more classes than dimensions."""
     return max(1, feature_dim // num_classes)
 
 
 def check_components(n_components: int, d: int, stacklevel: int) -> None:
-    """Warns where subspaces of so many components cannot tell classes of eq. (8) apart.
+    """Warns if subspaces of this many components cannot tell classes apart by eq. (8).
 
     Args:
         n_components: r.
         d: the number of features.
-        stacklevel: whose call the warning points at: 1 is this function's, 2 its caller's, and so on.
+        stacklevel: the call that the warning points at: 1 is this function's, 2 its caller's, and so on.
 
     Raises:
         InputError: r is not from 1 to d (a ValueError).
@@ -54,14 +54,14 @@ def class_subspaces(
 ) -> Float[Tensor, "k d r"]:
     """Returns an orthonormal basis V^(j) of each class's top principal directions (uncentred, as in eq. 8).
 
-    A class of rank below r fills the remaining columns with zeros, so that only directions its samples really span
-    count; an absent class has zeros only.
+    For a class of rank below r the remaining columns are zeros, so that only directions its samples actually span
+    count; for an absent class all are.
 
     Args:
         features: Z of the training set, (m, d), finite.
         membership: labels (m,) in [0, num_classes), or rows (m, num_classes) that sum to 1.
         num_classes: k.
-        n_components: r, from 1 to d; None means ⌊d/k⌋, 1 at least.
+        n_components: r, from 1 to d; None means ⌊d/k⌋, at least 1.
 
     Raises:
         InputError: a wrong argument (a ValueError).
@@ -71,7 +71,7 @@ def class_subspaces(
     if n_components is None:
         n_components = default_components(d, num_classes)
     check_count("n_components", n_components, at_most=d, limit="the number of features")
-    # In float64, and at a scale where squares neither overflow nor vanish: a direction may be small and still count.
+    # In float64, and scaled so that squares neither overflow nor vanish: a direction may be small and still count.
     widened = features.double()
     bases, energies = latched_blocks(
         widened / widened.abs().max().clamp_min(1e-300), checked.to(torch.float64), n_components
@@ -80,7 +80,7 @@ def class_subspaces(
 
 
 def spanned(bases: Float[Tensor, "k d r"], energies: Float[Tensor, "k r"]) -> Float[Tensor, "k d r"]:
-    """Returns bases with zeros for directions that a class does not span, those of no energy (float64)."""
+    """Returns the bases with zeros for directions that a class does not span: those without energy (float64)."""
     # Eigenvalues of a Gram matrix are known to about eps relative to the largest.
     floor = energies.amax(1, keepdim=True) * torch.finfo(torch.float64).eps * bases.shape[1]
     return bases * (energies > floor)[:, None, :]
@@ -88,7 +88,7 @@ def spanned(bases: Float[Tensor, "k d r"], energies: Float[Tensor, "k r"]) -> Fl
 
 @torch.no_grad()
 def subspace_energies(features: Float[Tensor, "m d"], bases: Float[Tensor, "k d r"]) -> Float[Tensor, "m k"]:
-    """Returns ‖V^(j)ᵀ z‖² for every sample and class; the residual of eq. (8) is ‖z‖² minus that."""
+    """Returns ‖V^(j)ᵀ z‖² for every sample and class; the residual of eq. (8) is ‖z‖² minus this."""
     k, d, r = bases.shape
     flat = bases.permute(1, 0, 2).reshape(d, k * r)
     at_once = max(64, _CACHED // (k * r))
@@ -114,10 +114,10 @@ def held_out_energies(
     learnt_from: Bool[Tensor, " m"] | None = None,
     judged: Bool[Tensor, " m"] | None = None,
 ) -> Iterator[tuple[Int[Tensor, " n"], Float[Tensor, "n k"]]]:
-    """Yields, a few samples at a time, which they are and their energies in subspaces found without them, by folds.
+    """Yields samples, a few at a time, as their indices and their energies in subspaces found without them, by folds.
 
-    Samples of a class are dealt to five folds in turn. A class that has no more samples to learn from in the other
-    folds than its subspace has dimensions is described by all it has there.
+    Samples of a class are dealt to five folds in turn. If a class has no more samples to learn from in the other folds
+    than its subspace has dimensions, all of its samples there are used.
 
     Args:
         features: Z, (m, d), finite.
@@ -125,7 +125,7 @@ def held_out_energies(
         num_classes: k.
         n_components: r.
         learnt_from: the samples that subspaces are found from; None means all.
-        judged: the samples that are yielded; None means all. A fold that nothing can be learnt for is left out.
+        judged: the samples to yield; None means all. A fold for which nothing can be learnt is left out.
     """
     folds = places_in_class(labels) % _FOLDS
     for fold in folds.unique().tolist():
@@ -158,14 +158,14 @@ def nearest_subspace(features: Float[Tensor, "m d"], bases: Float[Tensor, "k d r
 
 
 def _energies_where_there_is_a_basis(features: Float[Tensor, "m d"], bases: Float[Tensor, "k d r"]) -> Tensor:
-    """Returns `subspace_energies`, and −1 for a class without a basis."""
+    """Returns `subspace_energies`, with −1 for a class without a basis."""
     return subspace_energies(features, bases).masked_fill((bases == 0).all(2).all(1), -1)
 
 
 def dictionary_subspaces(dictionary: BlockCodes) -> Float[Tensor, "k d s"]:
-    """Returns an orthonormal basis of what each class's atoms with codes above 0 span, float64; zeros complete it.
+    """Returns an orthonormal basis of the span of each class's atoms with codes above 0, float64, padded with zeros.
 
-    They are the eigenvectors of B_j = Γ Diag(Ã_j) Γᵀ, as those of `class_subspaces` are of C_j.
+    Its vectors are the eigenvectors of B_j = Γ Diag(Ã_j) Γᵀ, as those of `class_subspaces` are of C_j.
     """
     weighted = dictionary.blocks.double() * dictionary.codes.double().sqrt()[..., None]
     if dictionary.codes.shape[1] == 1:  # nothing to decompose
@@ -178,11 +178,11 @@ def dictionary_subspaces(dictionary: BlockCodes) -> Float[Tensor, "k d s"]:
 def nearest_in_dictionary(
     features: Float[Tensor, "m d"], dictionary: BlockCodes
 ) -> tuple[Float[Tensor, " m"], Int[Tensor, " m"]]:
-    """Returns the energy in the nearest of the dictionary's subspaces, −1 where it has none, and which class that is.
+    """Returns the energy in the nearest of the dictionary's subspaces, −1 if it has none, and which class that is.
 
     Args:
         features: (m, d), finite.
-        dictionary: Γ and Ã, of any number of classes, none included.
+        dictionary: Γ and Ã, of any number of classes, even none.
     """
     scores = features.new_full((len(features),), -1, dtype=torch.float64)
     nearest = torch.zeros_like(scores, dtype=torch.long)

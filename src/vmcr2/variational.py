@@ -1,12 +1,12 @@
-"""The variational objective R^v − R_c^v − (µ/2m) M of eq. (7): its rates, their gradients, bounds on its steps.
+"""The variational objective R^v − R_c^v − (µ/2m) M of eq. (7): its rates, their gradients, bounds for step sizes.
 
-In class-normalised form (codes hold Ã, the energy per sample of the class, so A = Ã Diag(n); β = d/ε², γ_j = n_j/m):
+In class-normalised form (codes are Ã, the energy per sample of the class, so A = Ã Diag(n); β = d/ε², γ_j = n_j/m):
 
     R^v   = ½ logdet(I + β Γ Diag(Ã γ) Γᵀ)
     R_c^v = Σ_j γ_j/2 Σ_l log(1 + β Ã_lj)
 
 and M as in `mismatch`. With balanced classes these are eqs. (7), (17) and (19) term by term; with unbalanced batches a
-dictionary latched on all data stays right without rescaling.
+dictionary latched on all data remains correct without rescaling.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from vmcr2.linalg import half_logdet, inverse_shifted, require_finite, wide_dtyp
 from vmcr2.membership import Membership
 from vmcr2.mismatch import Codes, precise_mismatch
 
-_LEAST_ENERGY = 1e-20  # β Ã γ of an atom, to divide by; no rate shows it
+_LEAST_ENERGY = 1e-20  # added to β Ã γ of an atom before dividing by it; too small to affect any rate
 
 
 class VariationalRates(NamedTuple):
@@ -39,7 +39,7 @@ def objective(
 ) -> VariationalRates:
     """Returns the three terms of eq. (7), R^v − R_c^v − (µ/2m) M.
 
-    R^v − R_c^v equals ΔR where the residual is 0 and the atoms that a class uses are orthogonal (Proposition 3.1).
+    R^v − R_c^v equals ΔR if the residual is 0 and the atoms that a class uses are orthogonal (Proposition 3.1).
 
     Args:
         features: Z, (m, d), rows of norm 1.
@@ -80,15 +80,15 @@ def variational_compression(dictionary: Codes, class_weights: Float[Tensor, " k"
 
 
 def solved_atoms(dictionary: Codes, class_weights: Float[Tensor, " k"], eps_sq: float) -> Float[Tensor, "q d"]:
-    """Returns S⁻¹ Γ as rows, S = I + β Γ Diag(Ã γ) Γᵀ: what both gradients of R^v are made of.
+    """Returns S⁻¹ Γ as rows, S = I + β Γ Diag(Ã γ) Γᵀ, from which both gradients of R^v are formed.
 
-    Of up to d/2 atoms it is D^-½ (I + U Uᵀ)⁻¹ U with U = D^½ Γᵀ, D = β Diag(Ã γ): the push-through identity, with a q×q
-    matrix in the place of a d×d one. In float64, since atoms that nearly coincide would else lose more digits than they
-    do on the side of dimensions; of so few atoms it is faster than that all the same.
+    For up to d/2 atoms it is D^-½ (I + U Uᵀ)⁻¹ U with U = D^½ Γᵀ, D = β Diag(Ã γ): the push-through identity, with a
+    q×q matrix in place of a d×d one. This is in float64, since atoms that nearly coincide would otherwise lose more
+    digits than with the d×d matrix; for so few atoms it is still faster.
     """
     atoms = dictionary.atoms
     q, d = atoms.shape
-    if 2 * q > d or dictionary.shards is not None:  # between ranks d×d matrices add up, and others do not
+    if 2 * q > d or dictionary.shards is not None:  # only d×d matrices can be summed over ranks
         return atoms @ inverse_shifted(model_moment(dictionary, class_weights, eps_sq))
     beta = d / eps_sq
     scales = (beta * atom_energies(dictionary, class_weights).double() + _LEAST_ENERGY).sqrt()[:, None]
@@ -105,7 +105,7 @@ def expansion_atom_gradient(
 
 
 def exposures(dictionary: Codes, solved: Float[Tensor, "q d"]) -> Float[Tensor, " q"]:
-    """Returns Γ_lᵀ S⁻¹ Γ_l of each atom: 1 where nothing else lies along it."""
+    """Returns Γ_lᵀ S⁻¹ Γ_l for each atom: at most 1, and less the more energy lies along it."""
     return (dictionary.atoms * solved).sum(1)
 
 
@@ -130,7 +130,7 @@ def lipschitz_atoms(
 ) -> Float[Tensor, ""]:
     """Returns L_Γ = 2µ Σ_j n_j (‖C_j‖_F ‖Ã_j‖_∞ + ‖Ã_j‖²_∞), eq. (17), from ‖C_j‖²_F.
 
-    It bounds the mismatch's part of the gradient alone, and for nearly orthogonal atoms only (eqs. 12 to 16).
+    It bounds only the mismatch's part of the gradient, and only for nearly orthogonal atoms (eqs. 12 to 16).
     """
     largest = codes.amax(1)
     return 2 * mu * (class_counts * largest * (squared_moment_norms.sqrt() + largest)).sum()
@@ -139,23 +139,23 @@ def lipschitz_atoms(
 def lipschitz_codes(
     overlap_norms: Float[Tensor, " k"], class_counts: Float[Tensor, " k"], mu: float
 ) -> Float[Tensor, " k"]:
-    """Returns each class's L_A = µ n_j ‖(ΓᵀΓ)^⊙2‖_F, eqs. (18) and (19). It bounds the mismatch's part alone."""
+    """Returns each class's L_A = µ n_j ‖(ΓᵀΓ)^⊙2‖_F, eqs. (18) and (19). It bounds only the mismatch's part."""
     return mu * class_counts * overlap_norms
 
 
 def variational_logdet(factor: Float[Tensor, "*b d r"], *, scale: float = 1.0) -> Float[Tensor, "*b"]:
     """Returns Σ_i log(1 + c ‖U_i‖²), which is at least logdet(I + c U Uᵀ): the bound of Proposition 3.1.
 
-    It is exact where the columns of U are orthogonal, as those of Ū S^½ from the SVD of M = U Uᵀ are, so that
-    minimising over U subject to U Uᵀ = M gives logdet(I + c M) without a determinant. Where a log-determinant is to be
-    made small (low rank as a heuristic, compression), this can stand in for it; where it is to be made large, not.
+    It is exact if the columns of U are orthogonal, as those of Ū S^½ from the SVD of M = U Uᵀ are, so that minimising
+    over U subject to U Uᵀ = M gives logdet(I + c M) without a determinant. This can replace a log-determinant that is
+    to be minimised (as a heuristic for low rank, or for compression), but not one that is to be maximised.
 
     Args:
         factor: U, (..., d, r), finite; M = U Uᵀ.
         scale: c > 0.
 
     Returns:
-        One value per matrix, in nats, ≥ 0, float32 or wider also under autocast. Differentiable.
+        One value per matrix, in nats, ≥ 0, float32 or wider even under autocast. Differentiable.
 
     Raises:
         InputError: a wrong argument (a ValueError).

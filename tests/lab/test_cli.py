@@ -370,7 +370,7 @@ def test_what_is_no_run_folder_is_named(leaves, tmp_path, capsys):
     for folder, message in (
         (leaves / "leaves", "is not a run folder: it has no recipe.json"),
         (tmp_path / "model", "is not a run folder: it is an exported model, which vmcr2.load and vmcr2 predict take"),
-        (tmp_path / "both", "is not a run folder: it is a comparison, of the runs ce-seed0 in it"),
+        (tmp_path / "both", "is not a run folder: it is a comparison; its runs are ce-seed0"),
     ):
         assert main(["evaluate", str(folder)]) == 2
         assert message in capsys.readouterr().err
@@ -452,7 +452,7 @@ def test_report_prints_and_writes_what_embeddings_are_like(tmp_path, capsys):
     assert "there is no file" in capsys.readouterr().err
     for given, message in (
         ({"features": np.full((4, 8), np.nan), "labels": np.arange(4)}, "features must be finite"),
-        ({"features": z[:4], "labels": np.ones(4)}, "labels must hold one integer label a sample of features (4, 8)"),
+        ({"features": z[:4], "labels": np.ones(4)}, "labels must hold one integer label per sample of features (4, 8)"),
         ({"features": z[:4]}, "must hold features and labels, or x_train and y_train; it lacks y_train\n"),
     ):
         np.savez(tmp_path / "wrong.npz", **given)

@@ -167,7 +167,7 @@ def test_timings_are_kept_row_by_row(monkeypatch, tmp_path):
     ("target", "request_", "said"),
     [
         (reproduce.table2, Request(rows=("imagenet",)), "rows of table2 must be among mnist, .* got imagenet"),
-        (reproduce.table3, Request(objectives=("mcr2",)), "objectives must be some that table3 has, got mcr2"),
+        (reproduce.table3, Request(objectives=("mcr2",)), "objectives must be among those of table3, got mcr2"),
         (
             reproduce.table3,
             Request(ours=True),
@@ -175,7 +175,7 @@ def test_timings_are_kept_row_by_row(monkeypatch, tmp_path):
         ),
         (reproduce.figure1, Request(ours=True, rows=("cifar100-d100",)), "rows of figure1 --ours must be among mnist"),
         (reproduce.table2, Request(seeds=()), "seeds must name at least one"),
-        (reproduce.figure2, Request(seeds=(0, 1)), "seeds must name one for figure2"),
+        (reproduce.figure2, Request(seeds=(0, 1)), "seeds must name exactly one for figure2"),
         (reproduce.table1, Request(epochs=3, ours=True), "epochs, ours has no meaning for table1"),
     ],
 )

@@ -235,7 +235,7 @@ def test_checkpoints_that_do_not_belong(tmp_path):
     with pytest.raises(InputError, match="is not a checkpoint of this program"):
         train.resume(run, longer)
     torch.save(torch.load(io.BytesIO(good), weights_only=True) | {"recipe": "{}"}, run.checkpoint_file)
-    with pytest.raises(InputError, match="belongs to another recipe than"):
+    with pytest.raises(InputError, match="belongs to a different recipe from"):
         train.resume(run, longer)
     torch.save(torch.load(io.BytesIO(good), weights_only=True) | {"recipe": "{"}, run.checkpoint_file)
     with pytest.raises(InputError, match=r"checkpoint\.pt is not a readable recipe"):
@@ -300,7 +300,7 @@ def test_resuming_with_more_epochs_and_with_another_recipe(tmp_path):
 
 def test_a_run_is_not_shortened_nor_its_schedule_stretched(tmp_path):
     run = train.start(replace(SMALL, objective="ce", epochs=4, lr_drops=(0.5,)), tmp_path / "run")
-    with pytest.raises(InputError, match="epochs must stay 4 .* got 8: its learning rate follows"):
+    with pytest.raises(InputError, match="epochs must stay 4 .* got 8: its learning rate depends"):
         train.resume(run, replace(run.recipe(), epochs=8))
     run.summary_file.unlink()
     with pytest.raises(InputError, match="epochs must be at least the 4 .* got 2"):

@@ -128,14 +128,14 @@ def test_npz_of_images_and_of_embeddings(tmp_path):
             r"class_names must be distinct names .* got shape \(2, 2\)",
             {"class_names": np.array([["a", "b"], ["c", "d"]])},
         ),
-        ("class_names must be distinct names .* got 1 of them again", {"class_names": np.array(["a", "b", "a", "c"])}),
+        ("class_names must be distinct names .* got 1 duplicate", {"class_names": np.array(["a", "b", "a", "c"])}),
         ("x_train must hold uint8 images", {"x_train": np.zeros((20, 6, 5))}),
         ("must be finite", {"x_train": np.full((20, 3), np.nan), "x_test": np.ones((8, 3))}),
         ("must be finite in float32", {"x_train": np.full((20, 3), 1e300), "x_test": np.ones((8, 3))}),
         ("x_train must hold uint8 images", {"x_train": np.ones((20, 0)), "x_test": np.ones((8, 0))}),
         ("y_train must hold one integer label", {"x_train": np.float64(3)}),
         (r"y_test has classes that y_train lacks: \[1, 2, 3\]", {"y_train": np.arange(20) % 2 * 10**9}),
-        ("lacks x_test, y_test; data.validation holds a share", {"x_test": None, "y_test": None}),
+        ("lacks x_test, y_test; data.validation can hold out a share", {"x_test": None, "y_test": None}),
         ("x_train and x_test must agree", {"x_test": np.zeros((8, 9, 9), np.uint8)}),
     ],
 )
@@ -374,7 +374,7 @@ def test_validation_holds_the_same_share_of_every_class_out():
 def test_a_class_of_one_sample_is_not_held_out_and_that_is_said(tmp_path):
     file = tmp_path / "e.npz"
     np.savez(file, features=np.eye(6), labels=np.array([0, 0, 1, 1, 1, 2]))
-    with pytest.warns(UserWarning, match="1 of 3 classes have a single sample, of which data.validation holds none"):
+    with pytest.warns(UserWarning, match="1 of 3 classes have a single sample, which data.validation cannot hold out"):
         read = sources.load(DataSettings(source=str(file), validation=0.2))
     assert read.test_labels.tolist() == [0, 1]
     np.savez(file, features=np.eye(3), labels=np.arange(3))
@@ -434,7 +434,7 @@ def test_pictures_of_16_bits_and_with_transparency_are_read_as_they_look(tmp_pat
     (tmp_path / "wide.pgm").write_bytes(b"P5 8 8 65535\n" + ramp.astype(">u2").tobytes())
     np.testing.assert_array_equal(np.asarray(sources.decode(tmp_path / "wide.pgm", mode="L")), ramp >> 8)
     Image.fromarray(np.ones((4, 4), np.float32)).save(tmp_path / "float.tif")
-    with pytest.raises(InputError, match=r"float\.tif must have 8 or 16 bits a channel, it has 32"):
+    with pytest.raises(InputError, match=r"float\.tif must have 8 or 16 bits per channel; it has 32"):
         sources.decode(tmp_path / "float.tif")
 
 

@@ -134,7 +134,7 @@ def test_fit_takes_any_objective_and_any_iterable_of_batches():
     assert objective.asked == [(1, 4), (2, 4), (3, 4)]
     assert [set(line) for line in seen] == [{"epoch", "loss", "largest", "seconds"}] * 3
     assert seen[2]["loss"] < seen[0]["loss"]
-    with pytest.raises(InputError, match="must give at least one batch an epoch"):
+    with pytest.raises(InputError, match="must give at least one batch per epoch"):
         train.fit(model, Counting(), iter(()), optimizer, 1)
 
 
@@ -174,16 +174,16 @@ def test_fit_takes_batches_that_do_not_fit_in_memory():
 @pytest.mark.parametrize(
     ("batches", "lr_at", "message"),
     [
-        (torch.utils.data.DataLoader(Stream(), batch_size=3), lambda _: 0.1, "must have a length where lr_at is given"),
+        (torch.utils.data.DataLoader(Stream(), batch_size=3), lambda _: 0.1, "must have a length if lr_at is given"),
         ([{"pixel_values": torch.eye(2), "labels": torch.arange(2)}], None, "got a dict of 'pixel_values', 'labels'"),
         ([(torch.eye(2), torch.arange(2), torch.ones(2))], None, r"got a tuple of 3; take the two out"),
         ([torch.eye(2)], None, r"batches must give pairs \(inputs, labels\), got a Tensor"),
         ([(torch.eye(2), [0, 1])], None, r"pairs \(inputs, labels\) of tensors, got labels of type list"),
-        ([(torch.ones(2), 1)], None, "got that of one sample; of a Dataset make a DataLoader"),
+        ([(torch.ones(2), 1)], None, "got those of one sample; wrap a Dataset in a DataLoader"),
         (
             torch.utils.data.TensorDataset(torch.eye(2), torch.arange(2)),
             None,
-            r"labels of shape \(m,\) or \(m, k\), got that of one sample; of a Dataset make a DataLoader",
+            r"labels of shape \(m,\) or \(m, k\), got those of one sample; wrap a Dataset in a DataLoader",
         ),
     ],
 )

@@ -118,9 +118,9 @@ def test_files_and_images_are_read_as_the_arrays_are(run, tmp_path):
         ([np.zeros((8, 8), np.uint8)] * 2, r"got a sequence of arrays: stack them \(numpy.stack, torch.stack\)$"),
         ([torch.zeros(8, 8)], r"got a sequence of arrays: stack them"),
         (np.array([object()]), "is not a readable image"),
-        (np.zeros((2, 8, 8), object), "images must hold numbers as torch has them, got dtype object"),
+        (np.zeros((2, 8, 8), object), "images must hold numbers of a dtype that torch supports, got object"),
         (np.ma.array(["a.png", "b.png"], mask=[0, 1]), "images must have no masked entries, got 1"),
-        (np.zeros((2, 8, 8), ">f4"), "images must hold numbers as torch has them, got dtype >f4"),
+        (np.zeros((2, 8, 8), ">f4"), "images must hold numbers of a dtype that torch supports, got >f4"),
     ],
 )
 def test_images_of_another_kind_are_refused(run, images, message):
@@ -275,7 +275,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused(run, change, message):
 def test_a_recipe_edited_since_is_refused(run, tmp_path):
     edited = RunFolder(shutil.copytree(run.path, tmp_path / "run"))
     edited.write_recipe(replace(run.recipe(), eps_sq=0.01))
-    with pytest.raises(InputError, match=r"checkpoint\.pt belongs to another recipe than .*recipe\.json"):
+    with pytest.raises(InputError, match=r"checkpoint\.pt belongs to a different recipe from .*recipe\.json"):
         vmcr2.load(edited)
 
 

@@ -1,1 +1,1 @@
-"""What trains, measures and draws: recipes, runs, the command line. It may import the core, never the reverse."""
+"""Training, measuring and drawing: recipes, runs, the command line. It may import the core, never the reverse."""

@@ -1,8 +1,8 @@
-"""Imports torchvision beside a torch it was not built for.
+"""Imports torchvision alongside a torch it was not built for.
 
-torchvision's PyPI wheels are CUDA builds. Beside a CPU-only torch their compiled operators do not load, and the import
+torchvision's PyPI wheels are CUDA builds. With a CPU-only torch their compiled operators do not load, and the import
 fails while registering fake kernels for `torchvision::nms` and `qnms`, which this package never calls. Declaring the
-two schemas first lets everything that is plain Python import. Where torchvision is healthy nothing is done.
+two schemas first lets everything that is plain Python import. If torchvision imports normally, nothing is done.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Suspects in a run's training set: samples whose features lie in the subspace of another class than their label's."""
+"""Suspects in a run's training set: samples whose features lie in the subspace of a class other than their label's."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Suspect:
         sample: its file in the folder, or its index in the source's training part.
         given: the label it has.
         suggested: the label that fits.
-        score: from 0, surely wrong, to 1.
+        score: from 0 (certainly wrong) to 1.
     """
 
     sample: str
@@ -31,19 +31,19 @@ class Suspect:
 
 
 def audit(run: RunFolder, data_root: str | Path | None = None) -> tuple[list[Suspect], list[Path]]:
-    """Finds the training samples that another label would suit better, as `vmcr2.label_quality` judges.
+    """Finds the training samples that another label would suit better, according to `vmcr2.label_quality`.
 
-    Writes suspects.csv, all of them, most suspect first, and for images figures/suspects.png into the run folder.
+    Writes all of them to suspects.csv in the run folder, most suspect first, and, for images, figures/suspects.png.
 
     Args:
         run: with a checkpoint.
-        data_root: where named data sets lie.
+        data_root: the folder of named data sets.
 
     Returns:
         The suspects, most suspect first, and the files written.
 
     Raises:
-        InputError: the run has no checkpoint, or its data is not there or has other classes (a ValueError).
+        InputError: the run has no checkpoint, or its data is missing or has other classes (a ValueError).
     """
     checkpoint = Checkpoint.open(run)
     model, dataset, recipe = checkpoint.model().model, checkpoint.data(data_root), checkpoint.recipe

@@ -1,4 +1,4 @@
-"""Random crops and flips of whole batches on the device that holds them, each image with its own."""
+"""Random crops and flips of whole batches on the device that holds them, drawn for each image separately."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Augmentation:
 
     Attributes:
         crop: side of the square cut out; None keeps the image's size. One below the image's size warns.
-        padding: zeros put around the image first, so shifts go up to padding + (size − crop)/2 pixels.
+        padding: zeros added around the image first, so shifts go up to padding + (size − crop)/2 pixels.
         flip: mirror half of the images.
     """
 
@@ -40,14 +40,14 @@ def augmented(
     generator: torch.Generator,
     share: slice = slice(None),
 ) -> Float[Tensor, "n ..."]:
-    """Returns a batch as float32, each image with a crop and a mirroring of its own; embeddings as they are.
+    """Returns a batch as float32, each image cropped and mirrored independently; embeddings are returned as they are.
 
     Args:
         inputs: uint8 images (b, c, h, w), or float embeddings (b, d).
         settings: the augmentation.
         generator: the source of randomness, on the inputs' device.
-        share: the n samples of the batch to return. They get what they would get in the whole batch, and the generator
-            moves on as for all of it.
+        share: the n samples of the batch to return. They come out as they would in the whole batch, and the generator
+            advances as for all of it.
     """
     b = len(inputs)
     inputs = inputs[share]
@@ -77,7 +77,7 @@ def plain(inputs: Shaped[Tensor, "b ..."], settings: Augmentation) -> Float[Tens
         return inputs
     height, width = _crop_size(inputs, settings)
     top, left = inputs.shape[2] - height, inputs.shape[3] - width
-    # A negative pad cuts, a positive one adds zeros: either way the image stays in the middle.
+    # Negative padding cuts, positive padding adds zeros: either way the image stays in the middle.
     return _to_float(functional.pad(inputs, (-(left // 2), -(left - left // 2), -(top // 2), -(top - top // 2))))
 
 
@@ -91,7 +91,7 @@ def _crop_size(inputs: UInt8[Tensor, "b c h w"], settings: Augmentation) -> tupl
 
 
 def warn_of_lost_borders(image_size: tuple[int, int], settings: Augmentation) -> None:
-    """Warns where a crop is smaller than the images, whose borders the network then never sees in evaluation."""
+    """Warns if a crop is smaller than the images, whose borders the network then never sees in evaluation."""
     if settings.crop is not None and settings.crop < min(image_size):
         height, width = image_size
         warnings.warn(

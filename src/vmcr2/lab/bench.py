@@ -1,4 +1,4 @@
-"""Seconds per epoch of each objective, as the paper's Table 1, on any machine; images are random, of the right size."""
+"""Seconds per epoch of each objective, as in the paper's Table 1, on any machine, with random images of its sizes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from vmcr2.losses import MCR2Loss, VMCR2Loss
 
 @dataclass(frozen=True)
 class Workload:
-    """One row of Table 1: the recipe, and what of its data decides what an epoch costs.
+    """One row of Table 1: the recipe, and the properties of its data that determine the cost of an epoch.
 
     Attributes:
         recipe: its network, d, s and batch size.
@@ -45,18 +45,18 @@ WORKLOADS: dict[str, Workload] = {
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of repeated calls: the median, and the distance between the quartiles."""
+    """Seconds per call over repeated calls: the median, and the distance between the quartiles."""
 
     median: float
     spread: float
 
 
 def timed(call: Callable[[], object], seconds: float = 1.0) -> Timing:
-    """Returns how long a call takes, after one call to warm up; its work on a GPU is waited for.
+    """Returns how long a call takes, after one warm-up call; waits for its work on a GPU.
 
     Args:
         call: what to time.
-        seconds: it is repeated for at least so long, and at least once.
+        seconds: the call is repeated for at least this long, and at least once.
     """
     timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
     measured = timer.blocked_autorange(min_run_time=seconds)
@@ -65,10 +65,10 @@ def timed(call: Callable[[], object], seconds: float = 1.0) -> Timing:
 
 @dataclass(frozen=True)
 class EpochCost:
-    """What an epoch costs, the objective measured apart from the network and from augmentation.
+    """The cost of an epoch, with the objective, the network and augmentation measured separately.
 
     Attributes:
-        augmentation: of one batch of images that lie on the device.
+        augmentation: of one batch of images stored on the device.
         network: one step of the network, forward, backward and update, without an objective.
         objectives: one step of each objective, forward and backward, on given features.
         steps: steps in an epoch.
@@ -81,16 +81,16 @@ class EpochCost:
 
     @classmethod
     def from_record(cls, record: dict[str, Any]) -> EpochCost:
-        """Returns what `dataclasses.asdict` gave, read back from JSON."""
+        """Rebuilds the object from the result of `dataclasses.asdict`, read back from JSON."""
         objectives = {name: Timing(**timing) for name, timing in record["objectives"].items()}
         return cls(Timing(**record["augmentation"]), Timing(**record["network"]), objectives, record["steps"])
 
     def step(self, objective: str) -> float:
-        """Returns seconds of one step with an objective."""
+        """Returns the seconds of one step with an objective."""
         return self.augmentation.median + self.network.median + self.objectives[objective].median
 
     def epoch(self, objective: str) -> float:
-        """Returns seconds per epoch with an objective."""
+        """Returns the seconds per epoch with an objective."""
         return self.steps * self.step(objective)
 
     def beyond_ce(self, objective: str) -> float:
@@ -103,8 +103,8 @@ def epoch_cost(workload: Workload, device: torch.device, seconds: float = 1.0) -
 
     Args:
         workload: the sizes.
-        device: where to work.
-        seconds: of every timing, at least.
+        device: where to run.
+        seconds: the least time for each measurement.
     """
     torch.manual_seed(0)
     recipe, k = workload.recipe, workload.classes
@@ -148,7 +148,7 @@ COLUMNS = ("row", "s/epoch", "paper's A100 s/epoch", "beyond CE", "ms/step", "au
 
 
 def rows(costs: Mapping[str, EpochCost]) -> list[list[str]]:
-    """Returns the table's lines: seconds per epoch, and of a step each part's median, quartile distance and share."""
+    """Returns the table's lines: seconds per epoch; median, quartile distance and share of each part of a step."""
     lines = []
     for name, cost in costs.items():
         for objective, timing in cost.objectives.items():

@@ -51,7 +51,7 @@ _Run = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
 
 @dataclass(frozen=True)
 class _Deciding:
-    """Flags that decide what the others mean, and so are read first; whether their values will do is found later."""
+    """Flags that decide what the others mean, and so are read first; their values are checked later."""
 
     resume: Path | None = None
     objective: str | None = None
@@ -61,7 +61,7 @@ class _Deciding:
 
 @dataclass(frozen=True)
 class _Options:
-    """What a command takes beside the recipe.
+    """A command's options besides the recipe.
 
     Attributes:
         data_root: folder of named data sets; also $VMCR2_DATA_ROOT. By default ./data.
@@ -74,11 +74,10 @@ class _Options:
 
 @dataclass(frozen=True)
 class _TrainOptions(_Options):
-    """What train takes beside the recipe.
+    """The options of train besides the recipe.
 
     Attributes:
-        resume: the run folder to continue. Beside it only --epochs may change, and --data.source where the data has
-            moved.
+        resume: the run folder to continue. With it only --epochs may change, and --data.source if the data has moved.
     """
 
     resume: Path | None = None
@@ -86,11 +85,11 @@ class _TrainOptions(_Options):
 
 @dataclass(frozen=True)
 class _CompareOptions(_Options):
-    """What compare takes beside the recipe.
+    """The options of compare besides the recipe.
 
     Attributes:
-        objectives: which to run; --objective runs that one alone.
-        seeds: which to run each with; --seed runs that one alone.
+        objectives: which to run; --objective runs only that one.
+        seeds: which to run each with; --seed runs only that one.
     """
 
     objectives: tuple[ObjectiveName, ...] = tuple(OBJECTIVES)
@@ -116,7 +115,7 @@ def _train(arguments: list[str]) -> None:
 
 
 def _to_train(arguments: list[str]) -> tuple[RunFolder | None, Recipe, _TrainOptions]:
-    """Returns the run to go on with, or None for a new one, with the recipe and the other options."""
+    """Returns the run to continue, or None for a new one, with the recipe and the other options."""
     from vmcr2.lab.run import RunFolder
 
     name, flags, deciding = _split(arguments)
@@ -126,12 +125,12 @@ def _to_train(arguments: list[str]) -> tuple[RunFolder | None, Recipe, _TrainOpt
             raise InputError(f"{run.path} is a run of the recipe {run.recipe().name}, got {name}")
         recipe, options = _parse("train", run.recipe(), _TrainOptions, flags)
         if options.out is not None:
-            raise InputError(f"out has no meaning beside --resume, got {options.out}")
+            raise InputError(f"out has no meaning with --resume, got {options.out}")
         return run, recipe, options
     chosen = _recipe(name, "train", flags, deciding)
     recipe, options = _parse(f"train {name or chosen.name}", chosen, _TrainOptions, flags)
     out = options.out or Path("runs") / f"{recipe.name}-{recipe.objective}-seed{recipe.seed}"
-    # torchrun --max-restarts starts the same command again, which then finds what it has begun.
+    # torchrun --max-restarts starts the same command again, which then finds the run that it began.
     again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and RunFolder(out).is_begun()
     return RunFolder.open(out) if again else None, recipe, dataclasses.replace(options, out=out)
 
@@ -210,13 +209,13 @@ def predict(
 ) -> None:
     """Names the classes of images: a line per file, with its class and the margin to the next one.
 
-    The margin, from 0 to 1, is how much more of the sample's energy lies in the subspace of its class than in the next.
+    The margin, from 0 to 1, is how much more of the sample's energy lies in its class's subspace than in the next one.
 
     Args:
         run: a run folder, or a folder that export wrote.
         files: images, or folders of them.
-        out: a .csv file to write the same to.
-        components: use the strongest so many directions of each class; by default all that the run has, ⌊d/k⌋.
+        out: a .csv file to write the same lines to.
+        components: how many directions of each class to use, strongest first; by default all that the run has, ⌊d/k⌋.
     """
     from vmcr2.lab.files import check_file, write_csv
     from vmcr2.lab.sources import image_files
@@ -246,7 +245,7 @@ def predict(
 
 
 def audit(run: _Run, data_root: Path | None = None, top: int = 20) -> None:
-    """Lists the training samples whose label looks wrong, and writes them all, with a contact sheet, into the run.
+    """Lists the training samples whose label looks wrong, and writes them all, with a contact sheet, to the run folder.
 
     Args:
         run: the run folder.
@@ -279,8 +278,8 @@ def export(
 
     Args:
         run: the run folder.
-        folder: where to, new or empty.
-        components: keep the strongest so many directions of each class; by default all that the run has, ⌊d/k⌋.
+        folder: the folder to write to, new or empty.
+        components: how many directions of each class to keep, strongest first; by default all that the run has, ⌊d/k⌋.
     """
     from vmcr2.lab import trained
 
@@ -291,10 +290,10 @@ def export(
 def report(
     file: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FILE.npz")], out: Path | None = None
 ) -> None:
-    """Says what embeddings are like by their coding rates, and writes it as JSON and as a figure.
+    """Describes embeddings by their coding rates, and writes the report as JSON and as a figure.
 
     Args:
-        file: a .npz with features (m, d) and labels (m,), or with x_train and y_train; class_names may be there too.
+        file: a .npz with features (m, d) and labels (m,), or with x_train and y_train; optionally with class_names.
         out: the folder to write to; by default the file's.
     """
     import vmcr2
@@ -322,13 +321,13 @@ def bench(
     seconds: float = 1.0,
     out: Path | None = None,
 ) -> None:
-    """Times the objectives on random images, as the paper's Table 1.
+    """Times the objectives on random images, as in the paper's Table 1.
 
     Args:
         rows: which to time; all by default.
         device: cpu, cuda or auto.
-        seconds: the least time that each measurement takes.
-        out: a .json file for the figures.
+        seconds: the least time for each measurement.
+        out: a .json file to write the measurements to.
     """
     from vmcr2.checks import check_number
     from vmcr2.lab import bench
@@ -401,7 +400,7 @@ _COMMANDS: dict[str, Callable[[list[str]], None]] = {
 
 
 def _split(arguments: list[str]) -> tuple[str | None, list[str], _Deciding]:
-    """Returns the recipe's name, which comes first, the flags after it, and those of them that decide the others."""
+    """Returns the recipe's name, which comes first, the flags after it, and those that decide what others mean."""
     named_first = bool(arguments) and not arguments[0].startswith("-")
     name, flags = (arguments[0], arguments[1:]) if named_first else (None, arguments)
     deciding, _ = tyro.cli(_Deciding, args=flags, prog="vmcr2", return_unknown_args=True, add_help=False)
@@ -442,13 +441,13 @@ def _show(title: str, summaries: Sequence[dict]) -> None:
 
 
 def _drop_output() -> None:
-    """Lets what is printed go nowhere, where `| head` has read enough."""
+    """Discards further output once the reader, such as `| head`, has closed the pipe."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class _Console(Console):
     def on_broken_pipe(self) -> None:
-        """Goes on without output, so that a run is trained to its end."""
+        """Continues without output, so that a run is trained to its end."""
         _drop_output()
 
 
@@ -461,7 +460,7 @@ def _say(text: str) -> None:
 
 
 def _warner() -> Callable[..., None]:
-    """Returns a stand-in for `warnings.showwarning`: a line for each warning, the first time."""
+    """Returns a replacement for `warnings.showwarning` that prints each warning once, on a line."""
     said: set[str] = set()
 
     def warn(message: Warning | str, *_: Any, **__: Any) -> None:
@@ -474,7 +473,7 @@ def _warner() -> Callable[..., None]:
 
 def _how_to_continue(error: BaseException, given: list[str]) -> str:
     """Returns the command that continues what Ctrl-C or the loss of a process ended."""
-    if given[0] in ("compare", "reproduce"):  # they continue what is there
+    if given[0] in ("compare", "reproduce"):  # these continue what exists
         return shlex.join(["vmcr2", *given])
     run = getattr(error, "run", None)
     if run is None:
@@ -489,13 +488,13 @@ def _how_to_continue(error: BaseException, given: list[str]) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit code.
 
-    That is 0, or 2 for wrong input, 3 for diverged training, 130 for Ctrl-C, 1 for another process that was lost.
+    The code is 0, or 2 for wrong input, 3 for diverged training, 130 for Ctrl-C, 1 if another process was lost.
 
-    Under torchrun the first process reads and writes for all, and the first to fail says why.
+    Under torchrun the first process reads and writes for all, and the first one to fail says why.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a pipe in a Windows code page has no Δ
+        if hasattr(stream, "reconfigure"):  # a Windows code page may have no Δ
             stream.reconfigure(errors="replace")
     launch = processes.Launch()
     with warnings.catch_warnings():

@@ -1,4 +1,4 @@
-"""What a run is judged by: exact ΔR of the training set, nearest-subspace accuracy, spectra."""
+"""The measures of a run: exact ΔR of the training set, nearest-subspace accuracy, spectra."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from vmcr2.lab.sources import Dataset
 from vmcr2.rates import rate_reduction
 from vmcr2.subspaces import class_subspaces, nearest_subspace
 
-_SHOWN_CLASSES = 10  # of which figures have samples
+_SHOWN_CLASSES = 10  # classes whose samples figures show
 
 
 @dataclass(frozen=True)
@@ -34,12 +34,12 @@ def extract(
 ) -> Features:
     """Returns the features of a data set, on the device that holds it; the model's mode is restored.
 
-    With several processes each sends its share of the samples through the network, and all get the features of all.
+    With several processes each sends its share of the samples through the network, and all receive all features.
 
     Args:
         model: the network, on the same device.
         dataset: its inputs.
-        augmentation: whose crop size is taken from the middle.
+        augmentation: its crop size is cut from the middle.
         batch_size: inputs at once, in all processes together.
         precision: of the network: float32 or bf16.
     """
@@ -62,7 +62,7 @@ def extract(
 
 
 def training_bases(features: Features, dataset: Dataset, components: int | None = None) -> Float[Tensor, "k d r"]:
-    """Returns the bases of the classes' training features, by which eq. (8) classifies; None means ⌊d/k⌋ components."""
+    """Returns bases of the classes' training features, with which eq. (8) classifies; None means ⌊d/k⌋ components."""
     return class_subspaces(features.train, dataset.train_labels, dataset.num_classes, components)
 
 
@@ -85,14 +85,14 @@ def measure(
     eps_sq: float,
     predict: Callable[[Tensor], Tensor] | None = None,
 ) -> Measures:
-    """Returns exact R, R_c, ΔR on the training set, and the accuracy of nearest subspaces (eq. 8) on the test set.
+    """Returns exact R, R_c and ΔR on the training set, and the accuracy of nearest subspaces (eq. 8) on the test set.
 
     Args:
         features: of the data set.
         dataset: its labels.
-        bases: from `subspaces`.
+        bases: from `training_bases`.
         eps_sq: ε².
-        predict: a classifier that was trained with the network, whose accuracy is given beside, or None.
+        predict: a classifier that was trained with the network, whose accuracy is returned too, or None.
     """
     k = dataset.num_classes
     rates = rate_reduction(features.train, dataset.train_labels, num_classes=k, eps_sq=eps_sq)
@@ -107,7 +107,7 @@ def measure(
 
 
 def accuracy(predicted: Shaped[Tensor, " t"], labels: Shaped[Tensor, " t"]) -> float:
-    """Returns the share of labels predicted right."""
+    """Returns the share of labels predicted correctly."""
     return float((predicted == labels).double().mean())
 
 
@@ -122,7 +122,7 @@ def accuracy_by_components(features: Features, dataset: Dataset, components: lis
 def for_figures(features: Features, dataset: Dataset, bases: Float[Tensor, "k d r"]) -> dict[str, np.ndarray]:
     """Returns what the figures need: features of a few classes sorted by class, spectra, and the confusion matrix.
 
-    Of more than ten classes ten are shown, evenly spread; of each at most 50 samples.
+    If there are more than ten classes, ten are shown, evenly spread; each with at most 50 samples.
     """
     k = dataset.num_classes
     chosen = torch.linspace(0, k - 1, min(k, _SHOWN_CLASSES)).long().tolist()

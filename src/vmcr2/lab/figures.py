@@ -1,4 +1,4 @@
-"""Figures from run folders alone. A `draw_*` that takes Axes returns them; one that does not saves, and says where."""
+"""Figures from run folders alone. A `draw_*` given Axes returns them; any other saves its figures, returning paths."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from vmcr2.lab.run import RunFolder
 from vmcr2.lab.sources import Dataset
 from vmcr2.subspaces import default_components
 
-_NAMED_CLASSES = 20  # named on an axis at most
+_NAMED_CLASSES = 20  # at most this many are named on an axis
 _SHEET_ROWS, _SHEET_COLUMNS = 10, 8  # of a contact sheet
 _SIMILARITY_NOTE = (
-    "Good: light but for the blocks on the diagonal, the classes; dark elsewhere: classes share directions. A block "
-    "that is dark all over: the class has lost its variety."
+    "Good: light except for the diagonal blocks, the classes. Dark elsewhere: classes share directions. A block "
+    "that is dark all over: its class has lost its variety."
 )
 _COLOURS = {"vmcr2": "#0b6e99", "mcr2": "#d1495b", "ce": "#7a7a7a"}
 _STYLE: dict[str, Any] = {
@@ -57,7 +57,7 @@ def draw_rates(axes: Axes, metrics: Sequence[dict[str, Any]]) -> Axes:
 
 
 def draw_accuracy(axes: Axes, metrics: Sequence[dict[str, Any]], part: str) -> Axes:
-    """Draws the accuracy of nearest subspaces over epochs, and that of cross-entropy's own head where there is one."""
+    """Draws the accuracy of nearest subspaces over epochs, and that of cross-entropy's own head if there is one."""
     styles: tuple[tuple[str, str, dict[str, Any]], ...] = (
         ("test_accuracy", "nearest subspace (eq. 8)", {"color": "#0b6e99", "linewidth": 2.2}),
         ("head_accuracy", "own linear head", {"color": "#7a7a7a", "linestyle": "--"}),
@@ -89,7 +89,7 @@ def _count_epochs(axes: Axes) -> None:
 def draw_similarity(axes: Axes, features: np.ndarray, labels: np.ndarray, names: np.ndarray) -> Axes:
     """Draws |z_i · z_i'| between training samples sorted by class (the paper's Figure 2); returns the Axes."""
     z = features.astype(np.float32)
-    # Steps of 1/20 are as fine as the colours show, and a tenth of the file.
+    # Steps of 1/20 are as fine as the colours can show, in a file a tenth of the size.
     axes.imshow(np.round(20 * np.abs(z @ z.T)) / 20, vmin=0, vmax=1, cmap="magma_r", interpolation="nearest")
     edges = np.flatnonzero(np.diff(labels)) + 0.5
     bounds = np.concatenate([[-0.5], edges, [len(labels) - 0.5]])
@@ -107,7 +107,7 @@ def draw_similarity(axes: Axes, features: np.ndarray, labels: np.ndarray, names:
 
 
 def _readable(name: str, width: int = 32) -> str:
-    """Returns a class name for a figure: words apart, on as many lines as it needs."""
+    """Returns a class name for a figure: words separated, on as many lines as needed."""
     whole = str(name).encode("utf-8", "replace").decode()  # the name of a folder may not be valid text
     words = whole.replace("/character", " ").replace("_", " ").replace("$", r"\$")
     return textwrap.fill(words, width)
@@ -131,7 +131,7 @@ def draw_spectra(axes: Axes, spectra: np.ndarray, components: int) -> Axes:
 
 
 def draw_codes(axes: Axes, codes: np.ndarray, names: np.ndarray) -> Axes:
-    """Draws the codes Ã, atoms down and classes across; names are shown where there are few."""
+    """Draws the codes Ã, atoms down and classes across; names are shown if there are few."""
     shown = np.sqrt(codes)
     image = axes.imshow(shown, aspect="auto", cmap="magma_r", interpolation="nearest", vmin=0)
     axes.set(xlabel=f"class (all {codes.shape[1]}, in the order of their labels)", ylabel="atom")
@@ -146,9 +146,9 @@ def draw_codes(axes: Axes, codes: np.ndarray, names: np.ndarray) -> Axes:
 
 
 def draw_confusion(axes: Axes, counts: np.ndarray, names: np.ndarray) -> Axes:
-    """Draws how often each class was taken for each, with the counts in the cells.
+    """Draws how often each class was taken for each other, with the counts in the cells.
 
-    Of many classes those with the most errors are shown, the others together as one more column.
+    If there are many classes, those with the most errors are shown, and the others together as one more column.
 
     Args:
         axes: to draw into.
@@ -179,7 +179,7 @@ def draw_confusion(axes: Axes, counts: np.ndarray, names: np.ndarray) -> Axes:
 
 
 def _name(axis: Axis, names: Sequence[str] | np.ndarray) -> None:
-    """Writes class names along an axis, upright where they are long."""
+    """Writes class names along an axis, vertically if they are long."""
     shown = [_readable(name) for name in names]
     axis.set_ticks(range(len(shown)), shown, fontsize=7 if len(shown) <= 12 else 6)
     if isinstance(axis, XAxis) and max(map(len, shown)) > 2:
@@ -239,7 +239,7 @@ def draw_run(run: RunFolder) -> list[Path]:
 
 
 def _shown_classes(arrays: dict[str, np.ndarray]) -> str:
-    """Returns how many classes of how many the similarity figure shows."""
+    """Returns, in words, how many of the classes the similarity figure shows."""
     k, shown = len(arrays["class_names"]), len(np.unique(arrays["labels"]))
     return f"{shown} of {k} classes" if shown < k else f"all {k} classes"
 
@@ -249,9 +249,9 @@ def draw_suspects(dataset: Dataset, judged: LabelQuality, path: Path, title: str
 
     Args:
         dataset: with images.
-        judged: its training labels, of which one at least is suspect.
+        judged: its training labels, at least one of them suspect.
         path: where to save.
-        title: what the data is called.
+        title: the name of the data.
     """
     labels, names, scores, order = judged.labels, dataset.class_names, judged.scores, judged.suspects
     counts = np.bincount(labels[order], minlength=len(names))
@@ -287,7 +287,7 @@ def draw_comparison(runs: Sequence[RunFolder], folder: Path) -> list[Path]:
     """Draws objectives side by side into a folder and returns the paths.
 
     Args:
-        runs: complete runs of one recipe; of several seeds the mean is drawn, in a band of one standard deviation.
+        runs: complete runs of one recipe; for several seeds the mean is drawn, in a band of one standard deviation.
         folder: where to save.
 
     Raises:
@@ -336,7 +336,7 @@ def draw_comparison(runs: Sequence[RunFolder], folder: Path) -> list[Path]:
 
 
 def draw_convergence(runs: Mapping[tuple[str, ObjectiveName], RunFolder], path: Path, title: str) -> Path:
-    """Draws ΔR over epochs, a panel per data set and a line per objective, R and R_c beside it (the paper's Figure 1).
+    """Draws ΔR over epochs, a panel per data set and a line per objective, with R and R_c (the paper's Figure 1).
 
     Args:
         runs: complete runs by (row, objective).
@@ -386,7 +386,7 @@ def draw_similarities(runs: Mapping[tuple[str, ObjectiveName], RunFolder], path:
     names = list(dict.fromkeys(row for row, _ in runs))
     objectives = list(dict.fromkeys(objective for _, objective in runs))
     with mpl.rc_context(_STYLE):
-        # Noise does not compress: at more dots an inch the file would be a megabyte.
+        # Noise does not compress: at a higher resolution the file would be a megabyte.
         figure = Figure(figsize=(2.6 * len(names) + 0.9, 2.5 * len(objectives) + 0.4), dpi=90)
         panels = figure.subplots(len(objectives), len(names), squeeze=False)
         for i, objective in enumerate(objectives):
@@ -462,7 +462,7 @@ def _title(figure: Figure, title: str) -> None:
 
 
 def _save(figure: Figure, path: Path, note: str) -> Path:
-    """Saves a figure with one line under it, on what good looks like."""
+    """Saves a figure with a note under it that says what is good."""
     wide = int(figure.get_figwidth() * 17)
     figure.supxlabel(textwrap.fill(note, wide), x=0.01, ha="left", fontsize=7.5, color="#555555")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -473,8 +473,6 @@ def _save(figure: Figure, path: Path, note: str) -> Path:
     for one in caught:
         if one not in glyphs:
             warnings.warn(one.message, stacklevel=2)
-    if glyphs:  # Matplotlib warns of each
-        warnings.warn(
-            "the font of the figures lacks characters of some class names: boxes stand for them", stacklevel=1
-        )
+    if glyphs:  # Matplotlib warns about each
+        warnings.warn("the font of the figures lacks characters of some class names: boxes replace them", stacklevel=1)
     return path

@@ -1,4 +1,4 @@
-"""Files written so that a kill at any moment leaves the old or the new content, whole."""
+"""Files written so that being killed at any moment leaves either the old or the new content, complete."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from vmcr2.errors import InputError
 
 @contextmanager
 def replacing(path: Path, part: str | None = None) -> Iterator[IO[bytes]]:
-    """Opens a file to write so that at any moment the old or the new content of the path is there, whole.
+    """Opens a file to write so that at any moment the path has either its old or its new content, complete.
 
     Args:
         path: of the file.
-        part: the name of the half-written file beside it, which a kill leaves there; by default one of this process's.
+        part: the name of the half-written file beside it, which a kill leaves behind; by default it has the process id.
     """
     written = path.with_name(f".{path.name}.{os.getpid()}.part" if part is None else part)
     try:
@@ -35,7 +35,7 @@ def replacing(path: Path, part: str | None = None) -> Iterator[IO[bytes]]:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Writes a file so that at any moment its old or its new content is there, whole."""
+    """Writes a file so that at any moment it has either its old or its new content, complete."""
     with replacing(path) as file:
         file.write(content)
 
@@ -54,14 +54,14 @@ def write_csv(path: Path, rows: Iterable[Sequence[Any]]) -> None:
 
 def check_file(name: str, path: Path) -> None:
     """Raises InputError unless a file can be written at the path, which the user gave as `name`."""
-    if not os.path.isdir(path.absolute().parent):  # unlike Path's, without an error of its own where one may not look
+    if not os.path.isdir(path.absolute().parent):  # unlike Path's, it raises no error where access is denied
         raise InputError(f"{name} must lie in a folder that exists, got {path}")
     if os.path.isdir(path):
         raise InputError(f"{name} must be a file, got the folder {path}")
 
 
 def check_folder(name: str, path: Path) -> None:
-    """Raises InputError unless the path is a folder, or can become one; the user gave it as `name`."""
+    """Raises InputError unless the path, which the user gave as `name`, is a folder or can become one."""
     nearest = next(each for each in (path, *path.absolute().parents) if os.path.exists(each))
     if not os.path.isdir(nearest):
         raise InputError(f"{name} must be a folder, there already or new, got {path}: {nearest} is a file")

@@ -25,15 +25,15 @@ class Normalize(nn.Module):
     """`unit_rows` as the last layer of a network."""
 
     def forward(self, features: Float[Tensor, "m d"]) -> Float[Tensor, "m d"]:
-        """Returns the rows at norm 1."""
+        """Returns the rows scaled to norm 1."""
         return unit_rows(features)
 
 
 class WholeMapConv2d(nn.Conv2d):
-    """A convolution that on a CPU is one matrix product where each of its outputs sees the whole input map.
+    """A convolution that, on a CPU, is one matrix product if each of its outputs sees the whole input map.
 
-    Such are the last stages of a ResNet on small images, 3×3 over maps of 2×2 and 1×1, where most of the kernel lies on
-    padding. The same function of the same parameters; `benchmarks/network.py` times both.
+    This is so in the last stages of a ResNet on small images, 3×3 over maps of 2×2 and 1×1, where most of the kernel
+    lies on padding. It is the same function of the same parameters; `benchmarks/network.py` times both.
     """
 
     def forward(self, input: Float[Tensor, "m c h w"]) -> Float[Tensor, "m o i j"]:
@@ -50,7 +50,7 @@ class WholeMapConv2d(nn.Conv2d):
         return maps.unflatten(1, (len(rows), len(columns), -1)).permute(0, 3, 1, 2)
 
     def _offsets(self, axis: int, length: int) -> list[int]:
-        """Where in the kernel the map starts, for each output along an axis; empty if one sees a part of it only."""
+        """Where in the kernel the map starts, for each output along an axis; empty if one sees only part of the map."""
         size, stride, padding = self.kernel_size[axis], self.stride[axis], self.padding[axis]
         if isinstance(padding, str):
             return []
@@ -175,9 +175,9 @@ TIMM = "timm:"
 
 
 def _timm(name: str, input_shape: tuple[int, ...], feature_dim: int) -> nn.Module:
-    """A network of the package timm by its name there, from random weights, and the reshaping head."""
+    """A network from the package timm, by its name there, with random weights, and the reshaping head."""
     channels = _channels(input_shape)
-    import_torchvision()  # timm imports it, and would fail beside a torch it was not built for
+    import_torchvision()  # timm imports it, and would fail with a torch that torchvision was not built for
     try:
         import timm  # pyrefly: ignore[missing-import]
     except ModuleNotFoundError as error:
@@ -188,13 +188,13 @@ def _timm(name: str, input_shape: tuple[int, ...], feature_dim: int) -> nn.Modul
     given = {"pretrained": False, "in_chans": channels, "num_classes": 0}
     try:
         body = timm.create_model(name, img_size=input_shape[1:], **given)
-    except TypeError:  # a convolutional one, which takes any size
+    except TypeError:  # a convolutional network, which accepts any size
         body = timm.create_model(name, **given)
     return nn.Sequential(body, *_head_for([body], input_shape, feature_dim))
 
 
 def check_network(network: str) -> None:
-    """Raises InputError unless the name is one of `NETWORKS` or timm:NAME (timm itself is not looked into)."""
+    """Raises InputError unless the name is one of `NETWORKS` or timm:NAME (NAME itself is not checked)."""
     if network not in NETWORKS and not (network.startswith(TIMM) and len(network) > len(TIMM)):
         raise InputError(f"network must be one of {', '.join(NETWORKS)}, or {TIMM}NAME, got {network!r}")
 
@@ -208,7 +208,7 @@ def build(network: str, input_shape: tuple[int, ...], feature_dim: int) -> nn.Mo
         feature_dim: d, the dimension of the features.
 
     Raises:
-        InputError: the network is unknown or does not take such inputs (a ValueError).
+        InputError: the network is unknown or does not accept such inputs (a ValueError).
     """
     check_network(network)
     try:
@@ -225,13 +225,13 @@ def build(network: str, input_shape: tuple[int, ...], feature_dim: int) -> nn.Mo
 
 
 class SyncBatchNorm(_BatchNorm):
-    """BatchNorm with the statistics of all processes' batches together, wherever it takes those of a batch.
+    """BatchNorm that uses the statistics of all processes' batches together wherever it uses a batch's.
 
-    torch's own refuses a CPU, and takes its own process's statistics in eval mode, in which a network is latched onto.
-    This is not a subclass of it, since DistributedDataParallel refuses those on a CPU too.
+    torch's own refuses a CPU, and in eval mode, in which latching runs a network, uses only its own process's
+    statistics. This is not a subclass of it, since DistributedDataParallel refuses those on a CPU too.
     """
 
-    process_group = None  # of torch's, whose methods serve here as well
+    process_group = None  # needed by torch's methods, which are used here as well
     _check_non_zero_input_channels = nn.SyncBatchNorm._check_non_zero_input_channels
     _check_input_dim = nn.SyncBatchNorm._check_input_dim
 
@@ -268,10 +268,10 @@ class SyncBatchNorm(_BatchNorm):
 
 
 def synchronise_batchnorm(model: nn.Module) -> nn.Module:
-    """Returns the network with every BatchNorm as a `SyncBatchNorm` on the same parameters, statistics and keys.
+    """Returns the network with every BatchNorm replaced by a `SyncBatchNorm` with the same parameters and buffers.
 
     Raises:
-        InputError: it has a layer with statistics of its own kind, which cannot be known to be one (a ValueError).
+        InputError: it has another kind of BatchNorm layer, which cannot be replaced safely (a ValueError).
     """
     if isinstance(model, _BatchNorm):
         if type(model) not in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
@@ -285,15 +285,15 @@ def synchronise_batchnorm(model: nn.Module) -> nn.Module:
 
 
 def has_batchnorm(model: nn.Module) -> bool:
-    """Whether a layer takes statistics of the batch of its own process, which must then have 2 samples at least."""
+    """Whether a layer uses statistics of its own process's batch, which must then have at least 2 samples."""
     return any(isinstance(layer, _BatchNorm) and not isinstance(layer, SyncBatchNorm) for layer in model.modules())
 
 
 def draw_dropout_for_all(model: nn.Module) -> None:
     """Makes dropout in training draw for the batch of all processes, each of which then uses its own part.
 
-    A sample is thus given what one process would give it, and the generators of all ranks move on alike, whatever
-    their shares: a run that is resumed with another number of processes draws what it would have drawn.
+    A sample thus gets the same mask as with one process, and the generators of all ranks advance equally, whatever
+    their shares: a run resumed with another number of processes draws what it would have drawn.
     """
     layers = [layer for layer in model.modules() if isinstance(layer, _DropoutNd)]
     if not layers:
@@ -323,7 +323,7 @@ def draw_dropout_for_all(model: nn.Module) -> None:
 
 
 def distributed(model: nn.Module) -> nn.Module:
-    """Returns the network with gradients averaged over the processes, or as it is where there is but one."""
+    """Returns the network with gradients averaged over the processes, or as it is if there is only one."""
     if world_size() == 1:
         return model
     device = next(model.parameters()).device
@@ -331,12 +331,12 @@ def distributed(model: nn.Module) -> nn.Module:
 
 
 def share_statistics(model: nn.Module) -> None:
-    """Gives every process the first one's buffers, the running statistics of BatchNorm."""
+    """Gives every process the first one's buffers, such as BatchNorm's running statistics."""
     if world_size() > 1:
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """Returns the context in which a network computes: "bf16" by torch's autocast, anything else as it is."""
+    """Returns the context in which a network computes: torch's autocast for "bf16", no change for anything else."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")

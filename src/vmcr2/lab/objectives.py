@@ -1,7 +1,7 @@
-"""The three objectives behind one small interface, which is all that `fit` knows of them.
+"""The three objectives behind one small interface, which is all that `fit` knows about them.
 
-Any object with the attributes and methods of `Objective` can be trained: a new one is a criterion and, where it needs
-more than that, a subclass.
+Any object with the attributes and methods of `Objective` can be trained: a new one is a criterion and, if it needs more
+than that, a subclass.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class CrossEntropyHead(nn.Module):
     Args:
         feature_dim: d.
         num_classes: k.
-        scale: > 0, what features are multiplied by before the layer; the paper has 1.
+        scale: > 0, multiplies the features before the layer; the paper has 1.
     """
 
     def __init__(self, feature_dim: int, num_classes: int, scale: float = 1.0) -> None:
@@ -44,7 +44,7 @@ class CrossEntropyHead(nn.Module):
         return self.linear(self.scale * features)
 
     def forward(self, features: Float[Tensor, "m d"], labels: Shaped[Tensor, "m ..."]) -> Float[Tensor, ""]:
-        """Returns the mean cross-entropy: of the samples of all processes, as the other losses are."""
+        """Returns the mean cross-entropy over the samples of all processes, as with the other losses."""
         features, labels = _of_all(features, labels, "a training step")
         return functional.cross_entropy(self.logits(features), labels)
 
@@ -58,13 +58,13 @@ class Objective:
 
     Args:
         criterion: maps features (m, d) and labels (m,) to the scalar to minimise. Its parameters are trained with the
-            network's, its state is part of a checkpoint. With several processes it is given each one's share of a
-            batch, and should return the loss of the whole batch, as this package's do: DistributedDataParallel is not
-            around it, so the gradients of its parameters must come out alike everywhere.
+            network's, its state is part of a checkpoint. With several processes it receives each one's share of a
+            batch, and should return the loss of the whole batch, as this package's do: it is not wrapped in
+            DistributedDataParallel, so its parameters must have the same gradients everywhere.
         num_classes: k.
         eps_sq: ε² of the rates that are logged.
         gradient_clip: the largest norm that a step's gradient in the network's weights may have; None for any.
-        cure: what to change where training diverges, for the error's message.
+        cure: what to change if training diverges, for the error message.
 
     Attributes:
         criterion: as given.
@@ -93,11 +93,11 @@ class Objective:
         Args:
             epoch: its number.
             model: the network.
-            batches: one pass over the un-augmented training set, read only where it is needed.
+            batches: one pass over the un-augmented training set, read only if needed.
         """
 
     def log(self, features: Float[Tensor, "m d"], labels: Int[Tensor, " m"]) -> dict[str, float | int]:
-        """Returns figures of an epoch's last batch, that of all processes, for its line in the log."""
+        """Returns the numbers that the log shows for an epoch's last batch (of all processes)."""
         features, labels = _of_all(features, labels, "rates", getattr(self.criterion, "process_group", None))
         rates = rate_reduction(features, labels, num_classes=self.num_classes, eps_sq=self.eps_sq)
         return {
@@ -107,29 +107,29 @@ class Objective:
         }
 
     def check(self, history: Sequence[dict[str, Any]]) -> None:
-        """Raises NumericalError where the epochs so far show that it makes no sense to go on."""
+        """Raises NumericalError if the epochs so far show that there is no point in continuing."""
 
     @property
     def predict(self) -> Callable[[Tensor], Tensor] | None:
-        """The classifier that is trained beside the network, from features (m, d) to labels (m,); None without one."""
+        """The classifier trained along with the network, from features (m, d) to labels (m,), or None."""
         return getattr(self.criterion, "predict", None)
 
     def describe(self) -> dict[str, Any]:
-        """Returns what a summary says of the objective beyond its name."""
+        """Returns what a summary says about the objective besides its name."""
         return {"mu": None, "atoms_per_class": None}
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """Returns what the figures need of the objective."""
+        """Returns what the figures need from the objective."""
         return {}
 
 
 class Variational(Objective):
-    """V-MCR²: latches when that is due, logs the variational rates, and notices a collapse.
+    """V-MCR²: latches when due, logs the variational rates, and detects collapse.
 
     Args:
-        criterion: the loss, which has its own µ, ρ, pull and the like.
+        criterion: the loss, which has its own µ, ρ, pull and so on.
         latch_every: epochs between latchings; the first is before the first epoch.
-        expand_epochs: after so many epochs the criterion's `expand` is set to 0, for good; None leaves it alone.
+        expand_epochs: after this many epochs the criterion's `expand` is set to 0 permanently; None leaves it alone.
         gradient_clip: the largest norm that a step's gradient in the network's weights may have; None for any.
         stop_on_collapse: whether `check` raises.
     """
@@ -162,14 +162,14 @@ class Variational(Objective):
         self.stop_on_collapse = stop_on_collapse
 
     def before_epoch(self, epoch: int, model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
-        """Latches in the first epoch and every `latch_every` after it, and ends the expansion when it is time."""
+        """Latches before the first epoch and every `latch_every` after it, and ends the expansion when due."""
         if self.expand_epochs is not None and epoch > self.expand_epochs:
             self.loss.expand = 0.0
         if (epoch - 1) % self.latch_every == 0:
             self.loss.latch_from(model, batches)
 
     def log(self, features: Float[Tensor, "m d"], labels: Int[Tensor, " m"]) -> dict[str, float | int]:
-        """Returns the exact rates of the batch, and those of the dictionary beside its residual."""
+        """Returns the exact rates of the batch, the dictionary's rates and the residual."""
         rates = self.loss.rates(features, labels)
         return super().log(features, labels) | {
             "residual": float(rates.residual),
@@ -178,16 +178,16 @@ class Variational(Objective):
         }
 
     def check(self, history: Sequence[dict[str, Any]]) -> None:
-        """Raises NumericalError after a collapse: ΔR of the batches fell to a fifth, or of the set to a tenth.
+        """Raises NumericalError after a collapse: ΔR of the batches fell to a fifth, or of the training set to a tenth.
 
-        It happens where the penalty outweighs the rates, ρ = µ m ε²/d well above 1: the dictionary then follows the
-        features instead of leading them; or where the learning rate is too high.
+        It happens if the penalty outweighs the rates, ρ = µ m ε²/d well above 1, so that the dictionary follows the
+        features instead of leading them; or if the learning rate is too high.
         """
         if not self.stop_on_collapse or len(history) <= _PATIENCE:
             return
         m, d = history[-1]["batch_size"], self.loss.feature_dim
         balance = self.loss.balance if self.loss.mu is None else balance_at(self.loss.mu, d, m, self.eps_sq)
-        # Dropout makes noise that passes for ΔR in a batch; the whole training set, where it was measured, has none.
+        # Dropout's noise looks like ΔR in a batch; ΔR of the whole training set, if measured, is free of it.
         kinds = (("train", "the training set", 0.1, 5), ("batch", "the batches", 0.2, _PATIENCE))
         for kind, of, of_first, looks in kinds:
             measured = [line for line in history if f"{kind}_expansion" in line]
@@ -201,7 +201,7 @@ class Variational(Objective):
                 raise NumericalError(said.removesuffix("."))  # the cure follows
 
     def describe(self) -> dict[str, Any]:
-        """Returns µ, where it was chosen rather than ρ, and the atoms of each class."""
+        """Returns µ, if it was chosen rather than ρ, and the atoms per class."""
         return {"mu": self.loss.mu, "atoms_per_class": self.loss.atoms_per_class}
 
     def arrays(self) -> dict[str, np.ndarray]:
@@ -210,7 +210,7 @@ class Variational(Objective):
 
 
 def _of_all(features: Tensor, labels: Tensor, call: str, group: Any = None) -> tuple[Tensor, Tensor]:
-    """Returns the batch of all processes, from which gradients flow back to each."""
+    """Returns the batch of all processes; gradients flow back to each of them."""
     facts = {"feature_dim": features.shape[1], "the dtype of features": str(features.dtype)}
     _, sizes = agree(lambda: (None, [len(features)]), lambda _: facts, call, group)
     features, labels = gather_rows(features, labels, shares=[size for (size,) in sizes], group=group)
@@ -221,7 +221,7 @@ def build(recipe: Recipe, num_classes: int) -> Objective:
     """Returns a recipe's objective, not yet latched.
 
     Args:
-        recipe: says which, and with what settings.
+        recipe: names the objective and its settings.
         num_classes: k.
     """
     match recipe.objective:

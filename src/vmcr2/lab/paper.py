@@ -1,4 +1,4 @@
-"""The paper's own settings as recipes, our settings on its data, and the numbers that it prints."""
+"""The paper's own settings as recipes, our settings for its data, and the numbers that it reports."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from vmcr2.lab.augmentation import Augmentation
 from vmcr2.lab.recipes import CESettings, MCR2Settings, ObjectiveName, Recipe, VMCR2Settings
 from vmcr2.lab.sources import DataSettings
 
-# The paper's settings (Sections 4 and 7). Where it is silent or unclear this was chosen:
+# The paper's settings (Sections 4 and 7). Where it is silent or unclear, the following was chosen:
 # - Momentum 0.9, as in the code of the MCR² paper, whose settings it otherwise keeps; no weight decay and no schedule
 #   (Section 7.4 has its own).
 # - Line 12 of Algorithm 1 steps along the gradient of (µ/2m) M, not of M, which is 2m times larger and diverges.
 # - Latching sees un-augmented images and batch statistics (`VMCR2Loss.latch_from`), and A is held at the scale of one
 #   sample, so that unbalanced batches do not move the target.
-# - Transformations 1 hold for MNIST too, mirroring included; Transformations 2 draw no crops.
-# - Training is not stopped when the features collapse: at µ = 1 they do at first on MNIST, and may come back.
+# - Transformations 1 apply to MNIST too, including mirroring; Transformations 2 have no crops.
+# - Training is not stopped when the features collapse: at µ = 1 they do so at first on MNIST, and may recover.
 # - The classifier's subspaces are those of un-augmented images in eval mode.
 _CROPS = Augmentation(crop=32, padding=8, flip=True)
 _MNIST = Recipe(
@@ -61,7 +61,7 @@ def _strong(base: Recipe) -> Recipe:
         about="the paper's Table 3: PreAct ResNet-18, weight decay, lr 0.1 and its two drops, µ = 0.1",
         network="preact_resnet18",
         # The recipe that Section 7.4 follows crops CIFAR by 4 pixels. For Tiny ImageNet "the same transformations"
-        # would be random resized crops of the 64×64 images, which are not kept; there only mirroring is left.
+        # would be random resized crops of the 64×64 images, which are not stored; so only mirroring remains.
         augmentation=replace(base.augmentation, padding=4 if base.augmentation.crop else 0),
         weight_decay=1e-4,
         lr_drops=(0.5, 0.75),
@@ -71,12 +71,12 @@ def _strong(base: Recipe) -> Recipe:
     )
 
 
-# A run of tens of epochs lacks steps, not samples: the paper took 50,000 of 2,000 images on CIFAR-100. So batches are
-# small here (the dictionary remembers what a batch lacks), and learning rates fall along a cosine. `pull` and the rates
-# were compared on validation splits of CIFAR-100's first 20 classes and of MNIST, cross-entropy's scale and rate on one
-# of all of CIFAR-100 and of MNIST; the weight decay is the usual one. On natural images one atom per class learns
-# faster than ⌊d/k⌋ (compared on all of CIFAR-100 and on 20,000 images of CIFAR-10). On MNIST the features'
-# own R, at a weight of 0.2, raises ΔR and the accuracy on a validation split.
+# A run of tens of epochs lacks steps, not samples: the paper took 50,000 steps of 2,000 images on CIFAR-100. So batches
+# are small here (the dictionary remembers what a batch lacks), and learning rates fall along a cosine. `pull` and the
+# rates were compared on validation splits of CIFAR-100's first 20 classes and of MNIST, cross-entropy's scale and rate
+# on splits of all of CIFAR-100 and of MNIST; the weight decay is the usual one. On natural images one atom per class
+# learns faster than ⌊d/k⌋ (compared on all of CIFAR-100 and on 20,000 images of CIFAR-10). On MNIST the features' own
+# R, at a weight of 0.2, raises ΔR and the accuracy on a validation split.
 _EPOCHS = {"mnist": 12, "cifar10": 30, "cifar100": 60, "tiny-imagenet": 30}
 
 
@@ -120,7 +120,7 @@ PAPER: dict[str, Recipe] = {recipe.name: recipe for recipe in _ALL}
 
 @dataclass(frozen=True)
 class Printed:
-    """What the paper prints for one row and objective: ΔR of the training set and test accuracy; None where nothing."""
+    """What the paper reports for one row and objective: ΔR of the training set and test accuracy, None if missing."""
 
     reduction: float | None = None
     accuracy: float | None = None

@@ -1,6 +1,6 @@
 """The processes of one run: how `torchrun` starts them, how they agree, and how one of them speaks for all.
 
-Every function here does nothing special where there is one process: `first(call)` is then `call()`.
+With a single process no function here does anything special: `first(call)` is then `call()`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from vmcr2.errors import InputError, NumericalError
 
 _Made = TypeVar("_Made")
 _ENVIRONMENT = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun tells each process
-_MALLOC_OPTIONS = {  # of mallopt(3): number and value
+_MALLOC_OPTIONS = {  # for mallopt(3): number and value
     "M_TRIM_THRESHOLD": (-1, 2**31 - 1),
     "M_TOP_PAD": (-2, 2**28),
     "M_MMAP_MAX": (-4, 0),
@@ -31,15 +31,15 @@ _MALLOC_OPTIONS = {  # of mallopt(3): number and value
 
 
 class PeerError(RuntimeError):
-    """Another process failed or ended, and says itself why where it can."""
+    """Another process failed or ended; it reports the reason itself if it can."""
 
 
 class Terminated(BaseException):
-    """SIGTERM: torchrun ends the processes that are left when one of them has ended."""
+    """SIGTERM: torchrun ends the remaining processes once one of them has ended."""
 
 
 def keep_freed_memory() -> None:
-    """Has glibc keep the memory of freed tensors: it would give it back, and the system zero it anew, in each step.
+    """Makes glibc keep the memory of freed tensors, instead of returning it to the system, which zeroes it every step.
 
     On a CPU that takes up to a third of a step (`benchmarks/network.py`). Other C libraries are left as they are.
     """
@@ -49,7 +49,7 @@ def keep_freed_memory() -> None:
 
 
 def share(count: int, rank: int, processes: int) -> slice:
-    """Returns which of so many samples are a process's own: as equal as can be, in order, like `tensor_split`."""
+    """Returns a process's share of `count` samples: as equal as possible, in order, like `tensor_split`."""
     size, over = divmod(count, processes)
     start = rank * size + min(rank, over)
     return slice(start, start + size + (rank < over))
@@ -66,7 +66,7 @@ def is_first() -> bool:
 
 
 def gathered(value: _Made) -> list[_Made]:
-    """Returns the value that each process gives, any that pickles, in the order of ranks."""
+    """Returns the values of all processes, of any type that can be pickled, in the order of ranks."""
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()
@@ -75,12 +75,12 @@ def gathered(value: _Made) -> list[_Made]:
 
 
 def any_of(flag: bool) -> bool:
-    """Whether the flag is raised in any process."""
+    """Whether the flag is true in any process."""
     return any(gathered(flag))
 
 
 def first(call: Callable[[], _Made]) -> _Made:
-    """Runs a call in the first process alone; its result, which must pickle, or its error is that of all."""
+    """Runs a call in the first process only; all processes get its result, which must be picklable, or its error."""
     if world_size() == 1:
         return call()
     made, error = _tried(call) if is_first() else (None, None)
@@ -98,7 +98,7 @@ def first(call: Callable[[], _Made]) -> _Made:
 
 
 def everywhere(call: Callable[[], _Made]) -> _Made:
-    """Runs a call in every process and returns what each made; an error in one is an error in all."""
+    """Runs a call in every process, each of which gets its own result; an error in one is an error in all."""
     if world_size() == 1:
         return call()
     made, error = _tried(call)
@@ -112,9 +112,9 @@ def everywhere(call: Callable[[], _Made]) -> _Made:
 
 
 def in_turns(call: Callable[[], _Made]) -> _Made:
-    """Runs a call, in the first process before all others, and then in the first one of each machine.
+    """Runs a call in the first process, then in the first one of each other machine, then in the rest.
 
-    So what one of them downloads is there for the rest, whether machines share their disks or not.
+    So what one of them downloads is available to the rest, whether or not machines share their disks.
     """
     turn = 0 if is_first() else 1 if local_rank() == 0 else 2
     made: list[_Made] = []
@@ -131,26 +131,26 @@ def _tried(call: Callable[[], _Made]) -> tuple[_Made | None, BaseException | Non
 
 
 def _to_send(error: BaseException | None) -> BaseException | None:
-    """Returns an error as the other processes are to raise it."""
+    """Returns an error in the form in which the other processes will raise it."""
     if error is None or isinstance(error, (InputError, NumericalError, OSError, SystemExit)):
         return error
     return PeerError(f"process {process_rank()} failed: {error!r}")
 
 
 def is_loss(error: BaseException) -> bool:
-    """Whether an error comes of another process having ended."""
+    """Whether an error was caused by another process having ended."""
     if isinstance(error, (PeerError, Terminated)):
         return True
     if world_size() == 1:
         return False
-    # gloo has no type of error of its own; its messages begin with the place in its sources.
+    # gloo has no error type of its own; its messages begin with the location in its source code.
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "/gloo/" in str(error))
 
 
 class Launch:
-    """Joins the processes that torchrun started, and leaves them at the end; nothing where there are no others.
+    """Joins the processes that torchrun started, and leaves them at the end; does nothing if there are no others.
 
-    Where a process group is there already, that is used, and left as it is.
+    If a process group already exists, it is used, and left as it is.
     """
 
     def __init__(self) -> None:
@@ -163,10 +163,10 @@ class Launch:
         from torch.distributed.rendezvous import rendezvous
 
         store, rank, world = next(rendezvous("env://"))
-        # torchrun's store outlives a restart (--max-restarts), with the addresses of those who have died.
+        # torchrun's store outlives a restart (--max-restarts), with the addresses of processes that have died.
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         self.store = dist.PrefixStore(f"vmcr2/{attempt}", store)
-        # Tensors by the device that they are on; what is not a tensor goes by gloo.
+        # For tensors the device decides; everything else uses gloo.
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, store=self.store, rank=rank, world_size=world)
         if threading.current_thread() is threading.main_thread():
@@ -179,17 +179,17 @@ class Launch:
         if self.store is None:
             return
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # nothing is left to be broken off but the last words
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # only the last words could still be interrupted
         if error is None:
             dist.destroy_process_group()
 
     def last_words(self, text: str) -> None:
-        """Prints why the run ends to stderr, where no other process has yet."""
+        """Prints to stderr why the run ends, unless another process has done so."""
         if self.store is not None:
             try:
                 if self.store.add("last words", 1) > 1:
                     return
-            except RuntimeError:  # the launcher is gone, and with it the store
+            except RuntimeError:  # the launcher, and the store with it, is gone
                 if not is_first():
                     return
         print(text, file=sys.stderr, flush=True)

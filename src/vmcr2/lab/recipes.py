@@ -1,4 +1,4 @@
-"""Recipes: everything that decides what a run computes, as frozen dataclasses that check themselves.
+"""Recipes: everything that determines what a run computes, as frozen dataclasses that check themselves.
 
 `RECIPES` holds ours by name, `vmcr2.lab.paper` the paper's.
 A recipe is written to recipe.json in its run folder and read back strictly.
@@ -26,7 +26,7 @@ from vmcr2.losses import SETTING_CHECKS, Reduction, Step
 
 ObjectiveName = Literal["vmcr2", "mcr2", "ce"]
 OBJECTIVES: dict[ObjectiveName, str] = {"vmcr2": "V-MCR²", "mcr2": "MCR²", "ce": "cross-entropy"}
-_LARGEST_ADAMW_LR = 0.05  # each weight moves by about so much a step; the settings' defaults are SGD's
+_LARGEST_ADAMW_LR = 0.05  # each weight moves by about this much per step; the settings' defaults are for SGD
 
 
 @dataclass(frozen=True)
@@ -37,28 +37,28 @@ class VMCR2Settings:
         lr: learning rate of the network.
         reduction: mean: ½ Σ γ_j ‖C_j − B_j‖², for which one lr suits all sizes; sum: the paper's (µ/2m) M, which is µ m
             times larger.
-        mu: penalty weight µ > 0; None takes the one of `balance`.
-        balance: ρ = µ m ε² / d at batch size m, what the residual weighs in the dictionary's step against the rates.
-            Below 1 the dictionary leads the features; above they may collapse. Used where mu is None.
-        atoms_per_class: s = q/k, at most the feature dimension; None takes ⌊d/k⌋, and 1 at least.
+        mu: penalty weight µ > 0; None means the one that `balance` gives.
+        balance: ρ = µ m ε² / d at batch size m, the residual's weight against the rates in the dictionary's step.
+            Below 1 the dictionary leads the features; above, they may collapse. Used if mu is None.
+        atoms_per_class: s = q/k, at most the feature dimension; None means ⌊d/k⌋, at least 1.
         structure: shared: every class may use every atom; block: its own s only.
-        energy: what every class's codes sum to after each step; None lets them run free.
-        pull: exponent in (0, 1] of how a sample is pulled into its class: 1 spares wrong labels; 0.3 learns natural
+        energy: what every class's codes sum to after each step; None leaves the sum free.
+        pull: exponent in (0, 1] of how a sample is pulled into its class: 1 resists wrong labels; 0.3 learns natural
             images faster.
-        expand: λ ≥ 0, what the features' own R weighs beside the residual: 0.2 to 0.6, with `pull` 0.3, for more
+        expand: λ ≥ 0, the weight of the features' own R beside the residual: 0.2 to 0.6, with `pull` 0.3, for more
             variety within a class.
-        expand_until: `expand` counts only in this share of the epochs, in (0, 1], from the start; 1 means all. In
-            a long run 0.5 (100 classes) or 0.75 (200) keeps most of the variety and is more accurate.
-        step: how the dictionary moves: ascent needs no step size; paper takes the paper's bounds, the codes at the
-            moved atoms; simultaneous takes both steps at the old point.
+        expand_until: `expand` is used only in this share of the epochs, in (0, 1], from the start; 1 means all. In a
+            long run 0.5 (100 classes) or 0.75 (200) keeps most of the variety and is more accurate.
+        step: how the dictionary moves: ascent needs no step size; paper uses the paper's bounds, the codes at the moved
+            atoms; simultaneous takes both steps at the old point.
         step_atoms: ν_Γ, in units of the inverse Lipschitz bound. Not used by ascent.
         step_codes: ν_A, likewise.
         latch_every: epochs between latchings; the first is before the first epoch.
         gradient_clip: the largest norm a step's gradient may have, None for any. 0.02 keeps networks without BatchNorm,
             whose first gradients are long, from collapsing.
-        stop_on_collapse: stop, with a reason, once ΔR of the batches has been below a fifth of what it was after the
-            first epoch for ten epochs, or that of the training set below a tenth. A later latching may bring it back,
-            slowly.
+        stop_on_collapse: stop, with a reason, once ΔR of the batches has been below a fifth of its value after the
+            first epoch for ten epochs, or that of the training set below a tenth. A later latching may slowly restore
+            it.
     """
 
     lr: float = 0.5
@@ -113,8 +113,8 @@ class CESettings:
 
     Attributes:
         lr: learning rate of the network and its linear head.
-        scale: what features are multiplied by before the head. The paper has 1, at which logits of features of norm 1
-            grow slowly.
+        scale: multiplies the features before the head. The paper has 1, at which logits of features of norm 1 grow
+            slowly.
     """
 
     lr: float = 1e-1
@@ -128,33 +128,33 @@ class CESettings:
 
 @dataclass(frozen=True)
 class Recipe:
-    """One training run, but for where its data and its results lie.
+    """One training run, apart from the location of its data and results.
 
     Attributes:
-        name: what the recipe is called.
-        about: one line on what it is for.
+        name: the recipe's name.
+        about: what it is for, in one line.
         objective: vmcr2, mcr2 or ce.
-        seed: of the initial weights, the order of the data, augmentation and dropout.
-        epochs: passes over the training set. More may be given later, unless a schedule sets the learning rate,
-            or `vmcr2.expand_until` ends the expansion.
-        batch_size: at most so many samples per step, of all processes together; the batches of an epoch are as equal as
-            can be. One more where a single sample would be left over, which BatchNorm does not take.
-        network: mlp, conv4, cnn, resnet18, preact_resnet18, or timm:NAME for one of the package timm.
+        seed: for the initial weights, the order of the data, augmentation and dropout.
+        epochs: passes over the training set. A run may be extended later, unless a schedule sets the learning rate or
+            `vmcr2.expand_until` ends the expansion.
+        batch_size: the most samples per step, of all processes together; an epoch's batches are as equal as possible.
+            One more if a single sample would be left over, which BatchNorm does not accept.
+        network: mlp, conv4, cnn, resnet18, preact_resnet18, or timm:NAME for one from the package timm.
         feature_dim: d.
         eps_sq: the squared precision ε² of the coding rates.
-        optimizer: sgd, whose learning rates are the defaults below, or adamw, whose are near 1e-3.
+        optimizer: sgd, to which the learning rates' defaults below belong, or adamw, which needs rates near 1e-3.
         momentum: of SGD.
-        weight_decay: added to the gradient by SGD, taken from the weights themselves by AdamW.
-        schedule: constant, or cosine, which falls to 0 over the epochs after warming up.
+        weight_decay: added to the gradient by SGD, subtracted from the weights themselves by AdamW.
+        schedule: constant, or cosine, which falls to 0 over the epochs after the warm-up.
         warmup_epochs: epochs over which the learning rate rises step by step from 0.
         lr_drops: shares of the epochs after each of which a constant learning rate is divided by ten.
         evaluate_every: epochs between evaluations on the whole training and test set.
         checkpoint_seconds: the least time between two checkpoints; the last epoch always writes one.
-        device: auto (cuda where there is one, else cpu), cpu or cuda.
-        precision: of the network: float32, or bf16 by autocast; rates are float32 at least.
-        sync_batchnorm: with several processes, BatchNorm takes the statistics of the whole batch, as one process would,
+        device: auto (cuda if there is a GPU, otherwise cpu), cpu or cuda.
+        precision: of the network: float32, or bf16 by autocast; rates are at least float32.
+        sync_batchnorm: with several processes, BatchNorm uses the statistics of the whole batch, as one process would,
             rather than those of each process's share.
-        channels_last: lay the weights of convolutions out with channels last, which is faster on CPUs and GPUs.
+        channels_last: store the weights of convolutions with channels last, which is faster on CPUs and GPUs.
         data: what to train on.
         augmentation: what is done to its images.
         vmcr2: settings of V-MCR².
@@ -210,7 +210,7 @@ class Recipe:
             if share >= 1:
                 raise InputError(f"lr_drops must be shares of the epochs, between 0 and 1, got {share}")
         if self.schedule == "cosine" and self.lr_drops:
-            raise InputError("lr_drops must be empty beside schedule cosine, which lowers the learning rate itself")
+            raise InputError("lr_drops must be empty with schedule cosine, which lowers the learning rate itself")
         if self.optimizer == "adamw" and self.lr > _LARGEST_ADAMW_LR:
             raise InputError(
                 f"{self.objective}.lr must be at most {_LARGEST_ADAMW_LR:g} with optimizer adamw (begin with 1e-3), "
@@ -222,27 +222,27 @@ class Recipe:
 
     @property
     def lr(self) -> float:
-        """The learning rate of this recipe's objective, at its highest."""
+        """The highest learning rate of this recipe's objective."""
         settings: VMCR2Settings | MCR2Settings | CESettings = getattr(self, self.objective)
         return settings.lr
 
     @property
     def expand_epochs(self) -> int | None:
-        """Epochs in which `vmcr2.expand` counts; None for all, however many they become."""
+        """Epochs in which `vmcr2.expand` is used; None for all, however many there are."""
         if self.vmcr2.expand == 0 or self.vmcr2.expand_until == 1:
             return None
-        share = round(self.vmcr2.expand_until * self.epochs, 6)  # since 0.07 * 100 is a little above 7
+        share = round(self.vmcr2.expand_until * self.epochs, 6)  # as 0.07 * 100 is slightly above 7
         return max(1, math.ceil(share))
 
     @property
     def tied_to_epochs(self) -> str | None:
-        """What of an early epoch depends on how many are to follow, in words; None where nothing does."""
+        """What in an early epoch depends on how many will follow, in words; None if nothing does."""
         if self.schedule == "cosine" or self.lr_drops:
             return "learning rate"
         return "expansion" if self.objective == "vmcr2" and self.expand_epochs is not None else None
 
     def lr_at(self, epoch: float) -> float:
-        """Returns the learning rate at a moment: 1.5 is half-way through the second epoch."""
+        """Returns the learning rate at a moment: 1.5 is halfway through the second epoch."""
         if epoch < self.warmup_epochs:
             return self.lr * epoch / self.warmup_epochs
         if self.schedule == "cosine":
@@ -270,14 +270,14 @@ _OURS = (
         ce=CESettings(lr=2.0),
     ),
 )
-CHOSEN_FOR = "chosen for"  # how `about` begins where `for_data` made the recipe
-_LARGEST_SIDE = 64  # to which `for_data` scales a folder's images down
+CHOSEN_FOR = "chosen for"  # how `about` begins if `for_data` made the recipe
+_LARGEST_SIDE = 64  # `for_data` scales a folder's images down to this
 RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in _OURS}
 
 
 def named() -> dict[str, Recipe]:
     """Returns all recipes by name: ours, then the paper's."""
-    from vmcr2.lab.paper import PAPER  # it is made of what this module defines
+    from vmcr2.lab.paper import PAPER  # it uses what this module defines
 
     return RECIPES | PAPER
 
@@ -287,7 +287,7 @@ def find(name: str, image_size: int | None = None) -> Recipe:
 
     Args:
         name: of a recipe, or a path.
-        image_size: as `for_data` takes it; known recipes have their own.
+        image_size: as for `for_data`; known recipes have their own.
 
     Raises:
         InputError: there is no such recipe, or the file is not a recipe (a ValueError).
@@ -309,14 +309,14 @@ def find(name: str, image_size: int | None = None) -> Recipe:
 
 
 def for_data(path: Path, image_size: int | None = None) -> Recipe:
-    """Returns a recipe to begin with for a .npz file or a folder of images by class (docs/data.md).
+    """Returns a recipe to start from, for a .npz file or a folder of images by class (docs/data.md).
 
     Args:
         path: of the file or folder.
-        image_size: what a folder's images are scaled to, a side; by default as docs/data.md says.
+        image_size: the side to which a folder's images are scaled; by default as docs/data.md says.
 
     Raises:
-        InputError: it is not of the right form (a ValueError).
+        InputError: it does not have the right form (a ValueError).
     """
     found = sources.outline(path)
     k, shape = found.num_classes, found.shapes[0]
@@ -328,7 +328,7 @@ def for_data(path: Path, image_size: int | None = None) -> Recipe:
         image_size = min(_LARGEST_SIDE, image_size)
     if path.is_dir() and image_size is not None:
         shape = (shape[0], image_size, image_size)
-    # A crop of the images' own size; of those that are not square it would lose the borders.
+    # A crop of the images' own size; if they are not square, it would lose borders.
     crops = len(shape) == 3 and shape[1] == shape[2]
     side = min(shape[1:], default=0)
     network = "mlp" if side < 16 else "conv4" if side <= 48 else "resnet18"
@@ -367,11 +367,11 @@ def from_json(file: Path) -> Recipe:
 
 
 def from_text(text: str, name: str) -> Recipe:
-    """Returns the recipe in a text, in which settings that it lacks have their defaults.
+    """Returns the recipe in a text, with defaults for settings that the text lacks.
 
     Args:
         text: what `to_json` returns, or part of it.
-        name: of where it stood, for errors.
+        name: of its origin, for error messages.
 
     Raises:
         InputError: it is not JSON, or has an unknown key or a wrong value (a ValueError).
@@ -410,7 +410,7 @@ def _structured(fields: Any, name: str) -> Recipe:
 
 
 def comparable(recipe: Recipe) -> Recipe:
-    """Returns the recipe but for the number of epochs, which may grow, and for where data lies."""
+    """Returns the recipe without the number of epochs, which may grow, and the location of its data."""
     if not recipe.tied_to_epochs:
         recipe = replace(recipe, epochs=max(1, recipe.warmup_epochs))
     return replace(recipe, data=sources.without_place(recipe.data))

@@ -1,4 +1,4 @@
-"""The paper's tables and figures: runs or resumes what they need, then writes them beside the paper's numbers."""
+"""The paper's tables and figures: starts or resumes the runs they need, then writes them beside the paper's numbers."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from vmcr2.lab.terminal import describe_device, markdown_table
 
 Rows = dict[str, dict[ObjectiveName, Printed]]
 
-# Not in the paper: what wrong labels do, a property that MCR² is known for. The first two are there for those without a
-# GPU; rivals beyond cross-entropy are in benchmarks/noise.py.
+# Not in the paper: the effect of wrong labels, a property that MCR² is known for. The first two data sets are for those
+# without a GPU; rivals other than cross-entropy are in benchmarks/noise.py.
 _NOISE: Rows = {
     f"{name}-noise{percent}": {"mcr2": Printed(), "vmcr2": Printed(), "ce": Printed()}
     for name in ("digits", "omniglot100", "mnist", "cifar10", "cifar100")
@@ -33,22 +33,22 @@ _NOISE: Rows = {
 
 @dataclass(frozen=True)
 class Request:
-    """Makes the runs that a table or figure of the paper takes, and writes it beside the paper's numbers.
+    """Makes the runs that a table or figure of the paper needs, and writes it beside the paper's numbers.
 
-    Runs that are there already are shown, or continued where more epochs are asked for. Those whose learning rate
-    follows the share of the epochs, as in our own recipes, cannot be: take another `out`. A figure shows complete ones
-    at the length they have, unless `epochs` or `evaluate_every` is given.
+    Existing runs are shown, or continued if more epochs are requested. Those whose learning rate depends on the total
+    number of epochs, as in our own recipes, cannot be continued: choose another `out`. A figure shows complete runs at
+    the length they have, unless `epochs` or `evaluate_every` is given.
 
     Attributes:
         rows: which rows of the table, or data sets of the figure; all by default.
         objectives: which to run; all of the table's by default.
         seeds: which to run each with.
         epochs: instead of the recipe's.
-        train_size: train on the first so many samples only. The title says so.
-        test_size: test on the first so many samples only. The title says so.
+        train_size: train on this many samples only, the first ones. The title says so.
+        test_size: test on this many samples only, the first ones. The title says so.
         evaluate_every: epochs between measurements, the points of figure1; by default the recipe's.
         ours: our own recipes instead of the paper's settings.
-        out: where the runs, tables and figures lie.
+        out: the folder for runs, tables and figures.
         data_root: folder of named data sets; also $VMCR2_DATA_ROOT. By default ./data.
     """
 
@@ -64,7 +64,7 @@ class Request:
     data_root: Path | None = None
 
     def chosen(self, rows: dict[str, Any], name: str) -> list[str]:
-        """Returns the rows asked for.
+        """Returns the requested rows.
 
         Raises:
             InputError: one of them is not in the table (a ValueError).
@@ -86,9 +86,9 @@ class Request:
         )
 
     def drawn(self, recipe: Recipe) -> Recipe:
-        """Returns a recipe at the length of its run, where that is complete and nothing else is asked for.
+        """Returns a recipe at the length of its run, if that is complete and no other length is requested.
 
-        So a figure shows the runs of a table that was made shorter.
+        So a figure can show the runs of a table that was made with fewer epochs.
         """
         run = RunFolder(self.folder(recipe))
         asked = self.epochs is not None or self.evaluate_every is not None
@@ -98,16 +98,16 @@ class Request:
         return replace(recipe, epochs=made.epochs, evaluate_every=made.evaluate_every)
 
     def folder(self, recipe: Recipe) -> Path:
-        """Returns where a run lies; runs on part of the data apart from those on all of it."""
+        """Returns the folder of a run; runs on part of the data are separate from those on all of it."""
         return self.out / f"{recipe.name}{self.suffix()}" / f"{recipe.objective}-seed{recipe.seed}"
 
     def suffix(self) -> str:
-        """Returns what tells the files of a part of the data from those of all of it."""
+        """Returns the suffix that distinguishes files for part of the data from those for all of it."""
         parts = [("first", self.train_size), ("test", self.test_size)]
         return "".join(f"-{name}{size}" for name, size in parts if size is not None)
 
     def path(self, name: str, ending: str) -> Path:
-        """Returns where a table or figure is written."""
+        """Returns the path of a table or figure."""
         return self.out / f"{name}{'-ours' if self.ours else ''}{self.suffix()}.{ending}"
 
 
@@ -124,7 +124,7 @@ def _base(row: str, ours: bool) -> Recipe:
 def _runs(
     request: Request, rows: Rows, name: str, console: Console, *, drawn: bool = False
 ) -> Iterator[tuple[str, ObjectiveName, list[RunFolder]]]:
-    """Yields the runs of every row and objective, complete; all that is asked for is looked at before anything runs."""
+    """Yields the complete runs of every row and objective; the whole request is checked before anything runs."""
     if not request.seeds:
         raise InputError("seeds must name at least one")
     if request.ours:
@@ -139,7 +139,7 @@ def _runs(
         if not request.objectives or objective in request.objectives
     ]
     if not planned:
-        raise InputError(f"objectives must be some that {name} has, got {', '.join(request.objectives)}")
+        raise InputError(f"objectives must be among those of {name}, got {', '.join(request.objectives)}")
     if drawn:
         planned = [(row, objective, [request.drawn(one) for one in members]) for row, objective, members in planned]
     everything = [recipe for *_, members in planned for recipe in members]
@@ -164,7 +164,7 @@ def _is_complete(folder: Path, recipe: Recipe) -> bool:
 
 
 def _announce(missing: list[Recipe], console: Console) -> None:
-    """Says what will be trained, since that may take days."""
+    """Announces what will be trained, since that may take days."""
     if missing:
         runs = ", ".join(f"{one.name} {one.objective} seed {one.seed} to {one.epochs} epochs" for one in missing)
         console.print(f"training {runs}; --ours and --epochs make it shorter", highlight=False, soft_wrap=True)
@@ -182,10 +182,10 @@ def _mean(summaries: list[dict[str, Any]], key: str) -> float | None:
 
 
 def _table(request: Request, rows: Rows, name: str, console: Console) -> list[Path]:
-    """Runs what is asked for and writes the table of all that this and earlier calls have run."""
+    """Runs what is requested and writes the table of everything that this and earlier calls have run."""
     text, record = request.path(name, "md"), request.path(name, "json")
     for row, _, runs in _runs(request, rows, name, console):
-        # After every run, so that breaking off loses nothing that was there to see.
+        # After every run, so that an interruption loses nothing.
         sizes = {"train_size": request.train_size, "test_size": request.test_size}
         fresh = [{"row": row} | sizes | run.summary() for run in runs]
         place = {cell: number for number, cell in enumerate(_cells(rows))}
@@ -209,7 +209,7 @@ def _identity(record: dict[str, Any]) -> tuple[str, ObjectiveName, int]:
 
 
 def _records(path: Path, names: tuple[str, ...] = ("row", "objective", "seed")) -> list[dict[str, Any]]:
-    """Returns the records in a file, none where it is not there; each has at least the fields of these names."""
+    """Returns the records in a file, or none if it does not exist; each has at least the named fields."""
     if not path.is_file():
         return []
     try:
@@ -222,7 +222,7 @@ def _records(path: Path, names: tuple[str, ...] = ("row", "objective", "seed")) 
 
 
 def _rendered(records: list[dict[str, Any]], rows: Rows, name: str, ours: bool) -> str:
-    """Returns the table in Markdown; the title says what is smaller than it should be."""
+    """Returns the table in Markdown; the title says what is smaller than in the full table."""
     lines, sizes = [], []
     for row, objective in _cells(rows):
         members = [record for record in records if (record["row"], record["objective"]) == (row, objective)]
@@ -247,7 +247,7 @@ def _rendered(records: list[dict[str, Any]], rows: Rows, name: str, ours: bool) 
             ]
         )
     sizes = list(dict.fromkeys(sizes))
-    sizes += _parts(records[0]["train_size"], records[0]["test_size"])  # those of a file are alike
+    sizes += _parts(records[0]["train_size"], records[0]["test_size"])  # a file's records all have the same
     settings = "our settings" if ours else ("the recipes' settings" if name == "noise" else "the paper's settings")
     where = "; ".join(dict.fromkeys(measured_on(record) for record in records))
     columns = ["row", "seeds", "epochs", "R", "R_c", "ΔR", "test accuracy", "one component", "own head"]
@@ -272,7 +272,7 @@ _NOTES: dict[str, tuple[str, ...]] = {
 
 
 def table1(request: Request, console: Console) -> list[Path]:
-    """Times an epoch of every row, each once for a device and a version of torch."""
+    """Times an epoch of every row, once per device and version of torch."""
     unused = [
         name for name in ("objectives", "epochs", "train_size", "test_size", "evaluate_every") if getattr(request, name)
     ]
@@ -309,12 +309,12 @@ def table2(request: Request, console: Console) -> list[Path]:
 
 
 def table3(request: Request, console: Console) -> list[Path]:
-    """The same with the strong recipe of Section 7.4, V-MCR² and CE."""
+    """Does the same as `table2` with the strong recipe of Section 7.4, V-MCR² and CE."""
     return _table(request, TABLE3, "table3", console)
 
 
 def noise(request: Request, console: Console) -> list[Path]:
-    """Trains the three objectives with wrong labels, tests them on right ones, and draws the accuracies."""
+    """Trains the three objectives with wrong labels, tests them with correct ones, and draws the accuracies."""
     text, record = _table(request, _NOISE, "noise", console)
     title = "Wrong training labels" + _part_of(request)
     return [text, record, figures.draw_noise(_records(record), request.path("noise", "png"), title)]
@@ -342,7 +342,10 @@ def _figure(
     console: Console,
 ) -> list[Path]:
     if len(request.seeds) > 1:
-        raise InputError(f"seeds must name one for {name}, which shows a run of each kind, got {len(request.seeds)}")
+        raise InputError(
+            f"seeds must name exactly one for {name}, which shows one run per data set and objective, "
+            f"got {len(request.seeds)}"
+        )
     runs = {(row, objective): run for row, objective, (run,) in _runs(request, rows, name, console, drawn=True)}
     if not runs:
         raise NumericalError(f"every run of {name} diverged, there is nothing to draw")

@@ -1,10 +1,10 @@
-"""The run folder: what a run leaves behind, written so that a kill at any moment leaves it whole.
+"""The run folder: what a run leaves behind, written so that being killed at any moment leaves it intact.
 
 recipe.json      the resolved recipe
-metrics.jsonl    one line an epoch
+metrics.jsonl    one line per epoch
 checkpoint.pt    the latest state, tensors and primitives only; checkpoint.previous.pt the one before
 features.npz     features for the figures
-summary.json     the final numbers; there once the run is complete
+summary.json     the final numbers; exists once the run is complete
 evaluation.json  what `vmcr2 evaluate` measured
 suspects.csv     what `vmcr2 audit` found
 figures/*.png
@@ -31,7 +31,7 @@ from vmcr2.lab import recipes
 from vmcr2.lab.files import check_folder, is_free, replacing, write_atomically, write_json
 from vmcr2.lab.recipes import Recipe
 
-# What a checkpoint holds, and what a summary has at least.
+# What a checkpoint contains, and what a summary contains at least.
 _STATE = {
     "epoch": int,
     "seconds": float,
@@ -85,10 +85,10 @@ class RunFolder:
         run._refuse_taken()
         try:
             run.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:  # a place where none may be made
-            raise InputError(f"out must be a folder that can be made, got {run.path}: {error.strerror}") from error
+        except OSError as error:  # no folder may be made there
+            raise InputError(f"out must be a folder that can be created, got {run.path}: {error.strerror}") from error
         with run.held():
-            run._refuse_taken()  # by a run that began since
+            run._refuse_taken()  # another run may have begun since
             run.write_recipe(recipe)
             yield run
 
@@ -116,7 +116,7 @@ class RunFolder:
             what = "it has no recipe.json"
             if (path / "comparison.json").is_file():
                 names = sorted(file.parent.name for file in path.glob("*/recipe.json"))
-                what = f"it is a comparison, of the runs {', '.join(names)} in it"
+                what = f"it is a comparison; its runs are {', '.join(names)}"
             elif (path / "model.safetensors").is_file():
                 what = "it is an exported model, which vmcr2.load and vmcr2 predict take"
             raise InputError(f"{path} is not a run folder: {what}")
@@ -140,10 +140,10 @@ class RunFolder:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Keeps other processes from writing to the folder meanwhile; the system lets go of it however this one ends.
+        """Locks the folder against writing by other processes; the system unlocks it however this process ends.
 
         Raises:
-            InputError: another process is at it (a ValueError).
+            InputError: another process has locked it (a ValueError).
         """
         try:
             with FileLock(self.path / ".lock.part", timeout=0):
@@ -152,7 +152,7 @@ class RunFolder:
             raise InputError(f"{self.path} is in use by another process") from error
 
     def save_checkpoint(self, state: dict[str, Any]) -> None:
-        """Writes checkpoint.pt, keeping the one before as checkpoint.previous.pt; both are whole at any moment."""
+        """Writes checkpoint.pt, keeping the one before as checkpoint.previous.pt; both are intact at any moment."""
         with replacing(self.checkpoint_file, ".checkpoint.part") as file:
             torch.save(state, file)
             if self.checkpoint_file.exists():
@@ -165,10 +165,10 @@ class RunFolder:
                 spare.replace(self.previous_checkpoint_file)
 
     def load_checkpoint(self) -> dict[str, Any] | None:
-        """Returns the latest checkpoint with its tensors on the CPU, or None where none was written yet.
+        """Returns the latest checkpoint with its tensors on the CPU, or None if none has been written yet.
 
         Raises:
-            InputError: checkpoint.pt is damaged or something else; it and the previous one are left as they are (a
+            InputError: checkpoint.pt is damaged or not a checkpoint; it and the previous one are left as they are (a
                 ValueError).
         """
         if not self.checkpoint_file.exists():
@@ -179,7 +179,7 @@ class RunFolder:
                 )
             return None
         try:
-            # The zip's checksums find what loading would not notice: flipped bits inside a tensor.
+            # The zip's checksums detect what loading would not: flipped bits inside a tensor.
             with zipfile.ZipFile(self.checkpoint_file) as archive:
                 broken = archive.testzip()
             if broken is not None:
@@ -188,7 +188,7 @@ class RunFolder:
         except Exception as error:
             previous = self.previous_checkpoint_file
             cure = (
-                f"the previous one may be whole: to continue from it, move {previous.name} over "
+                f"the previous one may be intact: to continue from it, move {previous.name} over "
                 f"{self.checkpoint_file.name}"
                 if previous.exists()
                 else "there is no checkpoint before it; start the run anew"
@@ -201,14 +201,14 @@ class RunFolder:
         return state
 
     def check_recipe_of(self, state: dict[str, Any], recipe: Recipe) -> None:
-        """Raises InputError unless a checkpoint's recipe is this one, as far as a run must keep to it."""
-        # Read as recipes, so that a setting that is newer than the checkpoint has its default in both.
+        """Raises InputError unless a checkpoint's recipe is this one in everything that a run must keep."""
+        # Read as recipes, so that a setting newer than the checkpoint has its default in both.
         if recipes.from_text(state["recipe"], str(self.checkpoint_file)) != recipes.comparable(recipe):
-            raise InputError(f"{self.checkpoint_file} belongs to another recipe than {self.recipe_file}")
+            raise InputError(f"{self.checkpoint_file} belongs to a different recipe from {self.recipe_file}")
 
     @contextmanager
     def fits(self, what: str) -> Iterator[None]:
-        """Raises InputError where a checkpoint's contents cannot be taken in by `what`."""
+        """Raises InputError if a checkpoint's contents cannot be loaded into `what`."""
         try:
             yield
         except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
@@ -247,7 +247,7 @@ class RunFolder:
         """Returns the arrays of features.npz.
 
         Raises:
-            InputError: the run has not got so far (a ValueError).
+            InputError: the run has not written it yet (a ValueError).
         """
         if not self.features_file.is_file():
             raise InputError(
@@ -256,7 +256,7 @@ class RunFolder:
         try:
             with np.load(self.features_file, allow_pickle=False) as file:
                 return {name: file[name] for name in file.files}
-        except Exception as error:  # NumPy passes on whatever the zip, the header or the decompression stumbled over
+        except Exception as error:  # NumPy passes on any error from the zip, the header or the decompression
             raise InputError(f"{self.features_file} is damaged: {error}") from error
 
     def save_summary(self, summary: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Data sources: each gives whole data sets as tensors, to be kept on the training device and augmented there.
+"""Data sources: each returns whole data sets as tensors, to be kept on the training device and augmented there.
 
 digits                                       ships with scikit-learn
 mnist, fashion-mnist, cifar10, cifar100      torchvision's layout under the data root, downloaded if missing
@@ -36,8 +36,8 @@ from vmcr2.lab.files import replacing
 DATA_ROOT_VARIABLE = "VMCR2_DATA_ROOT"
 _ORIENTATION = 0x0112  # the EXIF tag
 _SIDEWAYS = (5, 6, 7, 8)
-_ARRAYS = {"x_train", "y_train", "x_test", "y_test", "features", "labels", "class_names"}  # read of a .npz file
-_MANY_FILES = 2000  # from which on decoding shows a progress bar
+_ARRAYS = {"x_train", "y_train", "x_test", "y_test", "features", "labels", "class_names"}  # read from a .npz file
+_MANY_FILES = 2000  # from this many on, decoding shows a progress bar
 _IMAGE_ENDINGS = {".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".pgm", ".webp", ".tif", ".tiff"}
 
 
@@ -47,13 +47,13 @@ class DataSettings:
 
     Attributes:
         source: a name (digits, mnist, fashion-mnist, cifar10, cifar100, omniglot, tiny-imagenet) or the path of a
-            .npz file or of a folder of images by class.
-        classes: keep the first so many classes only.
-        train_size: keep the first so many training samples only.
-        test_size: keep the first so many test samples only.
-        image_size: scale a folder's images to so many pixels per side; needed where they differ in size.
-        validation: share of every class's training samples, drawn once for all runs, that is held out and takes the
-            place of the test set, so that settings can be chosen without it.
+            .npz file or a folder of images by class.
+        classes: keep only this many classes, the first ones.
+        train_size: keep only this many training samples, the first ones.
+        test_size: keep only this many test samples, the first ones.
+        image_size: scale a folder's images to this many pixels per side; required if they differ in size.
+        validation: share of every class's training samples, drawn once for all runs, that is held out and replaces the
+            test set, so that settings can be chosen without it.
         label_noise: share of the training samples, drawn once for all runs, that get the label of another class.
     """
 
@@ -77,7 +77,7 @@ class DataSettings:
                 raise InputError(f"data.{name} must be a share below 1, got {getattr(self, name)}")
         if self.validation and self.test_size is not None:
             raise InputError(
-                f"data.test_size has no meaning beside data.validation, which replaces the test set (and is 0.2 where "
+                f"data.test_size has no meaning with data.validation, which replaces the test set (and is 0.2 where "
                 f"the data has none), got {self.test_size} beside {self.validation}"
             )
 
@@ -92,7 +92,7 @@ class Dataset:
         test_inputs: of the test samples.
         test_labels: in [0, k).
         class_names: of the k classes.
-        train_rows: where each training sample was in the source, before a part of it was chosen.
+        train_rows: the index of each training sample in the source, before a part of it was chosen.
         train_files: the files of a folder's training images, before a part was chosen; empty for other sources.
     """
 
@@ -133,7 +133,7 @@ def load(settings: DataSettings, data_root: str | Path | None = None) -> Dataset
         data_root: the folder of named data sets; by default $VMCR2_DATA_ROOT or ./data.
 
     Raises:
-        InputError: the source is unknown, or its files are missing, damaged or of the wrong form (a ValueError).
+        InputError: the source is unknown, or its files are missing, damaged or in the wrong form (a ValueError).
     """
     root = _root(data_root)
     path = _place(settings.source, data_root)
@@ -161,7 +161,7 @@ def load(settings: DataSettings, data_root: str | Path | None = None) -> Dataset
 
 
 def resolved(settings: DataSettings) -> DataSettings:
-    """Returns the settings with the path of a file or folder made absolute, so that a run finds it from anywhere."""
+    """Returns the settings with a file's or folder's path made absolute, so that a run finds it from anywhere."""
     path = Path(settings.source)
     if settings.source in _NAMED or not path.exists():
         return settings
@@ -174,7 +174,7 @@ def without_place(settings: DataSettings) -> DataSettings:
 
 
 def has_moved(before: DataSettings, now: DataSettings, data_root: str | Path | None = None) -> bool:
-    """Whether a file or folder is gone, and another is named for it; whether that holds the same is not looked at."""
+    """Whether a file or folder is gone and another, existing one is named instead; its contents are not compared."""
     if before.source in _NAMED or now.source in _NAMED:
         return False
     return not _place(before.source, data_root).exists() and _place(now.source, data_root).exists()
@@ -189,7 +189,7 @@ def _place(source: str, data_root: str | Path | None) -> Path:
 
 
 def fingerprint(dataset: Dataset) -> str:
-    """Returns a digest of the tensors, by which a resumed run knows its data."""
+    """Returns a digest of the tensors, by which a resumed run recognises its data."""
     digest = hashlib.blake2b(digest_size=16)
     for tensor in (dataset.train_inputs, dataset.train_labels, dataset.test_inputs, dataset.test_labels):
         digest.update(str(tuple(tensor.shape)).encode())
@@ -232,7 +232,7 @@ def _subset(dataset: Dataset, settings: DataSettings) -> Dataset:
 def _held_out(dataset: Dataset, share: float) -> Dataset:
     """Returns the data set with a share of every class's training samples in place of the test set.
 
-    It is a sample at least, of a class that has two.
+    A class with two samples or more gives at least one.
     """
     m = len(dataset.train_labels)
     shuffled = torch.randperm(m, generator=torch.Generator().manual_seed(0))
@@ -246,7 +246,7 @@ def _held_out(dataset: Dataset, share: float) -> Dataset:
         raise InputError(f"data.validation ({share:g}) needs a class of two samples or more, every class has one")
     if single:
         warnings.warn(
-            f"{single} of {dataset.num_classes} classes have a single sample, of which data.validation holds none out",
+            f"{single} of {dataset.num_classes} classes have a single sample, which data.validation cannot hold out",
             stacklevel=2,
         )
     return replace(_kept(dataset, ~chosen), test_inputs=inputs[chosen], test_labels=labels[chosen])
@@ -259,7 +259,7 @@ def _kept(dataset: Dataset, chosen: Bool[Tensor, " m"]) -> Dataset:
 
 
 def _mislabelled(dataset: Dataset, share: float) -> Int[Tensor, " m"]:
-    """Returns the training labels, a share of them moved to another class, each as likely as the next."""
+    """Returns the training labels, with a share of them moved to another class, all equally likely."""
     m, k = len(dataset.train_labels), dataset.num_classes
     generator = torch.Generator().manual_seed(0)
     wrong = torch.randperm(m, generator=generator)[: round(share * m)]
@@ -296,11 +296,11 @@ def _torchvision_source(name: str) -> Callable[[Path], Dataset]:
 
 
 def _present_or_downloaded(name: str, kind: Callable[..., Any], root: Path, **which: bool) -> Any:
-    """Reads a torchvision data set; goes to the network only where its files are missing or fail their checksum."""
+    """Reads a torchvision data set; uses the network only if its files are missing or fail their checksum."""
     try:
         return kind(root=str(root), download=False, **which)
     except Exception as error:
-        # torchvision's words for "not there, or not what its checksum says"; anything else is a file it choked on.
+        # torchvision's message for a missing file or a wrong checksum; any other error means an unreadable file.
         if not (isinstance(error, RuntimeError) and "not found" in str(error)):
             raise InputError(
                 f"{name} under the data root {root} is damaged (truncated?): {str(error) or type(error).__name__}. "
@@ -311,7 +311,7 @@ def _present_or_downloaded(name: str, kind: Callable[..., Any], root: Path, **wh
         return kind(root=str(root), download=True, **which)
     except Exception as error:
         for made in absent and [*sorted(root.rglob("*"), reverse=True), *absent]:
-            with suppress(OSError):  # of what is not empty
+            with suppress(OSError):  # folders that are not empty
                 made.rmdir()
         raise InputError(
             f"{name} is not under the data root {root} (or fails its checksum), and could not be downloaded: {error}. "
@@ -355,7 +355,7 @@ _TINY_SIDE = 32  # Transformations 2 of the paper scale the 64×64 images to thi
 
 
 def _tiny_imagenet(root: Path) -> Dataset:
-    """Reads the folder of the original archive, where a label is a WordNet id: once, then from the cache beside it."""
+    """Reads the folder of the original archive, whose labels are WordNet ids: once, then from the cache beside it."""
     folder, cached = root / "tiny-imagenet-200", root / f"tiny-imagenet-{_TINY_SIDE}.npz"
     if cached.is_file():
         return read_npz(cached)
@@ -401,7 +401,7 @@ def _tiny_imagenet(root: Path) -> Dataset:
 def _in_turn(files: Sequence[Sequence[Path]]) -> list[tuple[Path, int]]:
     """Returns the files of classes with their labels: the first of each class, then the second, and so on.
 
-    So the first so many samples hold all classes alike.
+    So any number of first samples holds all classes equally.
     """
     most = max(map(len, files), default=0)
     return [(own[i], j) for i in range(most) for j, own in enumerate(files) if i < len(own)]
@@ -418,13 +418,13 @@ def _tiny_lines(file: Path) -> list[str]:
 
 
 def _decoded(files: list[Path], size: tuple[int, int] | None, title: str) -> Iterator[np.ndarray]:
-    """Yields images (h, w, 3), decoded on all cores, and where they are many behind a progress bar."""
+    """Yields images (h, w, 3), decoded on all cores, with a progress bar if there are many."""
     from rich.console import Console
     from rich.markup import escape
     from rich.progress import track
 
     console = Console(stderr=True, emoji=False)
-    # Pillow gives the interpreter lock back while it decodes.
+    # Pillow releases the interpreter lock while it decodes.
     with ThreadPoolExecutor() as pool:
         decoded = pool.map(lambda file: np.asarray(decode(file, size)), files)
         yield from track(decoded, escape(title), len(files), console=console, disable=len(files) < _MANY_FILES)
@@ -438,7 +438,7 @@ def read_npz(path: Path, *, needs_test: bool = True) -> Dataset:
         needs_test: whether it must have a test part.
 
     Raises:
-        InputError: it is missing, damaged or not of the right form (a ValueError).
+        InputError: it is missing, damaged or not in the right form (a ValueError).
     """
     if not path.is_file():
         raise InputError(f"there is no file {path}")
@@ -457,7 +457,7 @@ def read_npz(path: Path, *, needs_test: bool = True) -> Dataset:
                     if "Object arrays" not in str(error):
                         raise
                     objects.append(name)
-    except Exception as error:  # NumPy passes on whatever the zip, the header or the decompression stumbled over
+    except Exception as error:  # NumPy passes on any error from the zip, the header or the decompression
         raise InputError(f"{path} is not a readable .npz file (truncated or damaged?): {error}") from error
     if objects:
         raise InputError(
@@ -474,7 +474,7 @@ def read_npz(path: Path, *, needs_test: bool = True) -> Dataset:
     if no_test and not needs_test:
         arrays |= {"x_test": arrays[x_name][:0], "y_test": arrays[y_name][:0]}
     elif missing:
-        hint = "; data.validation holds a share of the training set out instead" if no_test else ""
+        hint = "; data.validation can hold out a share of the training set instead" if no_test else ""
         whole = needs_test or len({"x_test", "y_test"} & set(missing)) < 2
         wanted = "x_train, y_train, x_test, y_test" if whole else "features and labels, or x_train and y_train"
         lacking = missing if whole else [name for name in missing if name in called]
@@ -484,7 +484,7 @@ def read_npz(path: Path, *, needs_test: bool = True) -> Dataset:
         given = np.atleast_1d(arrays["class_names"])
         names = [str(name) for name in given]
         if given.ndim != 1 or len(set(names)) < len(names):
-            got = f"shape {given.shape}" if given.ndim != 1 else f"{len(names) - len(set(names))} of them again"
+            got = f"shape {given.shape}" if given.ndim != 1 else f"{len(names) - len(set(names))} duplicate(s)"
             raise InputError(f"{path}: class_names must be distinct names of shape (k,), got {got}")
     return _from_arrays(str(path), arrays[x_name], arrays[y_name], arrays["x_test"], arrays["y_test"], names, called)
 
@@ -539,14 +539,14 @@ def _folder(root: Path, image_size: int | None, *, needs_test: bool) -> Dataset:
 
 @dataclass(frozen=True)
 class Outline:
-    """What can be said of a file or folder before it is trained on.
+    """What is known about a file or folder before training on it.
 
     Attributes:
-        shapes: of its inputs, (c, h, w) or (d,); several where a folder's images differ in size.
+        shapes: of its inputs, (c, h, w) or (d,); several if a folder's images differ in size.
         num_classes: k.
-        samples: in its training part.
+        samples: how many its training part has.
         has_test: whether it has a test part.
-        smallest: the file of the image of the smallest side; empty for a .npz file.
+        smallest: the file of the image with the smallest side; empty for a .npz file.
     """
 
     shapes: tuple[tuple[int, ...], ...]
@@ -560,7 +560,7 @@ def outline(path: Path) -> Outline:
     """Returns the outline of a .npz file or a folder of images by class, whose images are not decoded.
 
     Raises:
-        InputError: it is not of the right form (a ValueError).
+        InputError: it is not in the right form (a ValueError).
     """
     if path.suffix == ".npz":
         dataset = read_npz(path, needs_test=False)
@@ -574,11 +574,11 @@ def outline(path: Path) -> Outline:
         try:
             with Image.open(file) as image:
                 width, height = image.size
-                # Pillow turns a TIFF by itself, and has its size as turned.
+                # Pillow rotates a TIFF itself, and gives its size as rotated.
                 if image.format != "TIFF" and _orientation(image) in _SIDEWAYS:
                     width, height = height, width
                 shapes.setdefault((3, height, width), file)
-        except Exception as error:  # Pillow's decoders raise what they like
+        except Exception as error:  # Pillow's decoders may raise anything
             raise InputError(f"{file} is not a readable image (truncated or damaged?): {error}") from error
     smallest = shapes[min(shapes, key=lambda shape: min(shape[1:]))].relative_to(path).as_posix()
     return Outline(tuple(sorted(shapes)), len(names), len(parts["train"]), bool(parts["test"]), smallest)
@@ -592,10 +592,10 @@ def image_files(folder: Path) -> list[Path]:
 def decode(source: Any, size: tuple[int, int] | None = None, mode: str = "RGB") -> Any:
     """Returns a file or a PIL image as a PIL image of a size (width, height) and mode; None keeps its size.
 
-    What is transparent becomes white; of 16 bits the upper eight are taken; a photo is turned as its EXIF data says.
+    Transparency becomes white; of 16 bits the upper eight are used; a photo is rotated as its EXIF data says.
 
     Raises:
-        InputError: it is not a readable image, or of 32 bits a channel, whose range is not known (a ValueError).
+        InputError: it is not a readable image, or has 32 bits per channel, whose range is unknown (a ValueError).
     """
     from PIL import Image, ImageOps
 
@@ -608,28 +608,28 @@ def decode(source: Any, size: tuple[int, int] | None = None, mode: str = "RGB") 
             wide = image.mode == "F" or (image.mode == "I" and image.format != "PPM")
             read = _as_mode(image, mode)
             if (turn := _orientation(image)) != 1:
-                read.getexif()[_ORIENTATION] = turn  # which not every conversion keeps
+                read.getexif()[_ORIENTATION] = turn  # not every conversion keeps it
                 read = ImageOps.exif_transpose(read)
-    except Exception as error:  # Pillow's decoders raise what they like
+    except Exception as error:  # Pillow's decoders may raise anything
         raise InputError(f"{source} is not a readable image (truncated or damaged?): {error}") from error
     if wide:
-        raise InputError(f"{source} must have 8 or 16 bits a channel, it has 32, whose range is not known; convert it")
+        raise InputError(f"{source} must have 8 or 16 bits per channel; it has 32, whose range is unknown: convert it")
     return read if size is None or size == read.size else read.resize(size, Image.Resampling.BILINEAR)
 
 
 def _orientation(image: Any) -> Any:
-    """Returns how a photo must be turned, 1 for not at all; damaged EXIF data is no reason to refuse the picture."""
+    """Returns a photo's EXIF orientation, 1 for none; damaged EXIF data is no reason to refuse the picture."""
     try:
         return image.getexif().get(_ORIENTATION, 1)
-    except Exception:  # Pillow's parser raises what it likes
+    except Exception:  # Pillow's parser may raise anything
         return 1
 
 
 def _as_mode(image: Any, mode: str) -> Any:
-    """Returns an image as it is seen, where Pillow's own conversion would clip 16 bits and drop transparency."""
+    """Returns an image as it looks, since Pillow's own conversion would clip 16 bits and drop transparency."""
     from PIL import Image
 
-    if image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PPM"):  # of .pgm scaled to 16 bits
+    if image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PPM"):  # a .pgm scaled to 16 bits
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert(mode)
     if image.has_transparency_data:
         image = image.convert("RGBA")
@@ -646,15 +646,15 @@ def _from_arrays(
     class_names: list[str] | None,
     called: tuple[str, str] = ("x_train", "y_train"),
 ) -> Dataset:
-    """Checks arrays and returns them as a data set; `called` is what the user calls the first two."""
+    """Checks arrays and returns them as a data set; `called` is the user's names for the first two."""
     x_name, y_name = called
     for names, x, y in ((called, x_train, y_train), (("x_test", "y_test"), x_test, y_test)):
         empty = y is y_train and not y.size
-        named = "" if class_names is None else " (a place in class_names)"
+        named = "" if class_names is None else " (an index into class_names)"
         fits = np.issubdtype(y.dtype, np.integer) or (class_names is None and y.dtype.kind == y_train.dtype.kind == "U")
         if y.ndim != 1 or not fits or x.shape[:1] != y.shape or empty:
             raise InputError(
-                f"{name}: {names[1]} must hold one integer label{named} a sample of {names[0]} {x.shape}, "
+                f"{name}: {names[1]} must hold one integer label{named} per sample of {names[0]} {x.shape}, "
                 f"got {y.dtype} {y.shape}"
             )
     if class_names is not None:

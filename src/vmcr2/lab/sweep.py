@@ -1,4 +1,4 @@
-"""Several objectives and seeds of one recipe side by side, as the paper's Table 2."""
+"""Several objectives and seeds of one recipe side by side, as in the paper's Table 2."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ def compare(
     data_root: str | Path | None = None,
     console: Console | None = None,
 ) -> list[RunFolder]:
-    """Trains every objective on every seed, going on with what is there, and writes the table and the figures.
+    """Trains every objective with every seed, continuing existing runs, and writes the table and the figures.
 
     Args:
         recipe: the recipe; its own objective and seed are not used.
         objectives: which to run.
         seeds: which to run each with.
         out: a folder that holds one run folder for each.
-        data_root: where named data sets lie.
+        data_root: the folder of named data sets.
         console: where progress is shown.
 
     Returns:
@@ -80,7 +80,7 @@ def refuse_conflicts(planned: Sequence[tuple[Path, Recipe]], data_root: str | Pa
 
 
 def completed(path: Path, recipe: Recipe, data_root: str | Path | None, console: Console | None) -> RunFolder:
-    """Returns the run of a recipe in a folder, after starting it or going on with it as far as is needed."""
+    """Returns the run of a recipe in a folder, after starting it, or continuing it as far as needed."""
     if (run := RunFolder(path)).is_begun():
         return train.resume(run, recipe, data_root, console)
     return train.start(recipe, path, data_root, console)
@@ -90,7 +90,7 @@ def compared(out: Path) -> list[RunFolder]:
     """Returns the runs of the comparison in a folder.
 
     Raises:
-        InputError: there is none, or runs of it are gone (a ValueError).
+        InputError: there is none, or some of its runs are missing (a ValueError).
     """
     file = out / "comparison.json"
     try:
@@ -109,13 +109,13 @@ def heading(summaries: Sequence[dict[str, Any]]) -> str:
 
 
 def measured_on(summary: dict[str, Any]) -> str:
-    """Returns what a run ran on, in words, and what it was measured on where that is not the test set."""
+    """Returns what a run ran on, in words, and what it was measured on if not the test set."""
     held_out = ", measured on a validation share" if summary.get("evaluated_on") == "validation" else ""
     return terminal.hardware(summary["device"], summary["threads"], summary["torch"]) + held_out
 
 
 def rows(summaries: Sequence[dict[str, Any]]) -> list[list[str]]:
-    """Returns the table's rows, one an objective: mean ± standard deviation over seeds."""
+    """Returns the table's rows, one per objective: mean ± standard deviation over seeds."""
     table = []
     for objective in dict.fromkeys(summary["objective"] for summary in summaries):
         members = [summary for summary in summaries if summary["objective"] == objective]

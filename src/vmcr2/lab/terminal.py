@@ -1,4 +1,4 @@
-"""What a person sees of long work: a progress bar on a terminal, plain lines elsewhere, and tables."""
+"""What the user sees during long work: a progress bar on a terminal, plain lines elsewhere, and tables."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _PLAIN_SECONDS = 10.0
 
 
 class _Bar(Progress):
-    """A progress bar with the figures on a line below, so that nothing is cut at 80 columns."""
+    """A progress bar with the figures on a line below, so that nothing is cut off at 80 columns."""
 
     figures = ""
 
@@ -63,7 +63,7 @@ class EpochProgress:
             self.bar.stop()
 
     def update(self, epoch: int, figures: dict[str, str]) -> None:
-        """Reports that an epoch has passed; figures not named keep their last value, and say which epoch it is from."""
+        """Reports that an epoch has passed; figures not given keep their last value, shown with its epoch."""
         self.figures |= {name: (epoch, value) for name, value in figures.items()}
         parts = [f"{name} {value}" for name, (_, value) in self.figures.items()]
         for i, (measured, _) in enumerate(self.figures.values()):
@@ -85,7 +85,7 @@ class EpochProgress:
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    """Returns a table for the terminal, the first column to the left and the others to the right."""
+    """Returns a table for the terminal, with the first column left-aligned and the others right-aligned."""
     made = Table(title=title, title_justify="left")
     for place, column in enumerate(columns):
         made.add_column(column, justify="left" if place == 0 else "right", overflow="fold")
@@ -101,7 +101,7 @@ def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str
 
 
 def mean_and_spread(values: Sequence[float | None], digits: int) -> str:
-    """Returns mean ± standard deviation of the values that are known, – where there are none."""
+    """Returns mean ± standard deviation of the known values, or – if there are none."""
     known = [value for value in values if value is not None]
     if not known:
         return "–"
@@ -110,7 +110,7 @@ def mean_and_spread(values: Sequence[float | None], digits: int) -> str:
 
 
 def device_name(device: torch.device) -> str:
-    """Returns what a device is called by its maker."""
+    """Returns the manufacturer's name for a device."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     try:
@@ -121,7 +121,7 @@ def device_name(device: torch.device) -> str:
 
 
 def describe_device(device: torch.device) -> str:
-    """Returns the hardware and versions that belong beside every measured figure."""
+    """Returns the hardware and versions to state with every measurement."""
     return hardware(device_name(device), torch.get_num_threads(), torch.__version__)
 
 

@@ -40,7 +40,7 @@ from vmcr2.subspaces import nearest_subspace
 Batches = Iterable[tuple[Tensor, Tensor]]
 OnEpoch = Callable[[dict[str, Any]], None]
 
-_LITTLE = 0.02  # of the ΔR of classes on orthogonal lines: below this share classes are not told apart
+_LITTLE = 0.02  # share of the ΔR of classes on orthogonal lines; below this, classes are not separated
 
 
 def fit(
@@ -61,26 +61,26 @@ def fit(
 
     Args:
         model: maps inputs to features (m, d). It and the criterion are on the device to train on. With several
-            processes it comes wrapped in DistributedDataParallel, and each process has its share of every batch.
+            processes it must be wrapped in DistributedDataParallel, and each process has its share of every batch.
         objective: what to train on; anything with the interface of `Objective`.
-        batches: any iterable of pairs (inputs, labels), such as a DataLoader with workers, gone through once an epoch;
-            or a function that returns those of an epoch, the first of which is 1, such as a generator function. Where
-            it or its sampler has `set_epoch`, that is told the epoch, counted from 0 as samplers do.
+        batches: any iterable of pairs (inputs, labels), such as a DataLoader with workers, read once per epoch; or a
+            function that returns those of an epoch (the first is 1), such as a generator function. If the batches or
+            their sampler have `set_epoch`, it is called with the epoch, counted from 0 as samplers do.
         optimizer: of the parameters of the model and of `objective.criterion`.
         epochs: the last epoch.
         latch_on: what the objective may look at before an epoch, in the same form; best un-augmented. None means
             `batches`.
-        lr_at: the learning rate at a moment (1.5 is half-way through the second epoch), set before every step; the
-            batches must then have a length, which a generator has not. None leaves the optimizer's.
+        lr_at: the learning rate at a moment (1.5 is halfway through the second epoch), set before every step; the
+            batches must then have a length, which a generator lacks. None leaves the optimizer's.
         precision: of the network: "float32", or "bf16" by autocast.
         on_epoch: called after every epoch with its line of figures, to which it may add.
-        done: epochs that were trained before, after which this goes on.
-        history: their lines.
+        done: how many epochs have been trained before; training continues after them.
+        history: the lines of those epochs.
 
     Raises:
-        InputError: there is no batch, it is not a pair, or has no length beside lr_at, or the objective refuses the
-            first one (a ValueError).
-        NumericalError: training diverged, or the objective saw no sense in going on.
+        InputError: there is no batch, one is not a pair, the batches have no length although lr_at is given, or the
+            objective refuses the first one (a ValueError).
+        NumericalError: training diverged, or the objective saw no point in continuing.
     """
     lines = list(history)
     if lines:
@@ -132,11 +132,11 @@ def _fit_epoch(
             total += loss.detach()
             steps += 1
         if features is None or labels is None:
-            raise InputError("batches must give at least one batch an epoch; a generator is used up after the first")
+            raise InputError("batches must give at least one batch per epoch; a generator is used up after the first")
         mean = float(total / steps)
         if not math.isfinite(mean):
             raise NumericalError(f"the mean loss is {mean}")
-        # The last step may have spoilt the weights without a loss to show it; such a state must not be saved.
+        # The last step may have spoilt the weights with no loss after it to show that; such a state must not be saved.
         if not torch.stack([parameter.isfinite().all() for parameter in model.parameters()]).all():
             raise NumericalError("the network's weights are no longer finite")
         return {"loss": mean} | objective.log(features.detach(), labels)
@@ -159,7 +159,7 @@ def _length(batches: Any) -> int:
     try:
         return len(batches)
     except TypeError as error:  # a generator, or a DataLoader of an IterableDataset
-        raise InputError(f"batches must have a length where lr_at is given, got a {type(batches).__name__}") from error
+        raise InputError(f"batches must have a length if lr_at is given, got a {type(batches).__name__}") from error
 
 
 def _check(objective: Objective, lines: list[dict[str, Any]]) -> None:
@@ -186,9 +186,9 @@ def start(
     writes, shows progress and calls `on_epoch`.
 
     Args:
-        recipe: what to do.
+        recipe: the recipe to train.
         out: the run folder, new or empty.
-        data_root: where named data sets lie.
+        data_root: the folder of named data sets.
         console: where progress is shown.
         on_epoch: called with every epoch's line of metrics.jsonl, such as a logger's.
 
@@ -196,10 +196,10 @@ def start(
         The run folder, complete.
 
     Raises:
-        InputError: the data or the folder is not as it must be; nothing was written (a ValueError).
-        NumericalError: training diverged; the checkpoints before are there.
+        InputError: the data or the folder is not as required; nothing was written (a ValueError).
+        NumericalError: training diverged; earlier checkpoints are kept.
         Interrupted: Ctrl-C was pressed; the run can be resumed.
-        LostProcessError: another process of the run has ended; it can be resumed.
+        LostProcessError: another process of the run has ended; the run can be resumed.
     """
     processes.first(lambda: check_folder("out", Path(out)))
     recipe = processes.first(lambda: replace(recipe, data=sources.resolved(recipe.data)))
@@ -208,7 +208,7 @@ def start(
         run = processes.first(lambda: stack.enter_context(RunFolder.created(out, recipe)))
         try:
             _Run(prepared, run).train(console, on_epoch)
-        except KeyboardInterrupt as error:  # before the first epoch, too, there is a run to continue
+        except KeyboardInterrupt as error:  # even before the first epoch there is a run to continue
             raise error if isinstance(error, Interrupted) else Interrupted(run.path) from error
     return run
 
@@ -220,23 +220,23 @@ def resume(
     console: Console | None = None,
     on_epoch: OnEpoch | None = None,
 ) -> RunFolder:
-    """Goes on with a run from its last checkpoint, or from its beginning where it has none; a complete run is left.
+    """Continues a run from its last checkpoint, or from its beginning if it has none; leaves a complete run as it is.
 
-    On one machine's CPU, in one process, the result is, bit for bit, that of a run that was never broken off. There may
-    be another number of processes than before.
+    On one machine's CPU, in one process, the result is bit for bit that of an uninterrupted run. The number of
+    processes may differ from before.
 
     Args:
         run: the run folder.
-        recipe: must be the run's own but for `epochs`, which may be more than the run has; None takes the run's own.
-        data_root: where named data sets lie.
+        recipe: must be the run's own except for `epochs`, which may be more than the run has; None means the run's own.
+        data_root: the folder of named data sets.
         console: where progress is shown.
         on_epoch: called with every further epoch's line of metrics.jsonl.
 
     Raises:
         InputError: the folder belongs to another recipe, or its checkpoint is damaged (a ValueError).
-        NumericalError: training diverged; the checkpoints before are there.
+        NumericalError: training diverged; earlier checkpoints are kept.
         Interrupted: Ctrl-C was pressed; the run can be resumed.
-        LostProcessError: another process of the run has ended; it can be resumed.
+        LostProcessError: another process of the run has ended; the run can be resumed.
     """
     stored, chosen = processes.first(lambda: _planned(run, recipe, data_root, console))
     if chosen is None:
@@ -257,7 +257,7 @@ def resume(
     with ExitStack() as stack:
         processes.first(lambda: stack.enter_context(run.held()))
         ready = _Run(prepared, run, processes.first(load))
-        processes.first(reopen)  # not before the state has been taken in
+        processes.first(reopen)  # only after the state has been loaded
         ready.train(console, on_epoch)
     return run
 
@@ -265,7 +265,7 @@ def resume(
 def _planned(
     run: RunFolder, recipe: Recipe | None, data_root: str | Path | None, console: Console | None
 ) -> tuple[Recipe, Recipe | None]:
-    """Returns the recipe of a folder, and the one to go on with where there is anything to do."""
+    """Returns the recipe of a folder, and the one to continue with, or None if there is nothing to do."""
     stored = run.recipe()
     chosen = stored if recipe is None else replace(recipe, data=sources.resolved(recipe.data))
     refuse_other_recipe(run, stored, chosen, data_root)
@@ -280,9 +280,9 @@ def _planned(
 
 
 def refuse_other_recipe(run: RunFolder, stored: Recipe, recipe: Recipe, data_root: str | Path | None = None) -> None:
-    """Raises InputError where a run cannot go on with a recipe: another one, or with epochs that it cannot be given."""
+    """Raises InputError if a run cannot continue with a recipe: it is another one, or its `epochs` do not suit."""
     alike = replace(_with_others(recipe, stored), epochs=stored.epochs)
-    if sources.has_moved(stored.data, recipe.data, data_root):  # whether it is the same is asked of the checkpoint
+    if sources.has_moved(stored.data, recipe.data, data_root):  # the checkpoint will tell if the data is the same
         alike = replace(alike, data=replace(alike.data, source=stored.data.source))
     differing = recipes.differences(stored, alike)
     if differing:
@@ -295,13 +295,13 @@ def refuse_other_recipe(run: RunFolder, stored: Recipe, recipe: Recipe, data_roo
     if recipe.epochs > stored.epochs and recipe.tied_to_epochs:
         raise InputError(
             f"epochs must stay {stored.epochs} for {run.path}, got {recipe.epochs}: its {recipe.tied_to_epochs} "
-            "follows the share of the epochs that has passed, so a longer run is another one; start it in a folder of "
+            "depends on the total number of epochs, so the run cannot be extended; start a longer one in a folder of "
             "its own"
         )
 
 
 def _with_others(recipe: Recipe, stored: Recipe) -> Recipe:
-    """Returns the recipe with a run's settings of the objectives that it is not trained on, which play no part."""
+    """Returns the recipe with a run's settings for the objectives that it does not train, which have no effect."""
     return replace(recipe, **{name: getattr(stored, name) for name in OBJECTIVES if name != recipe.objective})
 
 
@@ -318,7 +318,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 class LostProcessError(processes.PeerError):
-    """Another process ended, and with it a run that can be resumed, with any number of processes.
+    """Another process ended, and so did this run, which can be resumed with any number of processes.
 
     Attributes:
         run: its folder.
@@ -330,10 +330,10 @@ class LostProcessError(processes.PeerError):
 
 
 class _Interrupt:
-    """Turns Ctrl-C into a stop that loses nothing: after the epoch, where that is not on the disk yet, else at once.
+    """Turns Ctrl-C into a stop that loses no epoch: after the present one if any is not on disk yet, else at once.
 
-    Epochs shorter than `checkpoint_seconds` are finished and saved; of a longer one the state before it is on the disk
-    already. A second Ctrl-C stops at once in any case. Of several processes the first, which writes, decides.
+    Epochs shorter than `checkpoint_seconds` are finished and saved; before a longer one, the state is already on disk.
+    A second Ctrl-C always stops at once. With several processes the first, which writes, decides.
     """
 
     def __init__(self, run: RunFolder, epoch: int, console: Console | None) -> None:
@@ -362,7 +362,7 @@ class _Interrupt:
 
 @dataclass(frozen=True)
 class _Prepared:
-    """All that a run needs, made and tried out before anything is written."""
+    """All that a run needs, made and tried before anything is written."""
 
     recipe: Recipe
     dataset: Dataset
@@ -373,12 +373,12 @@ class _Prepared:
 
 
 def chosen_device(name: str) -> torch.device:
-    """Returns the device for auto, cuda or cpu; auto passes over accelerators without float64.
+    """Returns the device for auto, cuda or cpu; auto skips accelerators without float64.
 
-    Of several processes on a machine each has a CUDA device of its own.
+    If there are several processes on a machine, each gets a CUDA device of its own.
 
     Raises:
-        InputError: cuda is asked for and there is none, or not enough for the processes (a ValueError).
+        InputError: cuda is requested and there is none, or there are fewer devices than processes (a ValueError).
     """
     there = torch.cuda.is_available()
     if name == "cuda" and not there:
@@ -396,7 +396,7 @@ def chosen_device(name: str) -> torch.device:
 
 
 def _prepare(recipe: Recipe, data_root: str | Path | None) -> _Prepared:
-    """Makes ready in every process; what is wrong in one is an error in all."""
+    """Prepares the run in every process; an error in one is an error in all."""
     dataset = processes.in_turns(lambda: sources.load(recipe.data, data_root))
     prepared = processes.everywhere(lambda: _prepared_here(recipe, dataset))
     digests = processes.gathered(prepared.fingerprint)
@@ -407,7 +407,7 @@ def _prepare(recipe: Recipe, data_root: str | Path | None) -> _Prepared:
 
 
 def _prepared_here(recipe: Recipe, dataset: Dataset) -> _Prepared:
-    """Builds the network and sends a few samples through it, so that what is wrong shows now."""
+    """Builds the network and sends a few samples through it, so that errors show now."""
     digest = sources.fingerprint(dataset)
     m = len(dataset.train_labels)
     if m < 2:
@@ -432,14 +432,14 @@ def _prepared_here(recipe: Recipe, dataset: Dataset) -> _Prepared:
             torch.cuda.set_device(device)
     if recipe.channels_last:
         for parameter in model.parameters():
-            if parameter.ndim == 4:  # the layout of the weights is what convolutions go by
+            if parameter.ndim == 4:  # convolutions follow the layout of their weights
                 parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
     objective.criterion.to(device)
     return _Prepared(recipe, dataset.to(device), digest, device, model.train().to(device), objective)
 
 
 def _check_shares(recipe: Recipe, m: int, least: int) -> None:
-    """Raises InputError where a process would get fewer than so many samples of some batch."""
+    """Raises InputError if a process would get fewer than `least` samples of some batch."""
     smallest = m // batch_count(m, recipe.batch_size)
     most = smallest // least
     if world_size() > most:
@@ -459,7 +459,7 @@ def build(recipe: Recipe, input_shape: tuple[int, ...], num_classes: int) -> tup
         num_classes: k.
 
     Raises:
-        InputError: the network does not take such inputs (a ValueError).
+        InputError: the network does not accept such inputs (a ValueError).
     """
     torch.manual_seed(recipe.seed)
     model = networks.build(recipe.network, input_shape, recipe.feature_dim)
@@ -467,28 +467,28 @@ def build(recipe: Recipe, input_shape: tuple[int, ...], num_classes: int) -> tup
 
 
 def _check_state(run: RunFolder, state: dict[str, Any], prepared: _Prepared) -> None:
-    """Raises InputError unless a checkpoint is of this recipe and this data."""
+    """Raises InputError unless a checkpoint belongs to this recipe and this data."""
     if state["epoch"] > prepared.recipe.epochs:
         got = prepared.recipe.epochs
         raise InputError(f"epochs must be at least the {state['epoch']} that {run.path} has, got {got}")
     run.check_recipe_of(state, prepared.recipe)
     classes = state["trained"].get("config", {}).get("classes")
     if state["data"] != prepared.fingerprint or classes != list(prepared.dataset.class_names):
-        raise InputError(f"{run.checkpoint_file} was trained on data that differs from what is there now")
+        raise InputError(f"{run.checkpoint_file} was trained on data that differs from the present data")
 
 
 @dataclass(frozen=True)
 class EpochBatches:
-    """One pass over a training set, in an order and with an augmentation that follow from the epoch's number alone.
+    """One pass over a training set, in an order and with augmentation that depend only on the seed and epoch number.
 
-    So there is no state to save between epochs. Several processes share each batch, as `tensor_split` does, and crops
-    and flips are those of one.
+    So there is no state to save between epochs. Several processes split each batch, as `tensor_split` does, and crops
+    and flips are the same as with one.
 
     Attributes:
         dataset: on the device to train on.
         recipe: its seed, batch size and augmentation.
         epoch: the epoch's number.
-        augment: whether crops and flips are drawn; otherwise images are cut from the middle.
+        augment: whether crops and flips are drawn; otherwise images are cropped in the middle.
         rank: the process whose shares these are.
         world: how many processes share each batch.
     """
@@ -522,7 +522,7 @@ def _optimizer(recipe: Recipe, parameters: list[nn.Parameter]) -> torch.optim.Op
 
 
 class _Run:
-    """What one run keeps between epochs: its optimizer, the latest measures, what is on the disk."""
+    """What one run keeps between epochs: its optimizer, the latest measures, what is on disk."""
 
     def __init__(self, prepared: _Prepared, folder: RunFolder, state: dict[str, Any] | None = None) -> None:
         recipe, model, criterion = prepared.recipe, prepared.model, prepared.objective.criterion
@@ -548,7 +548,7 @@ class _Run:
                 torch.cuda.set_rng_state(state["cuda_rng"], prepared.device)
 
     def train(self, console: Console | None, on_epoch: OnEpoch | None) -> None:
-        """Trains to the recipe's end, or until it is interrupted, writing and showing what each epoch comes to."""
+        """Trains to the recipe's end, or until interrupted, writing and showing the results of each epoch."""
         recipe, folder = self.prepared.recipe, self.folder
         title = f"{recipe.name} {recipe.objective} seed {recipe.seed}"
         if not processes.is_first():
@@ -559,7 +559,7 @@ class _Run:
         ):
 
             def note(line: dict[str, Any]) -> tuple[dict[str, Any], bool]:
-                """Writes and shows what an epoch came to; returns that, and whether to stop."""
+                """Writes and shows the results of an epoch; returns them, and whether to stop."""
                 stop = self.record(line, interrupt)
                 progress.update(line["epoch"], _figures(line))
                 if on_epoch is not None:
@@ -589,12 +589,12 @@ class _Run:
             except BaseException as error:
                 if not processes.is_loss(error):
                     raise
-                if interrupt.asked:  # the first process has stopped at once
+                if interrupt.asked:  # the first process stopped at once
                     raise Interrupted(folder.path) from None
                 raise LostProcessError(folder.path) from error
 
     def _fit(self, after: OnEpoch) -> None:
-        """Runs `fit` as a recipe has it, from the epoch after those that are done on."""
+        """Runs `fit` with the recipe's settings, starting after the epochs already done."""
         prepared, folder, done, recipe = self.prepared, self.folder, self.done, self.prepared.recipe
 
         def history() -> list[dict[str, Any]]:
@@ -625,7 +625,7 @@ class _Run:
         )
 
     def measure(self, epoch: int) -> Measures:
-        """Measures the network on the whole data set, and keeps what the summary and a checkpoint need of it."""
+        """Measures the network on the whole data set, and keeps what the summary and a checkpoint need."""
         recipe, dataset, objective = self.prepared.recipe, self.prepared.dataset, self.prepared.objective
         networks.share_statistics(self.prepared.model)
         features = extract(self.prepared.model, dataset, recipe.augmentation, recipe.batch_size, recipe.precision)
@@ -640,7 +640,7 @@ class _Run:
         return processes.first(judge)
 
     def save(self, epoch: int) -> None:
-        """Writes a checkpoint: the state to go on from, and what prediction needs without the training data."""
+        """Writes a checkpoint: the state to continue from, and what prediction needs without the training data."""
         state = {
             "epoch": epoch,
             "seconds": self.seconds,
@@ -657,7 +657,7 @@ class _Run:
         self.folder.save_checkpoint(state)
 
     def record(self, line: dict[str, Any], interrupt: _Interrupt) -> bool:
-        """Writes what an epoch came to, and a checkpoint where one is due; returns whether to stop after it."""
+        """Writes the results of an epoch, and a checkpoint if one is due; returns whether to stop after it."""
         recipe, epoch = self.prepared.recipe, line["epoch"]
         self.seconds += line["seconds"]
         self.folder.add_metrics(line)
@@ -666,11 +666,11 @@ class _Run:
         if epoch == recipe.epochs or interrupt.asked or due:
             self.save(epoch)
             interrupt.saved, self.saved_at = epoch, time.monotonic()
-        return interrupt.asked and interrupt.saved == epoch  # not where it was asked too late for the above
+        return interrupt.asked and interrupt.saved == epoch  # not if asked too late for the above
 
     def finish(self) -> None:
-        """Writes what the figures need and, last, the summary, whose presence says that the run is complete."""
-        if processes.first(lambda: self.measured is None):  # the run was broken off after its last epoch
+        """Writes what the figures need and, last, the summary, whose presence means that the run is complete."""
+        if processes.first(lambda: self.measured is None):  # the run was interrupted after its last epoch
             self.measure(self.prepared.recipe.epochs)
         processes.first(self._write_results)
 
@@ -718,7 +718,7 @@ def _warn_of_little(reduction: float, prepared: _Prepared) -> None:
 
 
 def _figures(line: dict[str, Any]) -> dict[str, str]:
-    """Returns what the progress bar shows of an epoch: ΔR of the training set where measured, and of the last batch."""
+    """Returns what the progress bar shows for an epoch: ΔR of the training set if measured, and of the last batch."""
     shown = {}
     if "train_reduction" in line:
         shown["ΔR"] = f"{line['train_reduction']:.2f}"

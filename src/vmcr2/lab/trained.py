@@ -4,8 +4,8 @@
     trained.predict(["a.png", "b.png"])          # class names
     trained.embed(images)                        # features (m, d) of uint8 images (m, c, h, w)
 
-`export` writes config.json, model.safetensors and README.md, the layout of Hugging Face's hub: `load` reads that folder
-too, and with the extra `hub` there are `TrainedModel.from_pretrained(…)` and `trained.push_to_hub("me/name")`.
+`export` writes config.json, model.safetensors and README.md, the layout of the Hugging Face Hub: `load` reads that
+folder too, and the extra `hub` adds `TrainedModel.from_pretrained(…)` and `trained.push_to_hub("me/name")`.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ try:
 except ModuleNotFoundError:
 
     class PyTorchModelHubMixin:
-        """Stands in for the mixin of huggingface_hub where that is not installed."""
+        """Stands in for huggingface_hub's mixin if that is not installed."""
 
         def __init_subclass__(cls, **_: Any) -> None: ...
 
@@ -62,14 +62,14 @@ except ModuleNotFoundError:
 _AT_ONCE = 256  # inputs sent through the network together
 
 
-# The mixin is one of two classes, which the type checker does not take as a base.
+# The mixin is one of two classes, which the type checker does not accept as a base.
 class TrainedModel(
     nn.Module,
     PyTorchModelHubMixin,  # pyrefly: ignore[invalid-inheritance]
     library_name="vmcr2",
     tags=["mcr2", "image-feature-extraction"],
 ):
-    """A network, one subspace per class, and the names of the classes; in eval mode as `load` returns it.
+    """A network, one subspace per class, and the names of the classes; `load` returns it in eval mode.
 
     All arguments can be written as JSON, so that config.json holds them.
 
@@ -77,12 +77,12 @@ class TrainedModel(
         network: a name in `vmcr2.lab.networks`, or timm:NAME.
         feature_dim: d.
         input_shape: of one input of the network, after cropping: (c, h, w) or (d,).
-        image_shape: of one input as the data has it, before cropping.
+        image_shape: of one input in the data, before cropping.
         classes: the names of the k classes, in the order of the labels.
         components: r, the dimension of the subspaces.
         crop: the side of the square that is cut from the middle of an image; None for all of it.
-        padding: zeros that may be put around an image before.
-        about: what is known of the training, for the model card.
+        padding: zeros that may be added around an image first.
+        about: what is known about the training, for the model card.
 
     Attributes:
         model: the network, from inputs (m, *input_shape) to features (m, d) of norm 1.
@@ -90,7 +90,7 @@ class TrainedModel(
         classes: as given.
 
     Raises:
-        InputError: the network is unknown or does not take such inputs (a ValueError).
+        InputError: the network is unknown or does not accept such inputs (a ValueError).
     """
 
     subspaces: Tensor
@@ -128,7 +128,7 @@ class TrainedModel(
         }
 
     def forward(self, inputs: Float[Tensor, "m ..."]) -> Float[Tensor, "m d"]:
-        """Returns the features of inputs that are cropped and scaled to [0, 1] already."""
+        """Returns the features of inputs that are already cropped and scaled to [0, 1]."""
         return self.model(inputs)
 
     @torch.no_grad()
@@ -136,18 +136,18 @@ class TrainedModel(
         """Returns features of norm 1, on the model's device.
 
         Args:
-            images: uint8 images (m, c, h, w), or (m, h, w) where c = 1, of the size of the training data, as a tensor
-                or an array; or a path or PIL image, or a sequence of these, which are converted to the number of
-                channels and scaled to the size of the training data. For a run on embeddings: floats (m, d).
+            images: uint8 images (m, c, h, w), or (m, h, w) if c = 1, of the training data's size, as a tensor or an
+                array; or a path or PIL image, or a sequence of these, which are converted to the training data's number
+                of channels and scaled to its size. For a run on embeddings: floats (m, d).
 
         Raises:
-            InputError: images are not of that kind or size, embeddings not finite, or a file cannot be read (a
+            InputError: images are not of that kind or size, embeddings are not finite, or a file cannot be read (a
                 ValueError).
-            NumericalError: features came out that are not of norm 1.
+            NumericalError: some of the resulting features do not have norm 1.
         """
         given, device = self._inputs(images), self.subspaces.device
         modes = {module: module.training for module in self.model.modules()}
-        self.model.eval()  # also where it is being trained further
+        self.model.eval()  # even if it is being trained further
         try:
             parts = [
                 self.model(plain(batch.to(device), self.augmentation).to(self.subspaces.dtype))
@@ -170,27 +170,27 @@ class TrainedModel(
         """Returns the share in [0, 1] of each sample's energy that lies in each class's subspace, in float64.
 
         Args:
-            images: as `embed` takes.
+            images: as for `embed`.
 
         Raises:
-            InputError: as `embed`.
+            InputError: as for `embed`.
         """
         features, bases = self.embed(images), self.subspaces
-        if features.device.type == "mps":  # which has no float64
+        if features.device.type == "mps":  # it has no float64
             features, bases = features.cpu(), bases.cpu()
-        # Subspaces may hold nearly all of any sample: float32 would leave ties.
+        # Subspaces may contain nearly all of any sample: float32 would leave ties.
         return subspace_energies(features.double(), bases.double())
 
     def predict(self, images: Any) -> list[str]:
         """Returns the name of the class whose subspace is nearest to each sample, eq. (8), whatever the objective was.
 
-        `trained.scores(images).argmax(1)` are the places of these names in `classes`.
+        `trained.scores(images).argmax(1)` gives the indices of these names in `classes`.
 
         Args:
-            images: as `embed` takes.
+            images: as for `embed`.
 
         Raises:
-            InputError: as `embed`.
+            InputError: as for `embed`.
         """
         return [self.classes[j] for j in self.scores(images).argmax(1).tolist()]
 
@@ -198,7 +198,7 @@ class TrainedModel(
         shape = self.image_shape
         refuse_masked("images", images)
         if isinstance(images, np.ndarray) and images.ndim < 2 and images.dtype.kind in "OSTU":
-            images = images.tolist()  # paths or images, as a column of a frame holds them
+            images = images.tolist()  # paths or images, as in a data frame's column
         if isinstance(images, Tensor | np.ndarray):
             given = images if isinstance(images, Tensor) else tensor_of(images, "images")
             if len(shape) == 3 and shape[0] == 1 and given.shape[1:] == shape[1:]:
@@ -223,7 +223,7 @@ class TrainedModel(
         return torch.from_numpy(np.stack(arrays)).view(len(arrays), *shape[1:], shape[0]).permute(0, 3, 1, 2)
 
     def card(self) -> str:
-        """Returns the model card, Markdown with the hub's front matter."""
+        """Returns the model card: Markdown with the Hub's front matter."""
         k, names = len(self.classes), ", ".join(self.classes[:20])
         known = "\n".join(f"| {name.replace('_', ' ')} | {value} |" for name, value in self.about.items())
         kind = "images" if len(self.image_shape) == 3 else "embeddings"
@@ -253,12 +253,12 @@ inputs that are like none. Inputs must be prepared as in training: same size, sa
 """
 
     def save_pretrained(self, save_directory: str | Path, *, config: Any = None, **options: Any) -> Any:
-        """Writes the files that `export` writes, by huggingface_hub."""
-        # The mixin would write what the model was made with, which `load` may have changed since.
+        """Writes the files that `export` writes, through huggingface_hub."""
+        # The mixin would write the model's initial configuration, which `load` may have changed since.
         return super().save_pretrained(save_directory, config=config or self.config, **options)
 
     def generate_model_card(self, *_: Any, **__: Any) -> Any:
-        """Returns the card as huggingface_hub wants it."""
+        """Returns the card in the form that huggingface_hub expects."""
         from huggingface_hub import ModelCard  # pyrefly: ignore[missing-import]
 
         return ModelCard(self.card())
@@ -271,7 +271,7 @@ def _finite(embeddings: Float[Tensor, "m d"]) -> Float[Tensor, "m d"]:
 
 
 def config(recipe: Recipe, dataset: Dataset) -> dict[str, Any]:
-    """Returns what a checkpoint keeps of a recipe and its data, so that prediction needs neither."""
+    """Returns what a checkpoint keeps from a recipe and its data, so that prediction needs neither."""
     example = plain(dataset.train_inputs[:1], recipe.augmentation)
     return {
         "network": recipe.network,
@@ -288,8 +288,8 @@ def load(path: RunFolder | str | Path, components: int | None = None) -> Trained
     """Returns a trained model on the CPU, in eval mode; the data it was trained on is not needed.
 
     Args:
-        path: a run folder, whose last checkpoint is taken, or a folder that `vmcr2 export` wrote.
-        components: keep the strongest so many directions of each class's subspace; all, ⌊d/k⌋, by default.
+        path: a run folder, whose last checkpoint is used, or a folder that `vmcr2 export` wrote.
+        components: how many directions of each class's subspace to keep, strongest first; by default all, ⌊d/k⌋.
 
     Raises:
         InputError: there is neither, the run has not been measured yet, it has fewer components, or a file is damaged
@@ -300,10 +300,10 @@ def load(path: RunFolder | str | Path, components: int | None = None) -> Trained
     if components is not None:
         most = trained.subspaces.shape[2]
         check_count("components", components, at_most=most, limit="those of the model")
-        components = int(components)  # JSON takes no integers of NumPy
+        components = int(components)  # JSON does not accept NumPy integers
         trained.subspaces = trained.subspaces[..., :components].contiguous()
         trained.config["components"] = components
-        if components < most:  # what was measured is of all
+        if components < most:  # what was measured is for all of them
             trained.about = {name: value for name, value in trained.about.items() if name != "test_accuracy"}
             trained.config["about"] = trained.about
     return trained
@@ -311,12 +311,12 @@ def load(path: RunFolder | str | Path, components: int | None = None) -> Trained
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A run's last checkpoint, read once, and what can be made of it.
+    """A run's last checkpoint, read once, and what can be built from it.
 
     Attributes:
         run: the run folder.
         recipe: its recipe.
-        state: what checkpoint.pt holds.
+        state: the contents of checkpoint.pt.
     """
 
     run: RunFolder
@@ -340,7 +340,7 @@ class Checkpoint:
         return cls(run, recipe, state)
 
     def model(self) -> TrainedModel:
-        """Returns the network with its subspaces, on the CPU and in eval mode; warns where they are older than it.
+        """Returns the network with its subspaces, on the CPU and in eval mode; warns if they are older than it.
 
         Raises:
             InputError: the run has not been measured yet, or the checkpoint does not fit or is damaged (a ValueError).
@@ -372,7 +372,7 @@ class Checkpoint:
         return trained.eval()
 
     def objective(self) -> Objective:
-        """Returns what the run was trained on, with its dictionary or classifier, in eval mode.
+        """Returns the run's objective, with its dictionary or classifier, in eval mode.
 
         Raises:
             InputError: the checkpoint does not fit (a ValueError).
@@ -384,13 +384,13 @@ class Checkpoint:
         return objective
 
     def data(self, data_root: str | Path | None = None) -> Dataset:
-        """Returns the data that the run was trained and measured on; warns where it has changed since.
+        """Returns the data that the run was trained and measured on; warns if it has changed since.
 
         Args:
-            data_root: where named data sets lie.
+            data_root: the folder of named data sets.
 
         Raises:
-            InputError: the data is not there, or has other classes or sizes (a ValueError).
+            InputError: the data is missing, or has other classes or sizes (a ValueError).
         """
         source, known = self.recipe.data.source, self.state["trained"]["config"]
         dataset = sources.load(self.recipe.data, data_root)
@@ -403,14 +403,14 @@ class Checkpoint:
 
 
 def _refuse_spoilt(trained: TrainedModel, path: Path) -> None:
-    """Raises InputError where the model holds NaN or infinite entries."""
+    """Raises InputError if the model holds NaN or infinite entries."""
     spoilt = [name for name, value in trained.state_dict().items() if not bool(value.isfinite().all())]
     if spoilt:
         raise InputError(f"the model in {path} is damaged: NaN or infinite entries in {', '.join(spoilt)}")
 
 
 def export(trained: TrainedModel, folder: str | Path) -> None:
-    """Writes a model as config.json, model.safetensors and its card README.md.
+    """Writes a model as config.json, model.safetensors and README.md, its card.
 
     Args:
         trained: from `load`.
