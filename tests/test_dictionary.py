@@ -297,7 +297,7 @@ def test_a_shared_dictionary_confined_to_own_atoms_takes_the_very_step_of_block_
         for structure in ("shared", "block", "shared")
     )
     for loss in (shared, block, dense):
-        loss.dictionary.steps = 60
+        loss.dictionary.steps_taken = 60
     same = []
     for seed in range(4):
         z = unit_rows(m, d, seed=seed)
@@ -324,7 +324,7 @@ def test_a_shared_dictionary_confined_to_own_atoms_takes_the_very_step_of_block_
 def test_a_shared_dictionary_whose_classes_use_others_atoms_never_takes_the_block_step():
     z, labels = unit_rows(60, 12), torch.arange(60) % 3
     loss, pi = loss_at(z, labels, 3, 2), checked(z, labels, 3)
-    loss.dictionary.steps = 60  # at ρ = 0.05 no code would rise from 0
+    loss.dictionary.steps_taken = 60  # at ρ = 0.05 no code would rise from 0
     loss.dictionary.codes += 0.5
     _, before = loss.dictionary.part_for(pi, torch.float64)
     expected = ascending_step(z, pi, before, mu=loss.mu_at(60), eps_sq=EPS_SQ).dictionary
@@ -337,7 +337,7 @@ def test_a_confined_step_makes_no_products_of_all_samples_with_all_atoms():
     m, d, k, s = 300, 40, 20, 4  # more samples than have all their inner products taken at once
     z, labels = unit_rows(m, d), torch.arange(m) % k
     loss = loss_at(z, labels, k, s)
-    loss.dictionary.steps = 60
+    loss.dictionary.steps_taken = 60
     loss(z, labels)  # past the watch's look at ΔR
     with LargestTensor() as largest:
         loss(z, labels)
@@ -447,7 +447,7 @@ def test_training_killed_and_resumed_by_state_dict_equals_training_that_was_not(
         assert float(through(z, membership)) == float(resumed(z, membership))
     for name, tensor in through.state_dict().items():
         assert torch.equal(tensor, resumed.state_dict()[name]), name
-    assert resumed.dictionary.steps == 8
+    assert resumed.dictionary.steps_taken == 8
 
 
 @pytest.mark.parametrize(("eps_sq", "energy"), [(0.5, 1e-10), (1e4, 1e-3), (7.9e8, None)])

@@ -119,7 +119,7 @@ def source_of(seed, steps):
     z, labels = unit_rows(40, D, seed=seed), torch.arange(40) % K
     loss = losses_of("shared")
     loss.dictionary.latch(*latched_blocks(z, checked(z, labels, K), 2), torch.ones(K, dtype=torch.bool))
-    loss.dictionary.steps = steps
+    loss.dictionary.steps_taken = steps
     return loss
 
 
@@ -440,7 +440,7 @@ def disagreement(rank, what):
         return said_by([lambda: vmcr2.TotalCodingRateLoss()([z] * (1 + odd))])
     loss(z, labels)
     if what.startswith("steps"):
-        loss.dictionary.steps += odd
+        loss.dictionary.steps_taken += odd
         return said_by([lambda: loss(z, labels)])
     assert what.startswith("call")
     return said_by([lambda: loss.latch(z, labels) if odd else loss(z, labels)]) + said_by(

@@ -71,6 +71,21 @@ def test_a_class_has_no_energy_beyond_its_samples(d, sizes, streamed):
     assert (energies > 0).sum(1).tolist() == [min(s, n) for n in sizes]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("structure", ["shared", "block"])
+def test_repeated_samples_leave_no_energy_beyond_their_rank(structure, dtype):
+    """As `ClassBalancedBatchSampler` repeats the samples of small classes."""
+    k, d, distinct = 10, 128, 5
+    z, labels = unit_rows(k * distinct, d, dtype=dtype), torch.arange(k).repeat_interleave(distinct)
+    loss = vmcr2.VMCR2Loss(k, d, structure=structure).to(dtype)
+    loss.latch(z.repeat(3, 1), labels.repeat(3))
+    assert ((loss.dictionary.codes > 0).sum(0) == distinct).all()
+    if structure == "block":
+        unseen = unit_rows(500, d, dtype=dtype)
+        alone = vmcr2.NearestSubspaceClassifier().fit(z.double().numpy(), labels.numpy())
+        assert (loss.nearest_class(unseen).numpy() == alone.predict(unseen.double().numpy())).all()
+
+
 def test_a_decomposition_that_fails_is_a_numerical_error():
     z = torch.full((4, 3), torch.nan)
     with pytest.raises(vmcr2.NumericalError, match="latching failed"):

@@ -93,20 +93,20 @@ def test_a_class_that_training_sees_later_is_latched_alone(structure):
 def test_the_first_60_steps_use_up_to_six_times_the_mu_of_rho_0_05(structure, steps, factor):
     z, labels = unit_rows(30, 8), torch.arange(30) % 3
     loss = loss_at(unit_rows(30, 8, seed=1), labels, 3, 2, structure=structure)
-    loss.dictionary.steps = steps
+    loss.dictionary.steps_taken = steps
     pi = checked(z, labels, 3)
     mu = factor * vmcr2.balanced_mu(8, 30)
     expected = ascending_step(z, pi, loss.dictionary.part_for(pi, torch.float64)[1], mu=mu, eps_sq=0.5).dictionary
     loss(z, labels)
     torch.testing.assert_close(loss.dictionary.codes.T, expected.codes)
     torch.testing.assert_close(loss.dictionary.atoms.T, expected.atoms)
-    assert loss.dictionary.steps == steps + 1
+    assert loss.dictionary.steps_taken == steps + 1
 
 
 def test_a_given_mu_is_used_from_the_first_step():
     z, labels = unit_rows(30, 8), torch.arange(30) % 3
     first, later = (loss_at(unit_rows(30, 8, seed=1), labels, 3, 2, mu=0.1) for _ in range(2))
-    later.dictionary.steps = 1000
+    later.dictionary.steps_taken = 1000
     assert float(first(z, labels)) == float(later(z, labels))
     assert torch.equal(first.dictionary.codes, later.dictionary.codes)
 
@@ -148,7 +148,7 @@ def test_eval_mode_no_grad_inference_mode_and_rates_take_no_step(structure, kind
     z, membership = unit_rows(30, 8), random_membership(30, 3, kind)
     loss = loss_at(unit_rows(30, 8, seed=1), torch.arange(30) % 3, 3, 2, structure=structure)
     expected = float(copy.deepcopy(loss).eval()(z, membership))
-    before, steps = snapshot(loss), loss.dictionary.steps
+    before, steps = snapshot(loss), loss.dictionary.steps_taken
     loss.train(not how.startswith("eval"))
     context = {"no_grad": torch.no_grad, "eval": torch.enable_grad, "rates": torch.enable_grad}
     with context.get(how, torch.inference_mode)():
@@ -157,13 +157,13 @@ def test_eval_mode_no_grad_inference_mode_and_rates_take_no_step(structure, kind
         else:
             assert float(loss(z, membership)) == pytest.approx(expected, rel=1e-12)
     assert_unchanged(loss, before)
-    assert loss.dictionary.steps == steps
+    assert loss.dictionary.steps_taken == steps
     # What inference mode has seen can still be trained on.
     loss.train()
     features = z.clone().requires_grad_()
     loss(features, membership).backward()
     assert features.grad.isfinite().all()
-    assert loss.dictionary.steps == steps + 1
+    assert loss.dictionary.steps_taken == steps + 1
 
 
 @each_structure
@@ -193,7 +193,7 @@ def test_a_loss_made_in_inference_mode_can_be_trained():
         loss = vmcr2.VMCR2Loss(3, 6)
     z, labels = unit_rows(12, 6, dtype=torch.float32).requires_grad_(), random_labels(12, 3)
     loss(z, labels).backward()
-    assert loss.dictionary.steps == 1
+    assert loss.dictionary.steps_taken == 1
 
 
 def test_a_check_that_raises_leaves_modes_whole():
@@ -432,9 +432,9 @@ def test_state_dict_deepcopy_pickle_and_double_do_what_they_do_elsewhere(structu
     copies = [other, copy.deepcopy(loss), pickle.loads(pickle.dumps(loss))]
     expected = [float(loss(unit_rows(30, 8, seed=seed), labels)) for seed in range(3)]
     for each in copies:
-        assert each.dictionary.steps == 1
+        assert each.dictionary.steps_taken == 1
         assert [float(each(unit_rows(30, 8, seed=seed), labels)) for seed in range(3)] == expected
-        assert each.dictionary.steps == 4
+        assert each.dictionary.steps_taken == 4
     single = copy.deepcopy(loss).float()
     assert single.dictionary.atoms.dtype == single.dictionary.codes.dtype == torch.float32
     assert single.dictionary.latched.dtype == torch.bool
@@ -518,12 +518,26 @@ def test_a_state_that_is_refused_leaves_the_steps(wrong):
             {f"1.{name}": value for name, value in state.items()}
         )
     assert torch.equal(loss.dictionary.atoms, atoms)
-    assert loss.dictionary.steps == 0
+    assert loss.dictionary.steps_taken == 0
     with pytest.raises(RuntimeError, match=r"0\.weight"):  # what another module lacks does not count
         torch.nn.ModuleList([torch.nn.Linear(1, 1), loss]).load_state_dict(
             {f"1.{name}": value for name, value in trained.state_dict().items()}
         )
-    assert loss.dictionary.steps == 1
+    assert loss.dictionary.steps_taken == 1
+
+
+@pytest.mark.parametrize("structure", ["shared", "block"])
+def test_functional_call_takes_the_state_dict(structure):
+    z, labels = unit_rows(30, 8), random_labels(30, 3)
+    loss = loss_at(z, labels, 3, 2, structure=structure).eval()
+    other = vmcr2.VMCR2Loss(3, 8, atoms_per_class=2, structure=structure).double().eval()
+    with pytest.raises(vmcr2.NotLatchedError):
+        other(z, labels)
+    called = torch.func.functional_call(other, loss.state_dict(), (z, labels))
+    torch.testing.assert_close(called, loss(z, labels))  # a state has its copies in another layout
+    with pytest.raises(vmcr2.NotLatchedError):  # its own dictionary is as it was
+        other(z, labels)
+    assert other.state_dict()["dictionary.steps"] == 0
 
 
 @pytest.mark.parametrize("wrong", ["structure", "atoms missing", "codes missing", "steps"])

@@ -189,7 +189,7 @@ def loaded(rank, folder):
     state = {"loss": loss.state_dict()}
     dcp.load(state, checkpoint_id=folder)
     loss.load_state_dict(state["loss"])
-    return states(loss.full_state_dict()), loss.dictionary.steps
+    return states(loss.full_state_dict()), loss.dictionary.steps_taken
 
 
 def a_loss_state():
@@ -201,7 +201,7 @@ def a_loss_state():
     z, labels = unit_rows(40, D, seed=3), torch.arange(40) % K
     loss = loss_of()
     loss.dictionary.latch(*latched_blocks(z, checked(z, labels, K), S), torch.arange(K) != 3)
-    loss.dictionary.steps = 7
+    loss.dictionary.steps_taken = 7
     return loss.state_dict()
 
 
@@ -399,7 +399,7 @@ def outside(rank):
             call(torch.arange(6) if rank == 1 else torch.arange(6) % K)
         said.append(str(caught.value))
     assert not loss.dictionary.latched.any()
-    assert loss.dictionary.steps == 0
+    assert loss.dictionary.steps_taken == 0
     return said
 
 

@@ -353,7 +353,7 @@ class Dictionary(nn.Module):
         self.latched.zero_()
         if self.shards is not None and self.first_class is not None:
             self.first_class.fill_(self.shards.own.start)
-        self.steps = 0
+        self.steps_taken = 0
         self._known: tuple[Tensor, Tensor, int] | None = None
         self.changed = True  # not yet known to be the same on all ranks
 
@@ -387,7 +387,7 @@ class Dictionary(nn.Module):
         else:
             for name, own in self._by_class().items():
                 destination[f"{prefix}{name}"] = self.shards.distributed_tensor(own)
-        destination[f"{prefix}steps"] = torch.tensor(self.steps, device="cpu")
+        destination[f"{prefix}steps"] = torch.tensor(self.steps_taken, device="cpu")
 
     def full_state(self) -> dict[str, Tensor]:
         """Returns the `state_dict` that a sharded dictionary would have unsharded; a collective of its ranks."""
@@ -395,7 +395,7 @@ class Dictionary(nn.Module):
         state = {name: self.shards.gathered(own) for name, own in self._by_class().items()}
         state["atoms"] = state["atoms"].flatten(0, 1).T.contiguous()
         state["codes"] = state["codes"].T.contiguous()
-        return {**state, "steps": torch.tensor(self.steps, device="cpu")}
+        return {**state, "steps": torch.tensor(self.steps_taken, device="cpu")}
 
     def _load_from_state_dict(
         self,
@@ -410,7 +410,7 @@ class Dictionary(nn.Module):
         kept = ("atoms", "codes", "latched")
         loaded = {name: state_dict[f"{prefix}{name}"] for name in kept if f"{prefix}{name}" in state_dict}
         by_class = "atoms" in loaded and loaded["atoms"].ndim == 3
-        steps = int(state_dict.pop(f"{prefix}steps", self.steps))
+        steps = int(state_dict.pop(f"{prefix}steps", self.steps_taken))
         parts = {name: self._own_part(name, value, by_class) for name, value in loaded.items()}
         wrong = []
         for name, value in loaded.items():
@@ -433,7 +433,7 @@ class Dictionary(nn.Module):
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
         if not absent:  # otherwise these buffers are not the ones that took the steps
-            self.steps = steps
+            self.steps_taken = steps
         self._known, self.changed = None, True
 
     def _own_part(self, name: str, value: Tensor, by_class: bool) -> Tensor | None:

@@ -55,7 +55,7 @@ def latched_blocks(
                 weighted = rows[:, None] * part.shares.mT[..., None].sqrt()
                 padded = nn.functional.pad(weighted, (0, 0, 0, max(0, s - n))).flatten(0, 1)
                 _, values, vectors = _decomposed(torch.linalg.svd, padded, full_matrices=False)
-                top = vectors[:, :s].mT, values[:, :s].square()
+                top = vectors[:, :s].mT, _above(values, torch.finfo(values.dtype).eps * d)[:, :s].square()
             else:
                 top = _top_eigen(moments(rows, part.shares).flatten(0, 1), s)
             classes = part.classes.flatten()
@@ -65,10 +65,13 @@ def latched_blocks(
 
 def _top_eigen(moments: Float[Tensor, "b d d"], s: int) -> tuple[Float[Tensor, "b d s"], Float[Tensor, "b s"]]:
     values, vectors = _decomposed(torch.linalg.eigh, moments)
-    # A class with fewer samples than dimensions has eigenvalues that are only rounding, where its codes must be 0.
-    rounding = torch.finfo(values.dtype).eps * moments.shape[-1] ** 0.5 * values[..., -1:]
-    values = torch.where(values <= rounding, 0, values)  # NaN stays
+    values = _above(values, torch.finfo(values.dtype).eps * moments.shape[-1] ** 0.5)
     return vectors[..., -s:].flip(-1), values[..., -s:].flip(-1)
+
+
+def _above(values: Tensor, rounding: float) -> Tensor:
+    """Returns values, 0 for those within rounding (relative to the largest): codes beyond a class's rank must be 0."""
+    return torch.where(values <= rounding * values.amax(-1, keepdim=True), 0, values)  # NaN stays
 
 
 def _decomposed(decompose: Callable[..., Any], matrices: Tensor, **options: Any) -> Any:

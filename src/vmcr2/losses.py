@@ -540,7 +540,7 @@ class VMCR2Loss(_OverRanks):
         def prepare() -> tuple[tuple[Membership, bool], list[int]]:
             made = self._check(features, membership, watched=True)
             latched = self.sharded and bool(dictionary.known().any())
-            return made, [len(features), int(dictionary.changed), int(latched), dictionary.steps]
+            return made, [len(features), int(dictionary.changed), int(latched), dictionary.steps_taken]
 
         (checked, confined), brought = agree(
             prepare, lambda made: self._settings() | _facts(features, made[0]), call, group
@@ -651,7 +651,7 @@ class VMCR2Loss(_OverRanks):
         features, membership = batch.features, batch.membership
         mu = self.mu_at(membership.num_samples)
         if self.mu is None:
-            mu *= max(1.0, _FIRST_BALANCE * _BALANCE_DECAY**self.dictionary.steps)
+            mu *= max(1.0, _FIRST_BALANCE * _BALANCE_DECAY**self.dictionary.steps_taken)
         if mu > torch.finfo(features.dtype).max:  # torch would raise an error of its own
             raise _step_failed(self.dictionary)
         confined = batch.confined and len(membership.present) == self.num_classes
@@ -666,7 +666,7 @@ class VMCR2Loss(_OverRanks):
         if cancelled and features.dtype != torch.float64:
             value = precise_mismatch(features, stepped.membership, stepped.dictionary, self.pull)
         self.dictionary.replace(stepped.dictionary, membership)
-        self.dictionary.steps += 1
+        self.dictionary.steps_taken += 1
         return value
 
     def _stepped(self, features: Tensor, membership: Membership, mu: float, confined: bool) -> _Stepped:
