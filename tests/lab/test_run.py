@@ -272,7 +272,7 @@ def test_damaged_run_folders_are_named(tmp_path):
 def test_folders_that_are_taken(tmp_path):
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "thesis.txt").write_text("years of work")
-    with pytest.raises(InputError, match=r"out must be a new or empty folder, got .*taken"):
+    with pytest.raises(InputError, match=r"out must be a new or empty folder, got .*holds other files"):
         train.start(SMALL, tmp_path / "taken")
     assert [path.name for path in (tmp_path / "taken").iterdir()] == ["thesis.txt"]
     with pytest.raises(InputError, match="there is no run folder"):

@@ -96,8 +96,8 @@ class RunFolder:
         check_folder("out", self.path)
         if is_free(self.path):
             return
-        what = "a run is there already; continue it with --resume" if self.is_begun() else "it is taken"
-        raise InputError(f"out must be a new or empty folder, got {self.path}: {what}, or choose another --out")
+        what = "a run is there already; continue it with --resume, or" if self.is_begun() else "it holds other files;"
+        raise InputError(f"out must be a new or empty folder, got {self.path}: {what} choose another --out")
 
     @classmethod
     def open(cls, path: str | Path) -> RunFolder:
