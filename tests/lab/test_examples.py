@@ -64,7 +64,7 @@ def test_batches_that_are_dicts_are_refused_with_what_to_make_of_them():
     loss = vmcr2.VMCR2Loss(2, 4)
     batch = {"pixel_values": torch.eye(4), "labels": torch.tensor([0, 1, 0, 1])}
     with pytest.raises(
-        vmcr2.InputError, match=r"pairs \(inputs, membership\), got a dict of 'pixel_values', 'labels'; of"
+        vmcr2.InputError, match=r"pairs \(inputs, membership\), got a dict of 'pixel_values', 'labels'; turn"
     ):
         loss.latch_from(torch.nn.Identity(), [batch])
     with pytest.raises(vmcr2.InputError, match=r"pairs \(inputs, membership\), got a Tensor"):

@@ -154,7 +154,7 @@ def test_expansion_ends_at_its_share_of_the_epochs_also_on_resuming(tmp_path, mo
     resumed = train.resume(RunFolder(tmp_path / "broken"))
     assert expand == 2 * steps * [0.3] + 2 * steps * [0.0]
     assert resumed.summary()["train_reduction"] == whole.summary()["train_reduction"]
-    with pytest.raises(ValueError, match="epochs must stay 4 for .* got 8: its expansion follows"):
+    with pytest.raises(ValueError, match="epochs must stay 4 for .* got 8: its expansion depends"):
         train.resume(whole, replace(recipe, epochs=8))
     assert recipe.expand_epochs == 2
     assert replace(recipe, vmcr2=replace(recipe.vmcr2, expand_until=0.01)).expand_epochs == 1
