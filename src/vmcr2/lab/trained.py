@@ -217,9 +217,7 @@ class TrainedModel(
             raise InputError(f"images must be {form}, got a sequence of arrays: stack them (numpy.stack, torch.stack)")
         if len(shape) == 1 or not several:
             what = "an array of embeddings (this run has no images)" if len(shape) == 1 else "at least one image"
-            raise InputError(
-                f"images must be {what}, got {f'a sequence of {type(several[0]).__name__}' if several else 'none'}"
-            )
+            raise InputError(f"images must be {what}, got {type(several[0]).__name__ if several else 'none'}")
         mode, size = "L" if shape[0] == 1 else "RGB", (shape[2], shape[1])
         arrays = [np.array(decode(image, size, mode)) for image in several]
         return torch.from_numpy(np.stack(arrays)).view(len(arrays), *shape[1:], shape[0]).permute(0, 3, 1, 2)
