@@ -605,14 +605,31 @@ def test_a_step_with_a_spoilt_dictionary_says_that_it_is_spoilt():
         loss(z, labels)
 
 
-def test_the_loss_compiles():
+@pytest.mark.parametrize("kind", ["vmcr2", "mcr2", "total"])
+def test_a_compiled_step_computes_the_same_and_leaves_the_loss_untraced(kind):
     z, labels = unit_rows(30, 8, dtype=torch.float32), random_labels(30, 3)
-    loss = loss_at(z, labels, 3, 2)
-    compiled = torch.compile(copy.deepcopy(loss), backend="eager")
-    batches = [unit_rows(30, 8, seed=1, dtype=torch.float32).requires_grad_() for _ in range(2)]
-    values = [each(batch, labels) for each, batch in zip((loss, compiled), batches, strict=True)]
-    torch.testing.assert_close(*values)
-    torch.testing.assert_close(*(torch.autograd.grad(*pair)[0] for pair in zip(values, batches, strict=True)))
+    losses = {"vmcr2": loss_at(z, labels, 3, 2), "mcr2": vmcr2.MCR2Loss(3), "total": vmcr2.TotalCodingRateLoss()}
+    given = (labels,) if kind != "total" else ()
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    def outcome(compiled):
+        network, loss = torch.nn.Linear(8, 8, bias=False), copy.deepcopy(losses[kind])
+        network.weight.data = torch.eye(8)
+        step = torch.compile(lambda x: 2 * loss(network(x), *given), backend=backend) if compiled else None
+        values = [step(z) if compiled else 2 * loss(network(z), *given) for _ in range(2)]
+        return *values, torch.autograd.grad(sum(values), network.weight)[0]
+
+    torch.testing.assert_close(outcome(True), outcome(False))
+    assert len(graphs) == 2  # the network's and that of doubling
+    torch.compiler.reset()
+    alone = copy.deepcopy(losses[kind])
+    alone.compile(backend=backend)
+    torch.testing.assert_close(alone(z, *given), losses[kind](z, *given))
+    assert len(graphs) == 2
 
 
 # Batches of all kinds.

@@ -124,5 +124,5 @@ class CollapseWatch:
         warnings.warn(
             f"the features have collapsed: ΔR of a batch is {reduction:.3g}, where the best so far would have been "
             f"{best:.3g}.{advice} Lower the learning rate, or clip the network's gradients",
-            stacklevel=5,  # the call of the loss, past its `forward` and Module's own two
+            stacklevel=6,  # the call of the loss, past its two `forward` and Module's own two
         )

@@ -11,8 +11,8 @@ import copy
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, ClassVar, Literal, NamedTuple, get_args
+from functools import partial, wraps
+from typing import Any, ClassVar, Literal, NamedTuple, ParamSpec, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
@@ -44,6 +44,7 @@ from vmcr2.sampling import position_kept
 from vmcr2.subspaces import default_components, nearest_in_dictionary
 from vmcr2.variational import VariationalRates, objective
 
+P = ParamSpec("P")
 Step = Literal["ascent", "paper", "simultaneous"]
 Reduction = Literal["mean", "sum"]
 
@@ -60,6 +61,18 @@ _SPOILT = (
     "the dictionary holds NaN or infinite entries, or codes (or mu) so large that the loss overflows; load it or latch "
     "it anew"
 )
+
+
+def _untraced(forward: Callable[P, Tensor]) -> Callable[P, Tensor]:
+    """Runs `forward` as it is within torch.compile, which would cut it at each of its checks into dozens of graphs."""
+
+    @wraps(forward)
+    def called(*args: P.args, **kwargs: P.kwargs) -> Tensor:
+        # Only then, since torch.compiler.disable takes two seconds to import what it needs.
+        run = torch.compiler.disable(forward) if torch.compiler.is_compiling() else forward
+        return run(*args, **kwargs)
+
+    return called
 
 
 class _OverRanks(nn.Module):
@@ -129,6 +142,7 @@ class MCR2Loss(_OverRanks):
         self.num_classes = num_classes
         self.eps_sq = eps_sq
 
+    @_untraced
     def forward(
         self, features: Float[Tensor, "m d"], membership: Int[Tensor, " m"] | Shaped[Tensor, "m k"]
     ) -> Float[Tensor, ""]:
@@ -182,6 +196,7 @@ class TotalCodingRateLoss(_OverRanks):
         super().__init__(process_group)
         self.eps_sq = eps_sq
 
+    @_untraced
     def forward(
         self, features: Float[Tensor, "m d"] | Float[Tensor, "b m d"] | Sequence[Float[Tensor, "_ d"]]
     ) -> Float[Tensor, ""]:
@@ -576,6 +591,7 @@ class VMCR2Loss(_OverRanks):
             **super()._settings(),
         }
 
+    @_untraced
     def forward(
         self, features: Float[Tensor, "m d"], membership: Int[Tensor, " m"] | Shaped[Tensor, "m k"]
     ) -> Float[Tensor, ""]:

@@ -24,7 +24,31 @@ QUICK = ["--epochs", "2", "--data.train-size", "200", "--feature-dim", "24", "--
 QUICK += ["--vmcr2.atoms-per-class", "2"]
 
 
-def test_train_evaluate_plot(tmp_path, capsys):
+@pytest.fixture
+def drawn():
+    """Asked for by the tests that look for a run's figures."""
+
+
+@pytest.fixture(autouse=True)
+def undrawn(request, monkeypatch):
+    """Notes the runs whose figures would be drawn, which takes longer than the runs."""
+    noted = []
+    if "drawn" not in request.fixturenames:
+        monkeypatch.setattr(figures, "draw_run", lambda run: noted.append(run.path.name) or [])
+    return noted
+
+
+# The command in a process of its own, without figures.
+COMMANDS = """
+import sys
+from vmcr2.lab import figures
+from vmcr2.lab.cli import main
+figures.draw_run = lambda run: []
+sys.exit(sum(main(each.split()) for each in sys.argv[1:]))
+"""
+
+
+def test_train_evaluate_plot(drawn, tmp_path, capsys):
     out = str(tmp_path / "run")
     assert main(["train", "digits", *QUICK, "--objective", "ce", "--seed", "3", "--out", out]) == 0
     printed = capsys.readouterr().out
@@ -54,17 +78,17 @@ def test_train_evaluate_plot(tmp_path, capsys):
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["epochs"] == 3
 
 
-def test_compare_goes_on_where_it_was(tmp_path, capsys, monkeypatch):
+def test_compare_goes_on_where_it_was(undrawn, tmp_path, capsys):
     command = ["compare", "digits", *QUICK, "--objectives", "vmcr2", "ce", "--seeds", "0", "1", "--out", str(tmp_path)]
     assert main(command) == 0
     folders = {f"{objective}-seed{seed}" for objective in ("vmcr2", "ce") for seed in (0, 1)}
     assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == folders | {"figures"}
+    assert set(undrawn) == folders
     assert len(json.loads((tmp_path / "comparison.json").read_text())) == 4
     assert "V-MCR²" in (tmp_path / "comparison.md").read_text()
     assert (tmp_path / "figures" / "curves.png").stat().st_size > 10_000
     stamps = {name: (tmp_path / name / "summary.json").stat().st_mtime_ns for name in folders}
     (tmp_path / "ce-seed1" / "summary.json").unlink()
-    monkeypatch.setattr(figures, "draw_run", lambda run: [])  # they have been seen, and take longer than the runs
     assert main(command) == 0
     later = {name: (tmp_path / name / "summary.json").stat().st_mtime_ns for name in folders}
     assert {name for name in folders if later[name] != stamps[name]} == {"ce-seed1"}
@@ -169,8 +193,9 @@ def test_a_recipe_file_is_a_recipe(tmp_path, capsys):
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["recipe"] == "mine"
 
 
-def test_output_fits_a_pipe_of_any_code_page(tmp_path):
-    command = [sys.executable, "-m", "vmcr2", "train", "digits", *QUICK, "--out", str(tmp_path / "run")]
+def test_output_fits_a_pipe_of_any_code_page(leaves, tmp_path):
+    train = f"train {leaves / 'leaves'} --epochs 1 --device cpu --out {tmp_path / 'run'}"
+    command = [sys.executable, "-c", COMMANDS, train]
     environment = os.environ | {"PYTHONIOENCODING": "cp1252", "PYTHONUTF8": "0"}
     done = subprocess.run(command, capture_output=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
@@ -328,7 +353,7 @@ def test_names_that_are_no_text_are_written_as_they_are(leaves, tmp_path):
     assert vmcr2.load(tmp_path / "model").classes == vmcr2.load(out).classes
 
 
-def test_characters_that_figures_cannot_show_are_said_once(leaves, tmp_path, capsys):
+def test_characters_that_figures_cannot_show_are_said_once(drawn, leaves, tmp_path, capsys):
     with_ash_renamed(leaves, tmp_path / "data", "\u65e5\u672c")
     out = str(tmp_path / "run")
     assert main(["train", str(tmp_path / "data"), "--epochs", "1", "--device", "cpu", "--out", out]) == 0
@@ -336,10 +361,9 @@ def test_characters_that_figures_cannot_show_are_said_once(leaves, tmp_path, cap
 
 
 def test_a_pipe_that_is_closed_early_is_no_error(leaves, tmp_path):
-    program = "import sys; from vmcr2.lab.cli import main; sys.exit(sum(main(each.split()) for each in sys.argv[1:]))"
     predict = f"predict {leaves / 'run'} {leaves / 'leaves' / 'test' / 'ash'} --out {tmp_path / 'p.csv'}"
     train = f"train {leaves / 'leaves'} --epochs 2 --device cpu --out {tmp_path / 'run'}"
-    command = [sys.executable, "-u", "-c", program, "--help", predict, train]
+    command = [sys.executable, "-u", "-c", COMMANDS, "--help", predict, train]
     shut = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     shut.stdout.close()
     assert shut.stderr.read() == b""

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from small import SMALL, without_times
+from small import SMALL, from_file, without_times
 
 from vmcr2.errors import InputError
-from vmcr2.lab import files, recipes, train
+from vmcr2.lab import figures, files, recipes, train
 from vmcr2.lab import run as run_module
 from vmcr2.lab.cli import main
 from vmcr2.lab.run import RunFolder
@@ -40,7 +40,7 @@ def until(broken, lines, process):
 
 
 def test_kill_and_resume_equal_an_unbroken_run(tmp_path):
-    recipe = replace(SMALL, lr_drops=(0.6,))
+    recipe = from_file(replace(SMALL, lr_drops=(0.6,)), tmp_path / "data.npz")
     unbroken = train.start(recipe, tmp_path / "unbroken")
     broken = RunFolder(tmp_path / "broken")
     recipe_file = tmp_path / "recipe.json"
@@ -60,10 +60,11 @@ def test_kill_and_resume_equal_an_unbroken_run(tmp_path):
             assert torch.equal(tensor, second[part][name]), name
 
 
-def test_ctrl_c_saves_the_epoch_and_names_the_command_that_continues(tmp_path):
+def test_ctrl_c_saves_the_epoch_and_names_the_command_that_continues(tmp_path, monkeypatch):
     # AdamW, unlike SGD elsewhere: its moments and its count of steps must come back too.
     settings = replace(SMALL.vmcr2, lr=1e-3)
     recipe = replace(SMALL, checkpoint_seconds=1e6, epochs=16, optimizer="adamw", weight_decay=0.02, vmcr2=settings)
+    recipe = from_file(recipe, tmp_path / "data.npz")
     unbroken = train.start(recipe, tmp_path / "unbroken")
     broken = RunFolder(tmp_path / "a b")
     recipe_file = tmp_path / "recipe.json"
@@ -80,6 +81,7 @@ def test_ctrl_c_saves_the_epoch_and_names_the_command_that_continues(tmp_path):
     assert {(group["lr"], group["weight_decay"]) for group in optimizer["param_groups"]} == {(1e-3, 0.02)}
     assert all({"step", "exp_avg", "exp_avg_sq"} <= set(each) for each in optimizer["state"].values())
     assert len(broken.metrics()) == done
+    monkeypatch.setattr(figures, "draw_run", lambda run: [])  # which take longer than the run
     assert main(shlex.split(said.strip().rpartition("continue: ")[2])[1:]) == 0
     assert without_times(broken.metrics()) == without_times(unbroken.metrics())
     assert without_times([broken.summary()]) == without_times([unbroken.summary()])

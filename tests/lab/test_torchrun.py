@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small import SMALL, without_times
+from small import SMALL, from_file, without_times
 from torch.nn.parallel import DistributedDataParallel
 
 import vmcr2
@@ -299,7 +299,7 @@ def ended(launcher, run, lines, stop):
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds the processes of torchrun in /proc")
 def test_ctrl_c_and_kills_under_torchrun_leave_a_run_that_goes_on(tmp_path):
-    recipe = replace(MLP, epochs=8, checkpoint_seconds=1e6)
+    recipe = from_file(replace(MLP, epochs=8, checkpoint_seconds=1e6), tmp_path / "data.npz")
     expected = train.start(recipe, tmp_path / "expected")
     run, file = RunFolder(tmp_path / "run"), tmp_path / "recipe.json"
     file.write_text(recipes.to_json(recipe))
