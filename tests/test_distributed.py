@@ -114,6 +114,47 @@ def wrapped_model_with_batch_statistics(rank):
     return [loss.dictionary.codes.clone()]
 
 
+def used_alone_first(rank, how):
+    """Each rank latches, and takes a step, before the processes are joined; then both take steps together."""
+    loss = losses_of("shared")
+    z, labels = unit_rows(M, D, seed=5 + rank), random_labels(M, K)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(dist, "is_initialized", lambda: False)
+        if how == "latch_from":
+            loss.latch_from(torch.nn.Identity(), [(z, labels)])
+        elif how == "latch":
+            loss.latch(z, labels)
+        else:
+            loss(z.requires_grad_(), labels)
+    return steps_of(loss, SHARES[rank])
+
+
+@pytest.mark.parametrize("how", ["latch", "latch_from", "a step"])
+def test_what_ranks_did_before_they_were_joined_gives_way_to_the_first_ranks(ranks, how):
+    first, second = ranks(2, used_alone_first, how)
+    for ours, theirs in zip(first, second, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def parted_by_roundings(rank):
+    """A GPU sums in another order on each rank; here an entry of one rank's atoms is changed by as little."""
+    loss, steps = source_of(3, 1), []
+    loss.dictionary.changed = False
+    if rank == 1:
+        loss.dictionary.atoms.data[0, 0] *= 1 + 1e-12
+    z, labels = unit_rows(M, D, seed=4), random_labels(M, K, seed=4)
+    for _ in range(51):
+        loss(z[SHARES[rank]].requires_grad_(), labels[SHARES[rank]])
+        steps.append(loss.dictionary.atoms.clone())
+    return steps
+
+
+def test_ranks_parted_by_roundings_are_brought_together_again(ranks):
+    first, second = ranks(2, parted_by_roundings)
+    assert not torch.equal(first[0], second[0])
+    assert torch.equal(first[-1], second[-1])
+
+
 def source_of(seed, steps):
     """Returns a loss that has been latched without its ranks meeting."""
     z, labels = unit_rows(40, D, seed=seed), torch.arange(40) % K

@@ -782,6 +782,15 @@ def test_a_value_that_overflows_in_eval_mode_is_a_numerical_error():
         loss(z, labels)
 
 
+def test_a_value_that_overflows_in_training_is_a_numerical_error_that_leaves_the_dictionary_alone():
+    z, labels = unit_rows(30, 8, dtype=torch.float32), random_labels(30, 3)
+    loss = loss_at(z, labels, 3, 2, mu=1e38, reduction="sum", step="paper")
+    before = snapshot(loss)
+    with pytest.raises(vmcr2.NumericalError):
+        loss(unit_rows(30, 8, seed=1, dtype=torch.float32), labels)
+    assert_unchanged(loss, before)
+
+
 @each_structure
 @pytest.mark.parametrize("energy", [1.0, 3.0])
 def test_codes_sum_to_energy_from_the_first_step_on_and_are_latched_as_algorithm_2_has_them(structure, energy):

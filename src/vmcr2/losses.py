@@ -33,7 +33,16 @@ from vmcr2.checks import (
 )
 from vmcr2.collapse import CollapseWatch, advice_on_balance
 from vmcr2.dictionary import Dictionary, Structure, ascending_step, paper_step
-from vmcr2.distributed import Shards, agree, broadcast, check_group, gather_rows, process_rank, require_equal
+from vmcr2.distributed import (
+    Shards,
+    agree,
+    broadcast,
+    check_group,
+    gather_rows,
+    process_rank,
+    require_equal,
+    world_size,
+)
 from vmcr2.errors import InputError, NotLatchedError, NumericalError
 from vmcr2.latching import MomentStream, batch_statistics, latched_blocks
 from vmcr2.linalg import check_eps_sq, is_batched, rate_dtype, require_finite, wide_dtype
@@ -48,6 +57,9 @@ P = ParamSpec("P")
 Step = Literal["ascent", "paper", "simultaneous"]
 Reduction = Literal["mean", "sum"]
 
+# Ranks that hold the same dictionary take the same steps, but GPUs may sum in another order each time, and the paper's
+# steps multiply such a rounding: after so many steps the first rank's dictionary is given to all again.
+_STEPS_ALIKE = 50
 _ROWS = 4096  # rows of each rank gathered at once if the dictionary is sharded
 _CANCELLED = 0.05  # below this share of its terms a float32 mismatch is computed again in float64
 # If µ follows from `balance`, the first steps hold the dictionary back: ρ starts this many times higher and falls by a
@@ -561,9 +573,11 @@ class VMCR2Loss(_OverRanks):
             prepare, lambda made: self._settings() | _facts(features, made[0]), call, group
         )
         shares, changed, latched, steps = zip(*brought, strict=True)
-        if not any(changed) or self.sharded:
+        several, differ = len(brought) > 1, any(changed) and not self.sharded
+        if not differ:
             require_equal("the number of steps that the dictionary has taken", steps, group)
-        elif len(brought) > 1:
+        due = call == "a training step" and steps[0] % _STEPS_ALIKE == 0 and not self.sharded
+        if several and (differ or due):
             broadcast(dictionary, group)
         gathered, rows_or_labels = gather_rows(features, checked.rows_or_labels, shares=list(shares), group=group)
         dtype = rate_dtype(self.feature_dim, self.eps_sq, gathered, dictionary.atoms)
@@ -572,7 +586,7 @@ class VMCR2Loss(_OverRanks):
             here, checked = part_of(gathered, rows_or_labels, dictionary.shards.own)
         elif gathered is not features:
             checked, confined = self._check(gathered, rows_or_labels, watched=True)
-        dictionary.changed = False
+        dictionary.changed = dictionary.changed and not several  # ranks may join later
         return _Batch(
             here.to(dtype),
             checked.to(dtype),
@@ -712,8 +726,9 @@ class VMCR2Loss(_OverRanks):
                 features, among, after, self.pull, projections=projections, energies=energies, overlap=overlap
             )
         balance = balance_at(mu, self.feature_dim, membership.num_samples, self.eps_sq)
-        # The mismatch in the dtype it is returned in, where it may be infinite though finite in float64.
-        finite = (after.total(after.atoms.sum() + after.codes.sum()) + value.detach().to(features.dtype)).isfinite()
+        # The mismatch as it is returned, where it may be infinite though finite in float64.
+        returned = (value.detach() * (self.mu_at(membership.num_samples) if self.reduction == "sum" else 1)).to(features.dtype)
+        finite = (after.total(after.atoms.sum() + after.codes.sum()) + returned).isfinite()
         alone = balance * _LARGEST_MOMENT <= 0.5 * (1 - exposure)
         flags = torch.stack([finite, value.detach() < _CANCELLED * terms, alone])
         return _Stepped(among, after, value, flags)
@@ -775,7 +790,7 @@ class VMCR2Loss(_OverRanks):
                 blocks, energies = latched_blocks(features, membership.among_present(), self.atoms_per_class)
             chosen = chosen[membership.sizes > 0].to(blocks.device)
             self.dictionary.latch(blocks, energies, chosen, membership.present)
-            self.dictionary.changed = False  # every rank has latched onto the same
+            self.dictionary.changed = world_size(self.process_group) == 1  # several ranks have latched onto the same
 
     @torch.no_grad()
     def latch_from(self, model: Callable[[Tensor], Tensor], batches: Iterable[tuple[Tensor, Tensor]]) -> None:
@@ -833,8 +848,8 @@ class VMCR2Loss(_OverRanks):
             if not bool((stream.counts > 0).any()):
                 raise _no_batches()
             self._latch_onto(stream)
-        # All ranks have latched onto the same; if they differed before, classes without a sample still do.
-        self.dictionary.changed = len(brought) > 1 and any(numbers[-1] for numbers in brought)
+        # Several ranks have latched onto the same; if they differed before, classes without a sample still do.
+        self.dictionary.changed = len(brought) == 1 or any(numbers[-1] for numbers in brought)
 
     def _latch_shard(self, pairs: Iterator[tuple[Tensor, Tensor]], call: str) -> None:
         """Latches each rank's classes: gathers all ranks' rows batch by batch, and keeps those of its own classes."""
