@@ -124,7 +124,7 @@ def test_a_long_tail_comes_near_the_maximum():
     z, labels = np.concatenate([z, np.eye(20)[:18]]), np.concatenate([labels, 2 + np.arange(18)])
     found = vmcr2.report(z, labels)
     assert 0.95 < found.reduction / found.maximum <= 1
-    assert "97% of the largest there can be" in str(found)
+    assert "97% of the largest possible" in str(found)
 
 
 def test_in_one_dimension_there_is_nothing_to_reach():
@@ -215,7 +215,7 @@ def test_warnings_name_what_is_wrong():
     lines = np.eye(8)[labels] + 0.01 * random.standard_normal((40, 8))
     assert "single direction" in " ".join(vmcr2.report(lines, labels).warnings)
     noise = random.standard_normal((4000, 8))
-    assert "hardly apart" in " ".join(vmcr2.report(noise, np.arange(4000) % 2).warnings)
+    assert "barely separated" in " ".join(vmcr2.report(noise, np.arange(4000) % 2).warnings)
     few = vmcr2.report(noise[:12], np.arange(12) % 9).warnings
     assert any("cannot all be orthogonal" in text for text in few)
     assert any("fewer than 5" in text for text in few)

@@ -349,8 +349,8 @@ def test_a_sharded_loss_that_is_wrapped_with_its_network_says_so(ranks):
     """DistributedDataParallel gives every rank the buffers of the first, here as many on each."""
     first, second = ranks(2, wrapped)
     assert first.startswith("the call failed on rank 1")
-    assert "this rank's classes begin with 3, and its dictionary has been overwritten" in second
-    assert "wrap the network alone, not a module that holds the loss" in second
+    assert "this rank holds the classes from 3 on, but its dictionary was overwritten by those from 0 on" in second
+    assert "Wrap only the network, not a module that holds the loss" in second
 
 
 def takes_a_state_of_few_classes(rank):

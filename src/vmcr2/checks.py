@@ -231,11 +231,11 @@ def check_tensor(name: str, value: Any, form: str, *, integers: bool = False) ->
     if integers and value.dtype not in _FLOATS + _INTEGERS:
         raise InputError(f"{name} must hold integer labels or real rows, got {value.dtype}")
     if not integers and value.dtype not in _FLOATS:
-        raise InputError(f"{name} must be floating point {form} in 16, 32 or 64 bits, got {value.dtype}")
+        raise InputError(f"{name} must be floating point (16, 32 or 64 bits) {form}, got {value.dtype}")
 
 
 def feature_conditions(features: Tensor, *, feature_dim: int | None = None, unit: bool = False) -> list[Condition]:
-    """Checks the type and shape of features at once and returns the conditions still to be checked on their values.
+    """Checks the type and shape of features now, and returns the conditions on their values, which are read later.
 
     Args:
         features: (m, d), floating point.

@@ -40,8 +40,9 @@ class _Low:
         return reduction < min(self.of_best * best, self.of_expansion * expansion)
 
 
-# In a small batch of natural images an untrained network's features have a high ΔR without separating any class. During
-# training ΔR may stay below a fifth of that for long, and is then a quarter of R; of collapsed features it is almost 0.
+# In a small batch of natural images an untrained network's features have a high ΔR without separating any class. In
+# training, ΔR may stay below a fifth of that for a long time while it is still a quarter of R; after a collapse it is
+# almost 0.
 _LASTING = _Low(of_best=0.2, of_expansion=0.1, looks=10)
 _DEEP = _Low(of_best=0.05, of_expansion=math.inf, looks=3)
 
@@ -122,7 +123,7 @@ class CollapseWatch:
             return
         self.warned = True
         warnings.warn(
-            f"the features have collapsed: ΔR of a batch is {reduction:.3g}, where the best so far would have been "
-            f"{best:.3g}.{advice} Lower the learning rate, or clip the network's gradients",
+            f"the features have collapsed: this batch has a ΔR of {reduction:.3g}, where features as good as the best "
+            f"so far would have {best:.3g}.{advice} Lower the learning rate, or clip the network's gradients",
             stacklevel=6,  # the call of the loss, past its two `forward` and Module's own two
         )

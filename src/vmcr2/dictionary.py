@@ -31,8 +31,8 @@ from vmcr2.variational import (
 
 Structure = Literal["shared", "block"]
 
-# The share of the way to its bound's best codes that a step goes. Going less than all the way leaves the atoms time to
-# turn away from each other before competing codes are pressed to zero. With soft membership this ends at a higher
+# How far a step moves the codes towards the maximum of its bound. Stopping halfway gives the atoms time to turn away
+# from each other before competing codes are pressed to zero. With soft membership this ends at a higher
 # eq. (7); otherwise at about the same, at small ρ sometimes at a lower one.
 _CODE_SHARE = 0.5
 _NEGLIGIBLE = 1e-6  # times the shift: codes that add this little to R^v and R_c^v become 0

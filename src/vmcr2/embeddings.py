@@ -95,11 +95,14 @@ class Report:
         k, ranks = len(self.class_names), self.class_ranks
         lowest, highest = int(ranks.argmin()), int(ranks.argmax())
         share = self.reduction / self.maximum if self.maximum > 0 else 0.0
+        fewest, most = int(self.class_counts.min()), int(self.class_counts.max())
         lines = [
-            f"{self.num_samples} samples, {k} classes ({self.class_counts.min()} to {self.class_counts.max()} samples "
-            f"each), {self.feature_dim} dimensions" + (", rows scaled to norm 1" if self.normalized else ""),
+            f"{_counted(self.num_samples, 'sample')}, {_counted(k, 'class', 'es')} ("
+            + (f"{fewest} to {most} samples" if fewest < most else _counted(most, "sample"))
+            + f" each), {_counted(self.feature_dim, 'dimension')}"
+            + (", rows scaled to norm 1" if self.normalized else ""),
             f"ΔR {self.reduction:.2f} = R {self.expansion:.2f} − R_c {self.compression:.2f} nats (eps_sq {self.eps_sq})"
-            f"; {share:.0%} of the largest there can be, {self.maximum:.2f}",
+            f"; {share:.0%} of the largest possible, {self.maximum:.2f}",
             f"effective rank {self.effective_rank:.1f} of {self.feature_dim}; of a class {np.median(ranks):.1f} "
             f"(median), from {ranks[lowest]:.1f} ({self.class_names[lowest]}) to {ranks[highest]:.1f} "
             f"({self.class_names[highest]})",
@@ -277,7 +280,9 @@ def report(
     warnings = _warnings(d, counts, reduction / maximum if maximum > 0 else None, rank, ranks, centre, pairs)
     transferable = _transrate(given, places)
     if transferable is None:
-        warnings.append("the norms of features are too large for TransRate, which does not rescale them: divide them")
+        warnings.append(
+            "the norms of features are too large for TransRate, which does not rescale them: divide all by one number"
+        )
     return Report(
         num_samples=m,
         feature_dim=d,
@@ -328,7 +333,7 @@ def _warnings(
         )
     elif centre > max(0.7, (1 + good_centre) / 2):
         texts.append(
-            f"features share a large mean (norm {centre:.2f} of at most 1), which every class's subspace then holds: "
+            f"features share a large mean (norm {centre:.2f} of at most 1), which is then in every class's subspace: "
             "centre them before comparing subspaces"
         )
     enough = counts >= 5
@@ -339,7 +344,7 @@ def _warnings(
             ": the variety within a class is gone"
         )
     if share is not None and share < 0.1 and not collapsed and k > 1:
-        texts.append(f"classes are hardly apart: ΔR is {share:.0%} of what it could be")
+        texts.append(f"classes are barely separated: ΔR is {share:.0%} of what it could be")
     if pairs and pairs[0].overlap > 0.9 and not collapsed:
         texts.append(
             f"{pairs[0].first} and {pairs[0].second} have nearly the same subspace: subspaces cannot tell them apart"
@@ -347,7 +352,10 @@ def _warnings(
     if d < k:
         texts.append(f"{k} classes cannot all be orthogonal in {d} dimensions")
     if not enough.all():
-        texts.append(f"{(~enough).sum()} of {k} classes have fewer than 5 samples: their ranks and overlaps say little")
+        few = int((~enough).sum())
+        texts.append(
+            f"{_counted(few, 'class', 'es')} of {k} with fewer than 5 samples: ranks and overlaps there are unreliable"
+        )
     if k == 1:
         texts.append("there is only one class: ΔR is 0 and says nothing")
     return texts
@@ -370,7 +378,7 @@ def bisected(beyond: Callable[[Any], Any], low: Any, high: Any, rounds: int) -> 
 
 
 def _worth(scaled: Any) -> Any:
-    """Returns twice what one more dimension adds to R if `scaled` is β times the energy in each of a class's own."""
+    """Returns twice what a dimension more adds to R; `scaled` is β times the energy in each direction of its class."""
     return np.log1p(scaled) - scaled / (1 + scaled)
 
 
@@ -432,6 +440,10 @@ def largest_reduction(feature_dim: int, class_counts: Int[np.ndarray, " k"], eps
     return 0.5 * float(value) if value > 1e-9 else 0.0  # one dimension gives 0 apart from rounding
 
 
+def _counted(number: int, noun: str, plural: str = "s") -> str:
+    return f"{number} {noun if number == 1 else noun + plural}"
+
+
 def effective_rank(eigenvalues: Float[Tensor, "k d"]) -> Float[Tensor, " k"]:
     """Returns e to the entropy of the eigenvalues' shares (Roy and Vetterli, 2007, here of the second moment)."""
     shares = eigenvalues.clamp_min(0)
@@ -445,16 +457,18 @@ def _overlaps_and_ranks(unit: Tensor, membership: Membership) -> tuple[np.ndarra
     most = min(d, int(membership.sizes.max()))
     whole = k * d * max(d, most) <= _MOMENT_ELEMENTS
     ranks, norms = (torch.empty(k, dtype=unit.dtype, device="cpu") for _ in range(2))
-    vectors = []
+    vectors, moments = [], unit.new_empty(k if whole else 0, d * d)
     for j, rows in enumerate(unit[membership.rows_or_labels.argsort(stable=True)].split(membership.sizes.tolist())):
         _, values, directions = torch.linalg.svd(rows / len(rows) ** 0.5, full_matrices=False)
         energies = values.square()
         ranks[j] = effective_rank(energies[None])[0].cpu()
-        count = len(energies) if whole else min(_DIRECTIONS, len(energies))
-        vectors.append((directions[:count] * energies[:count, None].sqrt()).contiguous())
         norms[j] = torch.linalg.vector_norm(energies).cpu()
+        scaled = directions * energies[:, None].sqrt()
+        if whole:
+            moments[j] = (scaled.mT @ scaled).flatten()
+        else:
+            vectors.append(scaled[:_DIRECTIONS].contiguous())
     if whole:
-        moments = torch.stack([(part.mT @ part).flatten() for part in vectors])
         inner = moments @ moments.mT
     else:
         padded = torch.stack([functional.pad(part, (0, 0, 0, _DIRECTIONS - len(part))) for part in vectors])

@@ -121,7 +121,9 @@ class MomentStream:
         self.sizes += sizes
 
     def brings(self) -> list[int]:
-        """Returns what ranks must know of each other to `meet`: whether any is folded or soft, and the rows kept."""
+        """Returns what every rank must tell the others before `meet`: whether rows have been folded, whether any are
+        soft, and how many are kept.
+        """
         return [int(self.sums is not None), int(any(each.ndim == 2 for each in self.memberships)), self.kept]
 
     def meet(self, brought: list[list[int]], group: Any = None) -> None:
@@ -173,11 +175,11 @@ class MomentStream:
                 self.sums.index_add_(0, part.classes.flatten(), moments(rows, part.weights).flatten(0, 1))
         self._forget()
 
-    def blocks(self, atoms_per_class: int) -> tuple[Float[Tensor, "k d s"], Float[Tensor, "k s"], Float[Tensor, " k"]]:
-        """Returns each class's top eigenvectors, eigenvalues (as `latched_blocks`) and the class counts."""
+    def blocks(self, atoms_per_class: int) -> tuple[Float[Tensor, "k d s"], Float[Tensor, "k s"]]:
+        """Returns each class's top eigenvectors and eigenvalues, as `latched_blocks`."""
         if self.sums is None:
             features, membership = self._gathered()
-            return *latched_blocks(features, membership, atoms_per_class), membership.counts
+            return latched_blocks(features, membership, atoms_per_class)
         self._fold()
         at_once = max(1, _EIGH_ELEMENTS // self.feature_dim**2)
         scale = self.counts.clamp_min(torch.finfo(self.counts.dtype).tiny)
@@ -185,7 +187,7 @@ class MomentStream:
             _top_eigen(sums / n[:, None, None], atoms_per_class)
             for sums, n in zip(self.sums.split(at_once), scale.split(at_once), strict=True)
         ]
-        return torch.cat([vectors for vectors, _ in parts]), torch.cat([values for _, values in parts]), self.counts
+        return torch.cat([vectors for vectors, _ in parts]), torch.cat([values for _, values in parts])
 
 
 @contextmanager

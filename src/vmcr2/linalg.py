@@ -90,7 +90,8 @@ def is_tracked(tensor: Tensor) -> bool:
 def unit_rows(features: Float[Tensor, "m d"]) -> Float[Tensor, "m d"]:
     """Returns every row scaled to norm 1, in float32 or wider: the constraint Z ∈ S of eq. (1). Differentiable.
 
-    A row of zeros stays. A row whose norm overflows has no direction left: it becomes NaN, to be noticed later.
+    A row of zeros stays, and one of norm below 1e-12 remains shorter than 1. A row whose norm overflows has no
+    direction left: it becomes NaN, to be noticed later.
     """
     features = features.to(wide_dtype(features))
     norms = torch.linalg.vector_norm(features, dim=1, keepdim=True)

@@ -326,7 +326,7 @@ class _Batch:
         membership: Π of `features`.
         whole: Z of all classes.
         rows_or_labels: labels or soft rows of all classes.
-        confined: whether the dictionary is shared and every class keeps to its own atoms.
+        confined: whether the step is the ascent, the dictionary shared, and every class keeps to its own atoms.
         latched: whether any rank's part of a sharded dictionary has been latched; None if it is not sharded.
     """
 
@@ -387,14 +387,18 @@ class VMCR2Loss(_OverRanks):
     (docs/many-processes.md).
 
     A class is latched the first time training sees it: call `latch` or `latch_from` before training so that all
-    classes start from all their samples, or let the first batches do it (a class that comes much later replaces atoms
-    that shared codes of others may have begun to use).
+    classes start from all their samples, or let the first batches do it. In a shared dictionary, a class first seen
+    much later overwrites its own atoms, which other classes may already be using.
 
-    With labels, a training step reads from the device twice: before the step the checks of the batch and the sizes of
-    its classes, and after it whether the result is finite. Every twentieth step also reads ΔR, for the warning of
-    collapse; and, until every class has been latched, each step reads which have been. There is one more read for soft
-    rows with few entries, to pack them; one for what each rank of a sharded dictionary keeps of the batch; and, when
-    classes of a shared one begin to use each other's atoms, one for the flags of the step that is then taken instead.
+    With labels, a training step reads from the device twice: the checks of the batch and the sizes of its classes
+    before it, and whether the result is finite after it. Further reads are:
+
+    - ΔR every twentieth step, for the warning of collapse;
+    - which classes have been latched, until all have;
+    - for soft rows with few entries, how to pack them;
+    - for a sharded dictionary, what each rank keeps of the batch;
+    - for a shared one, whether the result is finite once more, in the step in which classes begin to use each other's
+      atoms: it is computed twice.
 
     Settings may change between steps, by assignment (`loss.mu = 0.3`), in the same way on all ranks; num_classes,
     feature_dim, atoms_per_class, structure, sharded and process_group may not.
@@ -415,11 +419,10 @@ class VMCR2Loss(_OverRanks):
         energy: what the codes of a class sum to, from its first step on; 1 is the trace of C_j. Latching follows
             Algorithm 2 whatever this is: its codes sum to the part of that trace in s directions. None leaves the sum
             free, as the paper does: it then grows (the more so the smaller ρ is) and presses each class together.
-        pull: exponent in (0, 1] of how a sample is pulled into its class. 1 is eq. (7), in which the pull vanishes for
-            a feature orthogonal to its class: this limits the effect of wrong labels, but is slow when features start
-            far from their classes. Any value below 1 pulls distant features harder, by u^(pull − 1), where u is the
-            share of a feature's energy in its class; below ½ the most distant are pulled hardest: for natural images
-            from scratch (docs/choosing.md).
+        pull: exponent in (0, 1]. 1 is eq. (7), in which the pull into its class vanishes for a feature orthogonal to
+            it: this limits the effect of wrong labels, but is slow when features start far from their classes. Any
+            value below 1 pulls distant features harder, by u^(pull − 1), where u is the share of a feature's energy in
+            its class; below ½ the most distant are pulled hardest: for natural images from scratch (docs/choosing.md).
         expand: λ ≥ 0, the weight of the features' own R of eq. (1) beside the residual: the loss is (µ/2m) M − λ R or,
             with "mean", that divided by µ m (= ρ d/ε² if µ follows from `balance`). 0 is Algorithm 1, in which only the
             dictionary expands. Larger values keep more of the variety within a class, for one log-determinant a step;
@@ -527,9 +530,9 @@ class VMCR2Loss(_OverRanks):
         if shards is not None and len(shards.own) != len(self.dictionary.latched):
             raise InputError(
                 f"sharded: the loss was made to hold {len(self.dictionary.latched)} classes on this rank, whose share "
-                f"now is {len(shards.own)}: the number of processes has changed. Construct it after "
-                "torch.distributed.init_process_group; to use it when they have ended, load full_state_dict(), taken "
-                "before, into an unsharded one"
+                f"is now {len(shards.own)}: the number of processes has changed. Construct it after "
+                "torch.distributed.init_process_group. To use it in one process later, call full_state_dict() while "
+                "all ranks run, and load that into an unsharded loss"
             )
         self._check_device(features)
         checked, on_host = read_membership(
@@ -545,9 +548,9 @@ class VMCR2Loss(_OverRanks):
             return checked, on_host is not None and bool(on_host)
         if on_host is not None and int(on_host) != shards.own.start:
             raise InputError(
-                f"sharded: this rank's classes begin with {shards.own.start}, and its dictionary has been overwritten "
-                f"with those from {int(on_host)} on, as DistributedDataParallel does with the buffers of what it wraps"
-                ": wrap the network alone, not a module that holds the loss"
+                f"sharded: this rank holds the classes from {shards.own.start} on, but its dictionary was overwritten "
+                f"by those from {int(on_host)} on: DistributedDataParallel overwrites the buffers of whatever it wraps."
+                " Wrap only the network, not a module that holds the loss"
             )
         return checked, False
 
@@ -727,7 +730,8 @@ class VMCR2Loss(_OverRanks):
             )
         balance = balance_at(mu, self.feature_dim, membership.num_samples, self.eps_sq)
         # The mismatch as it is returned, where it may be infinite though finite in float64.
-        returned = (value.detach() * (self.mu_at(membership.num_samples) if self.reduction == "sum" else 1)).to(features.dtype)
+        factor = self.mu_at(membership.num_samples) if self.reduction == "sum" else 1.0
+        returned = (value.detach() * factor).to(features.dtype)
         finite = (after.total(after.atoms.sum() + after.codes.sum()) + returned).isfinite()
         alone = balance * _LARGEST_MOMENT <= 0.5 * (1 - exposure)
         flags = torch.stack([finite, value.detach() < _CANCELLED * terms, alone])
@@ -886,8 +890,7 @@ class VMCR2Loss(_OverRanks):
             self._latch_onto(stream)
 
     def _latch_onto(self, stream: MomentStream) -> None:
-        blocks, energies, counts = stream.blocks(self.atoms_per_class)
-        self.dictionary.latch(blocks, energies, counts > 0)
+        self.dictionary.latch(*stream.blocks(self.atoms_per_class), stream.counts > 0)
 
     @torch.no_grad()
     def nearest_class(self, features: Float[Tensor, "m d"]) -> Int[Tensor, " m"]:

@@ -302,9 +302,9 @@ def part_of(
     """
     dtype = wide_dtype(features)
     if rows_or_labels.ndim == 2:
-        soft = rows_or_labels[:, classes.start : classes.stop]
-        counts, sizes = _counted(soft.to(dtype))
-        return features, Membership(None, soft.to(dtype), counts, sizes.cpu(), len(features))
+        soft = rows_or_labels[:, classes.start : classes.stop].to(dtype)
+        counts, sizes = _counted(soft)
+        return features, Membership(None, soft, counts, sizes.cpu(), len(features))
     places = ((rows_or_labels >= classes.start) & (rows_or_labels < classes.stop)).nonzero()[:, 0]
     labels = rows_or_labels[places] - classes.start
     sizes = torch.bincount(labels, minlength=len(classes))

@@ -98,7 +98,7 @@ class ClassBalancedBatchSampler(Sampler[list[int]]):
     def state_dict(self) -> dict[str, int]:
         """Returns the epoch and how many of its batches have been drawn; once all have, the next epoch and 0.
 
-        Batches that a DataLoader's workers have fetched ahead are drawn too.
+        Batches that a DataLoader's workers have fetched ahead count as drawn.
         """
         if self.done == self.batches:
             return {"epoch": self.epoch + 1, "done": 0}
@@ -135,7 +135,7 @@ class ClassBalancedBatchSampler(Sampler[list[int]]):
 
 
 def batch_count(m: int, batch_size: int) -> int:
-    """Returns how many batches of nearly equal size m ≥ 2 samples make, at least 2 in each, as BatchNorm needs.
+    """Returns into how many batches of nearly equal size to split m ≥ 2 samples: at least 2 in each, for BatchNorm.
 
     So a batch may have one sample more than `batch_size`. For a single sample the result is 0.
 
@@ -185,7 +185,7 @@ def _int64(labels: Any) -> Int[Tensor, " m"]:
 
 
 class _Turns:
-    """Deals numbers below `count` in random order, each once before any again; no hand has a number twice."""
+    """Deals numbers below `count` in random order, each once before any again; a hand has none twice unless it must."""
 
     def __init__(self, count: int, generator: torch.Generator) -> None:
         self.count, self.generator = count, generator

@@ -46,7 +46,7 @@ from vmcr2.subspaces import (
 )
 
 _FLOATS = [np.float64, np.float32]
-_LIKELIHOODS = 2**20  # approximate entries of the table of samples by classes from which the temperature is found
+_LIKELIHOODS = 2**20  # about how many entries the table of samples by classes, which sets the temperature, may have
 _RECENT = 1000  # samples from which a stream's temperature is found, if the table holds as many
 _BLOCK_CLASSES = 200  # with this many classes or more, each has codes for its own atoms only
 _EMBEDDED = 4096  # samples embedded at once
@@ -112,7 +112,7 @@ class NearestSubspaceClassifier(ClassifierMixin, BaseEstimator):
     def partial_fit(self, X: Any, y: Any, classes: Any = None) -> NearestSubspaceClassifier:
         """Adds a batch of samples, and finds the subspaces of all samples since the first `partial_fit`.
 
-        At most k d² numbers are kept. After `fit`, which keeps none, it starts afresh with the same classes, and warns
+        About k d² numbers are kept. After `fit`, which keeps none, it starts afresh with the same classes, and warns
         that it does. The temperature is that of the latest thousand samples (fewer with thousands of classes), each
         judged before it was learnt from; after the first batch it is found as in `fit`.
 
@@ -153,7 +153,7 @@ class NearestSubspaceClassifier(ClassifierMixin, BaseEstimator):
                 self.temperature_ = _temperature(features, energies, owners)
             checked = as_membership(features, places, k)
             self._stream.add(features, checked)
-            blocks, energies, _ = self._stream.blocks(self.n_components_)
+            blocks, energies = self._stream.blocks(self.n_components_)
             self.components_ = spanned(blocks, energies).numpy()
             self.class_count_ = self.class_count_ + np.bincount(labels, minlength=k)
         return self
@@ -230,7 +230,7 @@ class CodingRateTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
         atoms_per_class: for "vmcr2", s, from 1 to feature_dim; None means ⌊d/k⌋, at least 1. Use 1 if labels may be
             wrong.
         energy: for "vmcr2", what a class's codes sum to: None for accuracy, 1 to keep the variety within a class.
-        pull: for "vmcr2", exponent in (0, 1] of how a sample is pulled into its class: 1 resists wrong labels.
+        pull: for "vmcr2", exponent in (0, 1]; a smaller one pulls distant samples harder: 1 resists wrong labels.
         expand: for "vmcr2", λ ≥ 0, the weight of the features' own R beside the residual: 0.2 to 0.6, with `pull` 0.3,
             for more variety within a class.
         latch_every: for "vmcr2", epochs between latchings.

@@ -114,7 +114,7 @@ def held_out_energies(
     learnt_from: Bool[Tensor, " m"] | None = None,
     judged: Bool[Tensor, " m"] | None = None,
 ) -> Iterator[tuple[Int[Tensor, " n"], Float[Tensor, "n k"]]]:
-    """Yields samples, a few at a time, as their indices and their energies in subspaces found without them, by folds.
+    """Yields, fold by fold and a few at a time, samples' indices and their energies in subspaces found without them.
 
     Samples of a class are dealt to five folds in turn. If a class has no more samples to learn from in the other folds
     than its subspace has dimensions, all of its samples there are used.
@@ -136,7 +136,7 @@ def held_out_energies(
             chosen = chosen & (learnt_from | few[labels])
         if not chosen.any():
             continue
-        bases = class_subspaces(features[chosen], labels[chosen], num_classes, n_components).double()
+        bases = class_subspaces(features[chosen], labels[chosen], num_classes, n_components)
         rows = (inside if judged is None else inside & judged).nonzero()[:, 0]
         for part in rows.split(max(1, _ENERGIES // num_classes)):
             yield part, subspace_energies(features[part], bases)

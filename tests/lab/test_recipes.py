@@ -34,7 +34,7 @@ from vmcr2.lab.recipes import CESettings, Recipe
         (r"vmcr2.lr must be at most 0.05 with optimizer adamw \(begin with 1e-3\), got 0.5", {"optimizer": "adamw"}),
         ("lr_drops must be empty with schedule cosine", {"schedule": "cosine", "lr_drops": [0.5]}),
         (r"warmup_epochs must be at most 100 \(epochs\), got 200", {"warmup_epochs": 200}),
-        ("data.test_size has no meaning with data.validation", {"data": {"validation": 0.2, "test_size": 9}}),
+        ("data.test_size cannot be combined with data.validation", {"data": {"validation": 0.2, "test_size": 9}}),
         (r"mse not in literal.*\$\.objective", {"objective": "mse"}),
         ("vmcr2.pull must be a finite number > 0 and at most 1, got 2", {"vmcr2": {"pull": 2}}),
         ("vmcr2.expand must be a finite number >= 0, got -1", {"vmcr2": {"expand": -1}}),

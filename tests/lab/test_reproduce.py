@@ -171,12 +171,12 @@ def test_timings_are_kept_row_by_row(monkeypatch, tmp_path):
         (
             reproduce.table3,
             Request(ours=True),
-            "ours has no meaning here: there are no recipes of our own for table3",
+            "ours must be off for table3, which has no recipes of our own",
         ),
         (reproduce.figure1, Request(ours=True, rows=("cifar100-d100",)), "rows of figure1 --ours must be among mnist"),
         (reproduce.table2, Request(seeds=()), "seeds must name at least one"),
         (reproduce.figure2, Request(seeds=(0, 1)), "seeds must name exactly one for figure2"),
-        (reproduce.table1, Request(epochs=3, ours=True), "epochs, ours has no meaning for table1"),
+        (reproduce.table1, Request(epochs=3, ours=True), "epochs, ours must be left out for table1"),
     ],
 )
 def test_what_the_paper_does_not_have_is_refused(tmp_path, target, request_, said):

@@ -199,7 +199,7 @@ def test_a_checkpoint_that_does_not_fit_leaves_a_complete_run_as_it_was(tmp_path
     run = train.start(replace(SMALL, epochs=2), tmp_path / "run")
     torch.save(run.load_checkpoint() | {part: {"hello": 1}}, run.checkpoint_file)
     before = {path.name: path.read_bytes() for path in run.path.iterdir() if path.is_file()}
-    with pytest.raises(InputError, match=r"checkpoint\.pt does not fit what its recipe makes here"):
+    with pytest.raises(InputError, match=r"checkpoint\.pt does not fit the network and optimizer that"):
         train.resume(run, replace(SMALL, epochs=3))
     assert before == {path.name: path.read_bytes() for path in run.path.iterdir() if path.is_file()}
 
@@ -246,7 +246,7 @@ def test_checkpoints_that_do_not_belong(tmp_path):
     with pytest.raises(InputError, match="was trained on data that differs"):
         train.resume(run, longer)
     run.checkpoint_file.unlink()
-    with pytest.raises(InputError, match=r"checkpoint\.pt is missing; to go on .*checkpoint\.previous\.pt"):
+    with pytest.raises(InputError, match=r"checkpoint\.pt is missing; to continue .*checkpoint\.previous\.pt"):
         train.resume(run, longer)
     assert run.is_complete()
     run.checkpoint_file.write_bytes(good)
@@ -285,7 +285,7 @@ def test_folders_that_are_taken(tmp_path):
         pass
     with pytest.raises(InputError, match="a run is there already; continue it with --resume"):
         train.start(SMALL, tmp_path / "run")
-    with pytest.raises(InputError, match=r"has no summary\.json: the run is not complete"):
+    with pytest.raises(InputError, match=r"has no summary\.json: it is not complete"):
         RunFolder.open(tmp_path / "run").summary()
 
 

@@ -328,7 +328,7 @@ def test_label_noise_moves_the_share_it_says_and_no_test_label():
 def test_label_noise_needs_another_class(tmp_path):
     one = {name: np.zeros(n, dtype=int) for name, n in (("y_train", 20), ("y_test", 8))}
     path = write_npz(tmp_path / "data.npz", **one)
-    with pytest.raises(InputError, match="number of classes beside data.label_noise must be an integer >= 2, got 1"):
+    with pytest.raises(InputError, match="must have at least 2 classes, it has 1"):
         sources.load(DataSettings(source=str(path), label_noise=0.5))
 
 

@@ -130,7 +130,7 @@ REAL_FINGERPRINT = sources.fingerprint
             r"at most 2 for batches of 4 samples, of which BatchNorm needs 2 a process \(or sync_batchnorm\), got 3",
         ),
         ({"data": DataSettings(source="gone.npz")}, "there is no file"),
-        ("other data", "data must be the same in all processes, got other data in 1 than in 0"),
+        ("other data", "data must be the same in all processes, got other data in process 1 than in process 0"),
         ("taken", "continue it with --resume"),
     ],
 )

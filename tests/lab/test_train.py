@@ -256,7 +256,7 @@ def test_divergence_is_said(tmp_path):
 
 def test_a_run_that_ends_without_reduction_says_so(tmp_path):
     recipe = replace(SMALL, network="mlp", epochs=1, mcr2=replace(SMALL.mcr2, lr=1e6), objective="mcr2")
-    with pytest.warns(UserWarning, match="the features have hardly learnt"):
+    with pytest.warns(UserWarning, match="the network has learnt almost nothing"):
         train.start(recipe, tmp_path / "run")
 
 

@@ -245,7 +245,7 @@ def test_subspaces_older_than_the_network_are_said(run):
         kept = state["trained"] | {"measured_at": at, "bases": bases}
         object.__setattr__(changed, "load_checkpoint", lambda kept=kept: state | {"trained": kept})
         if error is None:
-            with pytest.warns(UserWarning, match="are those of epoch 2, its network that of epoch 3"):
+            with pytest.warns(UserWarning, match="has subspaces from epoch 2 but a network from epoch 3"):
                 vmcr2.load(changed)
         else:
             with pytest.raises(InputError, match=error):

@@ -96,7 +96,7 @@ def warn_of_lost_borders(image_size: tuple[int, int], settings: Augmentation) ->
         height, width = image_size
         warnings.warn(
             f"augmentation.crop {settings.crop} is smaller than the images of {height}×{width} pixels: evaluation "
-            "sees their middle only",
+            "sees only their middle",
             stacklevel=2,
         )
 

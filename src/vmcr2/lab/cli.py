@@ -125,7 +125,7 @@ def _to_train(arguments: list[str]) -> tuple[RunFolder | None, Recipe, _TrainOpt
             raise InputError(f"{run.path} is a run of the recipe {run.recipe().name}, got {name}")
         recipe, options = _parse("train", run.recipe(), _TrainOptions, flags)
         if options.out is not None:
-            raise InputError(f"out has no meaning with --resume, got {options.out}")
+            raise InputError(f"out cannot be combined with --resume, got {options.out}")
         return run, recipe, options
     chosen = _recipe(name, "train", flags, deciding)
     recipe, options = _parse(f"train {name or chosen.name}", chosen, _TrainOptions, flags)
@@ -226,7 +226,7 @@ def predict(
         found = image_files(given) if given.is_dir() else [given]
         if not found:
             raise InputError(
-                f"files must name at least one image each, got the folder {given}, which holds none itself"
+                f"files must name at least one image each, got the folder {given}, which contains none directly"
             )
         images += found
     if not images:
@@ -430,7 +430,7 @@ def _parse(command: str, default: Recipe, kind: type[_Given], flags: list[str]) 
         split = f", {chosen.data.validation:.0%} of each class held out" if chosen.data.validation else ""
         size = "" if chosen.data.image_size is None else f", images scaled to {chosen.data.image_size} a side"
         _say(f"{chosen.about}{split}; network {chosen.network}, feature_dim {chosen.feature_dim}{size}")
-    return parsed.recipe, parsed.options
+    return chosen, parsed.options
 
 
 def _show(title: str, summaries: Sequence[dict]) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from vmcr2.distributed import gather_rows, process_rank, world_size
 from vmcr2.lab.augmentation import Augmentation, plain
-from vmcr2.lab.networks import autocast
+from vmcr2.lab.networks import autocast, evaluating
 from vmcr2.lab.sources import Dataset
 from vmcr2.rates import rate_reduction
 from vmcr2.subspaces import class_subspaces, nearest_subspace
@@ -32,7 +32,7 @@ class Features:
 def extract(
     model: nn.Module, dataset: Dataset, augmentation: Augmentation, batch_size: int, precision: str = "float32"
 ) -> Features:
-    """Returns the features of a data set, on the device that holds it; the model's mode is restored.
+    """Returns the features of a data set, on the device that holds it; the modes of the model's layers are restored.
 
     With several processes each sends its share of the samples through the network, and all receive all features.
 
@@ -43,8 +43,7 @@ def extract(
         batch_size: inputs at once, in all processes together.
         precision: of the network: float32 or bf16.
     """
-    training, world = model.training, world_size()
-    model.eval()
+    world = world_size()
 
     def features(inputs: Tensor) -> Tensor:
         parts = inputs.tensor_split(world)
@@ -54,11 +53,8 @@ def extract(
         found = torch.cat([model(plain(batch, augmentation)) for batch in batches])[: len(own)]
         return gather_rows(found, shares=[len(part) for part in parts])[0]
 
-    try:
-        with autocast(dataset.train_inputs.device, precision):
-            return Features(features(dataset.train_inputs), features(dataset.test_inputs))
-    finally:
-        model.train(training)
+    with evaluating(model), autocast(dataset.train_inputs.device, precision):
+        return Features(features(dataset.train_inputs), features(dataset.test_inputs))
 
 
 def training_bases(features: Features, dataset: Dataset, components: int | None = None) -> Float[Tensor, "k d r"]:

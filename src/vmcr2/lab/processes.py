@@ -1,6 +1,6 @@
 """The processes of one run: how `torchrun` starts them, how they agree, and how one of them speaks for all.
 
-With a single process no function here does anything special: `first(call)` is then `call()`.
+A single process needs no other way of calling them: `first(call)` is then `call()`.
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ class VMCR2Settings:
         atoms_per_class: s = q/k, at most the feature dimension; None means ⌊d/k⌋, at least 1.
         structure: shared: every class may use every atom; block: its own s only.
         energy: what every class's codes sum to after each step; None leaves the sum free.
-        pull: exponent in (0, 1] of how a sample is pulled into its class: 1 resists wrong labels; 0.3 learns natural
+        pull: exponent in (0, 1]; a smaller one pulls distant samples harder: 1 resists wrong labels; 0.3 learns natural
             images faster.
         expand: λ ≥ 0, the weight of the features' own R beside the residual: 0.2 to 0.6, with `pull` 0.3, for more
             variety within a class.
@@ -57,8 +57,8 @@ class VMCR2Settings:
         gradient_clip: the largest norm a step's gradient may have, None for any. 0.02 keeps networks without BatchNorm,
             whose first gradients are long, from collapsing.
         stop_on_collapse: stop, with a reason, once ΔR of the batches has been below a fifth of its value after the
-            first epoch for ten epochs, or that of the training set below a tenth. A later latching may slowly restore
-            it.
+            first epoch for ten epochs, or that of the training set below a tenth of its first value in five
+            measurements. A later latching may slowly restore it.
     """
 
     lr: float = 0.5

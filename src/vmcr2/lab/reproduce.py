@@ -131,7 +131,7 @@ def _runs(
         rows = {row: cells for row, cells in rows.items() if f"{row.partition('-noise')[0]}-ours" in recipes.named()}
         name += " --ours"
         if not rows:
-            raise InputError(f"ours has no meaning here: there are no recipes of our own for {name.split()[0]}")
+            raise InputError(f"ours must be off for {name.split()[0]}, which has no recipes of our own")
     planned = [
         (row, objective, [request.recipe(row, objective, seed) for seed in request.seeds])
         for row in request.chosen(rows, name)
@@ -278,7 +278,7 @@ def table1(request: Request, console: Console) -> list[Path]:
     ]
     if unused or request.ours:
         raise InputError(
-            f"{', '.join([*unused, *['ours'] * request.ours])} has no meaning for table1, which times steps"
+            f"{', '.join([*unused, *['ours'] * request.ours])} must be left out for table1, which times steps"
         )
     rows = request.chosen(dict.fromkeys(bench.WORKLOADS), "table1")
     device = train.chosen_device("auto")

@@ -174,7 +174,7 @@ class RunFolder:
         if not self.checkpoint_file.exists():
             if self.previous_checkpoint_file.exists():
                 raise InputError(
-                    f"{self.checkpoint_file} is missing; to go on from the one before it, copy "
+                    f"{self.checkpoint_file} is missing; to continue from the one before it, copy "
                     f"{self.previous_checkpoint_file.name} to {self.checkpoint_file.name}"
                 )
             return None
@@ -191,7 +191,7 @@ class RunFolder:
                 f"the previous one may be intact: to continue from it, move {previous.name} over "
                 f"{self.checkpoint_file.name}"
                 if previous.exists()
-                else "there is no checkpoint before it; start the run anew"
+                else "there is no checkpoint before it; start the run again"
             )
             raise InputError(f"{self.checkpoint_file} is damaged ({error}); {cure}") from error
         if not isinstance(state, dict) or not all(isinstance(state.get(name), kind) for name, kind in _STATE.items()):
@@ -251,7 +251,7 @@ class RunFolder:
         """
         if not self.features_file.is_file():
             raise InputError(
-                f"{self.path} has no {self.features_file.name}: the run is not complete; --resume it first"
+                f"{self.path} has no {self.features_file.name}: it is not complete; finish it with vmcr2 train --resume"
             )
         try:
             with np.load(self.features_file, allow_pickle=False) as file:
@@ -270,7 +270,9 @@ class RunFolder:
             InputError: the run is not complete, or the file is damaged (a ValueError).
         """
         if not self.is_complete():
-            raise InputError(f"{self.path} has no summary.json: the run is not complete; --resume it first")
+            raise InputError(
+                f"{self.path} has no summary.json: it is not complete; finish it with vmcr2 train --resume"
+            )
         try:
             summary = json.loads(self.summary_file.read_text(encoding="utf-8"))
         except (ValueError, RecursionError) as error:

@@ -77,8 +77,8 @@ class DataSettings:
                 raise InputError(f"data.{name} must be a share below 1, got {getattr(self, name)}")
         if self.validation and self.test_size is not None:
             raise InputError(
-                f"data.test_size has no meaning with data.validation, which replaces the test set (and is 0.2 where "
-                f"the data has none), got {self.test_size} beside {self.validation}"
+                f"data.test_size cannot be combined with data.validation, which replaces the test set (and is 0.2 "
+                f"where the data has none), got {self.test_size} beside {self.validation}"
             )
 
 
@@ -151,9 +151,9 @@ def load(settings: DataSettings, data_root: str | Path | None = None) -> Dataset
             f"data.source must be one of {', '.join(_NAMED)}, a .npz file or a folder of images by class, "
             f"got {settings.source!r}, which is {what}"
         )
-    dataset = _subset(replace(dataset, train_rows=torch.arange(len(dataset.train_labels))), settings)
     if dataset.num_classes < 2:
         raise InputError(f"{settings.source} must have at least 2 classes, it has {dataset.num_classes}")
+    dataset = _subset(replace(dataset, train_rows=torch.arange(len(dataset.train_labels))), settings)
     for part, labels in (("training", dataset.train_labels), ("test", dataset.test_labels)):
         if not len(labels):
             raise InputError(f"{settings.source} must have {part} samples of the classes chosen, it has none")
@@ -224,7 +224,6 @@ def _subset(dataset: Dataset, settings: DataSettings) -> Dataset:
     if settings.validation:
         dataset = _held_out(dataset, settings.validation)
     if settings.label_noise:
-        check_count("the number of classes beside data.label_noise", dataset.num_classes, at_least=2)
         dataset = replace(dataset, train_labels=_mislabelled(dataset, settings.label_noise))
     return dataset
 

@@ -330,7 +330,8 @@ class LostProcessError(processes.PeerError):
 
 
 class _Interrupt:
-    """Turns Ctrl-C into a stop that loses no epoch: after the present one if any is not on disk yet, else at once.
+    """Turns Ctrl-C into a stop that loses no epoch: after the current one if it or an earlier one is not on disk yet,
+    otherwise immediately.
 
     Epochs shorter than `checkpoint_seconds` are finished and saved; before a longer one, the state is already on disk.
     A second Ctrl-C always stops at once. With several processes the first, which writes, decides.
@@ -402,7 +403,9 @@ def _prepare(recipe: Recipe, data_root: str | Path | None) -> _Prepared:
     digests = processes.gathered(prepared.fingerprint)
     others = [str(rank) for rank, digest in enumerate(digests) if digest != digests[0]]
     if others:
-        raise InputError(f"data must be the same in all processes, got other data in {', '.join(others)} than in 0")
+        raise InputError(
+            f"data must be the same in all processes, got other data in process {', '.join(others)} than in process 0"
+        )
     return prepared
 
 
@@ -539,7 +542,7 @@ class _Run:
         if state is not None:
             self.seconds = state["seconds"]
             self.trained |= {name: state["trained"].get(name) for name in ("bases", "measured_at")}
-            with folder.fits("what its recipe makes here"):
+            with folder.fits("the network and optimizer that its recipe builds"):
                 model.load_state_dict(state["model"])
                 criterion.load_state_dict(state["criterion"])
                 self.optimizer.load_state_dict(state["optimizer"])
@@ -602,7 +605,7 @@ class _Run:
             lines = folder.metrics()
             if len(lines) < done:
                 warnings.warn(
-                    f"{folder.metrics_file} lacks {done - len(lines)} of {done} epochs, and so will curves",
+                    f"{folder.metrics_file} lacks {done - len(lines)} of {done} epochs, and curves will lack them too",
                     stacklevel=2,
                 )
             return lines
@@ -711,8 +714,8 @@ def _warn_of_little(reduction: float, prepared: _Prepared) -> None:
     lines = reduction_of_lines(sizes, recipe.feature_dim, recipe.eps_sq)
     if reduction < _LITTLE * lines:
         warnings.warn(
-            f"ΔR of the training set is {reduction:.2g} in the end, where classes on orthogonal lines have "
-            f"{lines:.3g}: the features have hardly learnt. Train for more epochs, or at a lower learning rate",
+            f"the final ΔR of the training set is {reduction:.2g}, where classes on orthogonal lines would have "
+            f"{lines:.3g}: the network has learnt almost nothing. Train for more epochs, or at a lower learning rate",
             stacklevel=2,
         )
 

@@ -146,22 +146,17 @@ class TrainedModel(
             NumericalError: some of the resulting features do not have norm 1.
         """
         given, device = self._inputs(images), self.subspaces.device
-        modes = {module: module.training for module in self.model.modules()}
-        self.model.eval()  # even if it is being trained further
-        try:
+        with networks.evaluating(self.model):  # even if it is being trained further
             parts = [
                 self.model(plain(batch.to(device), self.augmentation).to(self.subspaces.dtype))
                 for batch in given.split(_AT_ONCE)
             ]
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
         features = torch.cat(parts)
         fine = (features.float().norm(dim=1) - 1).abs() <= UNIT_NORM_TOLERANCE
         if not bool(fine.all()):
             raise NumericalError(
                 f"the network gives {int((~fine).sum())} of {len(fine)} samples features that are not of norm 1: "
-                "inputs so large that they overflow, or weights that are spoilt"
+                "inputs so large that they overflow, or weights that are damaged"
             )
         return features
 
@@ -249,7 +244,7 @@ trained.embed(images), trained.predict(images)
 Classes: {names}{f", … ({k} in all)" if k > 20 else ""}.
 
 It knows these classes only and names one of them for any input; the largest of `trained.scores(images)` is low for
-inputs that are like none. Inputs must be prepared as in training: same size, same meaning of light and dark.
+inputs unlike any of them. Inputs must be prepared as in training: same size, same meaning of light and dark.
 """
 
     def save_pretrained(self, save_directory: str | Path, *, config: Any = None, **options: Any) -> Any:
@@ -333,7 +328,7 @@ class Checkpoint:
         run = path if isinstance(path, RunFolder) else RunFolder.open(path)
         recipe, state = run.recipe(), run.load_checkpoint()
         if state is None:
-            raise InputError(f"{run.path} has no checkpoint yet; --resume it")
+            raise InputError(f"{run.path} has no checkpoint yet; continue it with vmcr2 train --resume")
         if "config" not in state["trained"]:
             raise InputError(f"{run.checkpoint_file} was written by an earlier version; train it again")
         run.check_recipe_of(state, recipe)
@@ -348,11 +343,13 @@ class Checkpoint:
         run, recipe, state = self.run, self.recipe, self.state
         kept = state["trained"]
         if kept["bases"] is None:
-            raise InputError(f"{run.path} has not been measured yet, so it has no subspaces; --resume it")
+            raise InputError(
+                f"{run.path} has not been measured yet, so it has no subspaces; continue it with vmcr2 train --resume"
+            )
         if kept["measured_at"] != state["epoch"]:
             warnings.warn(
-                f"the subspaces of {run.path} are those of epoch {kept['measured_at']}, its network that of epoch "
-                f"{state['epoch']}: --resume it to have both at its end",
+                f"{run.path} has subspaces from epoch {kept['measured_at']} but a network from epoch "
+                f"{state['epoch']}: vmcr2 train --resume brings them into line",
                 stacklevel=2,
             )
         about: dict[str, Any] = {"recipe": recipe.name, "objective": OBJECTIVES[recipe.objective]}
