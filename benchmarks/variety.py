@@ -20,13 +20,13 @@ from noise import BASES
 from rich.console import Console
 from runs import Line, MissingRunError, Runs
 
-from vmcr2.embeddings import largest_reduction
 from vmcr2.errors import NumericalError
 from vmcr2.lab import sources
 from vmcr2.lab.processes import keep_freed_memory
 from vmcr2.lab.recipes import Recipe
 from vmcr2.lab.sweep import completed
 from vmcr2.lab.terminal import markdown_table, mean_and_spread
+from vmcr2.rates import largest_reduction
 
 RESULTS = Path(__file__).parent.parent / "results"
 RUNS = Runs(

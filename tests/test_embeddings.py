@@ -15,8 +15,7 @@ from sklearn.datasets import load_digits
 from sklearn.metrics import roc_auc_score
 
 import vmcr2
-from vmcr2.embeddings import largest_reduction
-from vmcr2.rates import reduction_of_lines
+from vmcr2.rates import largest_reduction, reduction_of_lines
 
 
 def orthogonal_classes(sizes, dims, seed=0):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ from vmcr2.checks import UNIT_NORM_TOLERANCE, check_number, refuse_masked
 from vmcr2.errors import InputError, NumericalError
 from vmcr2.linalg import require_finite
 from vmcr2.membership import Membership, as_membership
-from vmcr2.rates import checked_rates, transrate
+from vmcr2.rates import checked_rates, effective_rank, largest_reduction, transrate
 from vmcr2.subspaces import check_components, default_components, held_out_energies
 
 if TYPE_CHECKING:
@@ -361,94 +361,8 @@ def _warnings(
     return texts
 
 
-def bisected(beyond: Callable[[Any], Any], low: Any, high: Any, rounds: int) -> tuple[Any, Any]:
-    """Returns the ends of the interval in which a condition turns from false to true, by bisection.
-
-    Args:
-        beyond: the condition, on a number or elementwise on an array.
-        low: where it is false, a number or an array.
-        high: where it is true, likewise.
-        rounds: how often to halve the distance between them.
-    """
-    for _ in range(rounds):
-        middle = 0.5 * (low + high)
-        over = beyond(middle)
-        low, high = np.where(over, low, middle)[()], np.where(over, middle, high)[()]  # numbers stay numbers
-    return low, high
-
-
-def _worth(scaled: Any) -> Any:
-    """Returns twice what a dimension more adds to R; `scaled` is β times the energy in each direction of its class."""
-    return np.log1p(scaled) - scaled / (1 + scaled)
-
-
-def _energy_worth(price: float, beta: float) -> float:
-    """Returns the energy of a direction, at most 1, at which one more dimension is worth the price."""
-    return float(bisected(lambda energy: _worth(beta * energy) > price, 0.0, 1.0, 60)[1])
-
-
-def largest_reduction(feature_dim: int, class_counts: Int[np.ndarray, " k"], eps_sq: float) -> float:
-    """Returns the largest ΔR that unit features in classes of these sizes can have.
-
-    Class j has r_j directions of equal energy, r_j real and from 1 to n_j. If d dimensions are enough for all, they are
-    orthogonal (Yu et al., 2020, Theorem 1). If not, classes so small that a direction of their own would hold less
-    energy than the others' give theirs up: each is a line, and together these lines spread evenly over the remaining
-    dimensions. ΔR is then
-
-    Σ_j r_j/2 [log(1 + β γ_j/r_j) − γ_j log(1 + β/r_j)] + D/2 log(1 + β γ_s/D) − γ_s/2 log(1 + β)
-
-    where j runs over the classes with directions of their own, and the others have the remaining D = d − Σ_j r_j
-    dimensions and a share γ_s of the samples. At the best r_j one more dimension is worth the same everywhere. With
-    balanced classes the result is d/2 [log(1 + 1/ε²) − log(1 + k/ε²)/k] for k ≤ d, and
-    d/2 log(1 + 1/ε²) − ½ log(1 + d/ε²) for k > d.
-
-    Args:
-        feature_dim: d.
-        class_counts: n_j > 0.
-        eps_sq: ε².
-    """
-    d, beta = feature_dim, feature_dim / eps_sq
-    counts, alike = np.unique(np.asarray(class_counts, dtype=np.float64), return_counts=True)
-    weights = counts / (counts @ alike)
-    most = np.minimum(counts, d)
-
-    def directions(price: float) -> np.ndarray:
-        """Returns the r_j from 1 to `most` at which one more direction adds no more to ΔR than its price."""
-
-        def enough(r: np.ndarray) -> np.ndarray:
-            return _worth(beta * weights / r) - weights * _worth(beta / r) <= price
-
-        return bisected(enough, np.ones_like(most), most, 30)[0]
-
-    def allotted(price: float) -> tuple[np.ndarray, np.ndarray, float]:
-        """Returns r_j, how many classes of each size have directions of their own, the dimensions the others use."""
-        even = _energy_worth(price, beta) if price > 0 else 0.0
-        own = weights > even
-        return directions(price), alike * own, float(weights @ (alike * ~own)) / even if even else 0.0
-
-    def fits(price: float) -> bool:
-        r, own, left = allotted(price)
-        return bool(r @ own + left <= d)
-
-    r, own, _ = allotted(0.0)
-    if r @ own > d:
-        r, own, _ = allotted(bisected(fits, 0.0, float(_worth(beta)), 40)[1])
-    value = (r * (np.log1p(beta * weights / r) - weights * np.log1p(beta / r))) @ own
-    shared, left = 1 - weights @ own, d - r @ own
-    if (own == 0).any():
-        value += left * np.log1p(beta * shared / left) - shared * np.log1p(beta)
-    return 0.5 * float(value) if value > 1e-9 else 0.0  # one dimension gives 0 apart from rounding
-
-
 def _counted(number: int, noun: str, plural: str = "s") -> str:
     return f"{number} {noun if number == 1 else noun + plural}"
-
-
-def effective_rank(eigenvalues: Float[Tensor, "k d"]) -> Float[Tensor, " k"]:
-    """Returns e to the entropy of the eigenvalues' shares (Roy and Vetterli, 2007, here of the second moment)."""
-    shares = eigenvalues.clamp_min(0)
-    shares = shares / shares.sum(1, keepdim=True)
-    return torch.special.entr(shares).sum(1).exp()
 
 
 def _overlaps_and_ranks(unit: Tensor, membership: Membership) -> tuple[np.ndarray, np.ndarray]:

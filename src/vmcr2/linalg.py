@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -285,3 +287,19 @@ def require_finite(*values: Tensor, otherwise: str = _LOGDET_FAILED) -> None:
     finite = [value.detach().isfinite().all() for value in values if not is_batched(value)]
     if finite and not bool(torch.stack(finite).all()):
         raise NumericalError(otherwise)
+
+
+def bisected(beyond: Callable[[Any], Any], low: Any, high: Any, rounds: int) -> tuple[Any, Any]:
+    """Returns the ends of the interval in which a condition turns from false to true, by bisection.
+
+    Args:
+        beyond: the condition, on a number or elementwise on an array.
+        low: where it is false, a number or an array.
+        high: where it is true, likewise.
+        rounds: how often to halve the distance between them.
+    """
+    for _ in range(rounds):
+        middle = 0.5 * (low + high)
+        over = beyond(middle)
+        low, high = np.where(over, low, middle)[()], np.where(over, middle, high)[()]  # numbers stay numbers
+    return low, high

@@ -2,21 +2,22 @@
 
 With β = d/ε², γ_j = n_j/m and C_j = Zᵀ Diag(Π_j) Z / n_j the rates are R = ½ logdet(I + β ZᵀZ/m) and
 R_c = Σ_j γ_j ½ logdet(I + β C_j). Because logdet(I_d + c ZᵀZ) = logdet(I_n + c ZZᵀ), a class of n_j samples costs
-min(d, n_j)³, and classes of similar size are factorised in one batch.
+min(d, n_j)³, and classes of similar size are factorised in one batch. Also the largest ΔR that classes can have.
 """
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from vmcr2.checks import check_number, check_tensor, feature_conditions, read_conditions
 from vmcr2.errors import InputError
-from vmcr2.linalg import FLOAT64_RANGE, gram, half_logdet, is_batched, rate_dtype, require_finite
+from vmcr2.linalg import FLOAT64_RANGE, bisected, gram, half_logdet, is_batched, rate_dtype, require_finite
 from vmcr2.membership import Membership, as_membership, moments
 
 
@@ -192,3 +193,73 @@ def reduction_of_lines(sizes: Int[Tensor, " k"], feature_dim: int, eps_sq: float
         apart = int((spectrum <= even * (1 + 1e-9)).to(torch.uint8).argmax())
         spectrum[apart:] = even[apart]
     return 0.5 * (float(torch.log1p(beta * spectrum).sum()) - math.log1p(beta))
+
+
+def _worth(scaled: Any) -> Any:
+    """Returns twice what a dimension more adds to R; `scaled` is β times the energy in each direction of its class."""
+    return np.log1p(scaled) - scaled / (1 + scaled)
+
+
+def _energy_worth(price: float, beta: float) -> float:
+    """Returns the energy of a direction, at most 1, at which one more dimension is worth the price."""
+    return float(bisected(lambda energy: _worth(beta * energy) > price, 0.0, 1.0, 60)[1])
+
+
+def largest_reduction(feature_dim: int, class_counts: Int[np.ndarray, " k"], eps_sq: float) -> float:
+    """Returns the largest ΔR that unit features in classes of these sizes can have.
+
+    Class j has r_j directions of equal energy, r_j real and from 1 to n_j. If d dimensions are enough for all, they are
+    orthogonal (Yu et al., 2020, Theorem 1). If not, classes so small that a direction of their own would hold less
+    energy than the others' give theirs up: each is a line, and together these lines spread evenly over the remaining
+    dimensions. ΔR is then
+
+    Σ_j r_j/2 [log(1 + β γ_j/r_j) − γ_j log(1 + β/r_j)] + D/2 log(1 + β γ_s/D) − γ_s/2 log(1 + β)
+
+    where j runs over the classes with directions of their own, and the others have the remaining D = d − Σ_j r_j
+    dimensions and a share γ_s of the samples. At the best r_j one more dimension is worth the same everywhere. With
+    balanced classes the result is d/2 [log(1 + 1/ε²) − log(1 + k/ε²)/k] for k ≤ d, and
+    d/2 log(1 + 1/ε²) − ½ log(1 + d/ε²) for k > d.
+
+    Args:
+        feature_dim: d.
+        class_counts: n_j > 0.
+        eps_sq: ε².
+    """
+    d, beta = feature_dim, feature_dim / eps_sq
+    counts, alike = np.unique(np.asarray(class_counts, dtype=np.float64), return_counts=True)
+    weights = counts / (counts @ alike)
+    most = np.minimum(counts, d)
+
+    def directions(price: float) -> np.ndarray:
+        """Returns the r_j from 1 to `most` at which one more direction adds no more to ΔR than its price."""
+
+        def enough(r: np.ndarray) -> np.ndarray:
+            return _worth(beta * weights / r) - weights * _worth(beta / r) <= price
+
+        return bisected(enough, np.ones_like(most), most, 30)[0]
+
+    def allotted(price: float) -> tuple[np.ndarray, np.ndarray, float]:
+        """Returns r_j, how many classes of each size have directions of their own, the dimensions the others use."""
+        even = _energy_worth(price, beta) if price > 0 else 0.0
+        own = weights > even
+        return directions(price), alike * own, float(weights @ (alike * ~own)) / even if even else 0.0
+
+    def fits(price: float) -> bool:
+        r, own, left = allotted(price)
+        return bool(r @ own + left <= d)
+
+    r, own, _ = allotted(0.0)
+    if r @ own > d:
+        r, own, _ = allotted(bisected(fits, 0.0, float(_worth(beta)), 40)[1])
+    value = (r * (np.log1p(beta * weights / r) - weights * np.log1p(beta / r))) @ own
+    shared, left = 1 - weights @ own, d - r @ own
+    if (own == 0).any():
+        value += left * np.log1p(beta * shared / left) - shared * np.log1p(beta)
+    return 0.5 * float(value) if value > 1e-9 else 0.0  # one dimension gives 0 apart from rounding
+
+
+def effective_rank(eigenvalues: Float[Tensor, "k d"]) -> Float[Tensor, " k"]:
+    """Returns e to the entropy of the eigenvalues' shares (Roy and Vetterli, 2007, here of the second moment)."""
+    shares = eigenvalues.clamp_min(0)
+    shares = shares / shares.sum(1, keepdim=True)
+    return torch.special.entr(shares).sum(1).exp()

@@ -28,10 +28,10 @@ except ModuleNotFoundError as error:
 from torch import Tensor, nn
 
 from vmcr2.checks import check_choice, check_count, check_number, refuse_masked, tensor_of
-from vmcr2.embeddings import LabelQuality, bisected, label_quality, sorted_classes
+from vmcr2.embeddings import LabelQuality, label_quality, sorted_classes
 from vmcr2.errors import InputError, NumericalError
 from vmcr2.latching import MomentStream
-from vmcr2.linalg import check_eps_sq, unit_rows
+from vmcr2.linalg import bisected, check_eps_sq, unit_rows
 from vmcr2.losses import SETTING_CHECKS, MCR2Loss, VMCR2Loss
 from vmcr2.membership import as_membership
 from vmcr2.sampling import batch_count

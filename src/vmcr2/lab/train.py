@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from vmcr2.checks import pair_of
 from vmcr2.distributed import process_rank, world_size
-from vmcr2.embeddings import effective_rank
 from vmcr2.errors import InputError, NumericalError
 from vmcr2.lab import networks, objectives, processes, recipes, sources, trained
 from vmcr2.lab.augmentation import augmented, plain, warn_of_lost_borders
@@ -33,7 +32,7 @@ from vmcr2.lab.run import RunFolder
 from vmcr2.lab.sources import Dataset
 from vmcr2.lab.terminal import EpochProgress, device_name
 from vmcr2.linalg import wide_dtype
-from vmcr2.rates import reduction_of_lines
+from vmcr2.rates import effective_rank, reduction_of_lines
 from vmcr2.sampling import batch_count, epoch_generator
 from vmcr2.subspaces import nearest_subspace
 
