@@ -21,7 +21,7 @@ from torch.nn.parameter import is_lazy
 
 from vmcr2.distributed import gather_rows, sum_over_ranks
 from vmcr2.errors import InputError, NumericalError
-from vmcr2.membership import Membership, as_rows, moments, shared_in
+from vmcr2.membership import Membership, as_rows, moments, shared_in, weighted_rows
 
 _EIGH_ELEMENTS = 2**24  # entries of the d×d matrices decomposed at once
 _FOLDED = 8192  # rows folded into the moments at once: many cost memory, few cost time
@@ -52,8 +52,7 @@ def latched_blocks(
         for part in group.split(d):
             if n < d:
                 # Rows of zeros let the SVD complete a class of fewer than s samples to s orthonormal directions.
-                weighted = rows[:, None] * part.shares.mT[..., None].sqrt()
-                padded = nn.functional.pad(weighted, (0, 0, 0, max(0, s - n))).flatten(0, 1)
+                padded = nn.functional.pad(weighted_rows(rows, part.shares), (0, 0, 0, max(0, s - n))).flatten(0, 1)
                 _, values, vectors = _decomposed(torch.linalg.svd, padded, full_matrices=False)
                 top = vectors[:, :s].mT, _above(values, torch.finfo(values.dtype).eps * d)[:, :s].square()
             else:

@@ -81,6 +81,11 @@ def moments(rows: Float[Tensor, "b n d"], weights: Float[Tensor, "b n c"]) -> Fl
     return product(each.mT, each * weights.mT[..., None])
 
 
+def weighted_rows(rows: Float[Tensor, "b n d"], weights: Float[Tensor, "b n c"]) -> Float[Tensor, "b c n d"]:
+    """Returns √w_ij z_i, for each class the n×d root of its matrix in `moments`; not differentiable at w = 0."""
+    return rows[:, None] * weights.mT[..., None].sqrt()
+
+
 @dataclass(frozen=True)
 class Membership:
     """Π as labels (hard) or as rows that sum to one (soft), with n_j = ⟨1, Π_j⟩; exactly one form is not None.

@@ -18,7 +18,7 @@ from torch import Tensor
 from vmcr2.checks import check_number, check_tensor, feature_conditions, read_conditions
 from vmcr2.errors import InputError
 from vmcr2.linalg import FLOAT64_RANGE, bisected, gram, half_logdet, is_batched, rate_dtype, require_finite
-from vmcr2.membership import Membership, as_membership, moments
+from vmcr2.membership import Membership, as_membership, moments, weighted_rows
 
 
 class RateReduction(NamedTuple):
@@ -165,7 +165,7 @@ def compression_rate(features: Float[Tensor, "m d"], membership: Membership, eps
         for part in group.split(d):
             # √w has no gradient at w = 0, so a membership that is being learned stays on the d side, linear in w.
             if rows.shape[1] < d and not membership.is_learned:
-                matrices = gram(rows[:, None] * part.shares.mT[..., None].sqrt())
+                matrices = gram(weighted_rows(rows, part.shares))
             else:
                 matrices = moments(rows, part.shares)
             total = total + (part.counts / m * half_logdet(matrices * (d / eps_sq))).sum()
