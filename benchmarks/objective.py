@@ -131,6 +131,10 @@ def paths() -> dict[str, dict[str, float]]:
             shared,
             patch.object(Dictionary, "confined", lambda self: torch.tensor(False)),
         ),
+        "VMCR2Loss at (256, 512, 1000, 1), shared: the same where most classes are absent": (
+            gradient_step(variational(512, 1000, 1, "shared"), *batch(256, 512, 1000)),
+            patch.object(Dictionary, "confined", lambda self: torch.tensor(False)),
+        ),
         "VMCR2Loss at (250, 500, 100, 1): of up to d/2 atoms a q×q matrix is factorised": (
             shared_small,
             patch("vmcr2.dictionary.solved_atoms", on_the_side_of_dimensions),

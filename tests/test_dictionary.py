@@ -321,6 +321,37 @@ def test_a_shared_dictionary_confined_to_own_atoms_takes_the_very_step_of_block_
     assert all(same) == confined
 
 
+@pytest.mark.parametrize("energy", [None, 1.0])
+@pytest.mark.parametrize("rho", [0.05, 1.0, 20.0])
+def test_a_shared_dictionary_takes_the_step_of_all_its_atoms_whichever_classes_are_absent(rho, energy):
+    m, stayed, spread = 40, 0, 0
+    for seed in range(12):
+        d, k, s = [(12, 4, 2), (10, 20, 1), (16, 3, 4)][seed % 3]
+        settings_ = at_balance(rho, m, d)
+        first = unit_rows(60, d), torch.arange(60) % k
+        shared, dense = (loss_at(*first, k, s, energy=energy, **settings_) for _ in range(2))
+        if energy is not None:  # an absent class is scaled in its first step, or with all others
+            shared.dictionary.codes *= energy / shared.dictionary.codes.sum(0)
+            dense.dictionary.codes.copy_(shared.dictionary.codes)
+        for i in range(3):
+            z, labels = unit_rows(m, d, seed=10 * seed + i), random_labels(m, max(1, k // 2), seed=seed + i)
+            if seed % 2:  # some samples of class 0 lie along an atom of the last class, which has none
+                z[(labels == 0).nonzero()[: 1 + seed, 0]] = shared.dictionary.atoms[:, -1]
+            pi = checked(z, labels, k)
+            before = dense.dictionary.part_for(pi, torch.float64)[1]
+            dense.dictionary.replace(ascending_step(z, pi, before, energy=energy, **settings_).dictionary, pi)
+            shared(z, labels)
+            torch.testing.assert_close(shared.dictionary.atoms, dense.dictionary.atoms)
+            torch.testing.assert_close(shared.dictionary.codes, dense.dictionary.codes)
+            expected = objective(z, pi, dense.dictionary.part_for(pi, torch.float64)[1], **settings_)
+            for ours, theirs in zip(shared.rates(z, labels), expected, strict=True):
+                torch.testing.assert_close(ours, theirs)
+        stayed += bool(shared.dictionary.confined())
+        spread += not shared.dictionary.confined()
+    assert (stayed > 0) == (rho < 20)
+    assert (spread > 0) == (rho > 0.05)
+
+
 def test_a_shared_dictionary_whose_classes_use_others_atoms_never_takes_the_block_step():
     z, labels = unit_rows(60, 12), torch.arange(60) % 3
     loss, pi = loss_at(z, labels, 3, 2), checked(z, labels, 3)
@@ -342,6 +373,12 @@ def test_a_confined_step_makes_no_products_of_all_samples_with_all_atoms():
     with LargestTensor() as largest:
         loss(z, labels)
     assert largest.numel <= m * d < m * k * s, largest.shape
+    z, labels = z[labels < 2], labels[labels < 2]
+    loss.rates(z, labels)
+    with LargestTensor() as largest:
+        loss(z, labels)
+        loss.rates(z, labels)
+    assert largest.numel <= (k * s) * d < (k * s) ** 2, largest.shape  # of the dictionary, not of its overlap
 
 
 @pytest.mark.parametrize(("rho", "n"), [(0.6, 1), (12.5, 2)])

@@ -26,6 +26,13 @@ def test_the_package_gives_the_same_class():
     assert "NearestSubspaceClassifier" in dir(vmcr2)
 
 
+def test_tensors_may_have_a_gradient():
+    rows, labels = unit_rows(40, 6).requires_grad_(), random_labels(40, 3)
+    fitted = NearestSubspaceClassifier().fit(rows, labels)
+    plain = NearestSubspaceClassifier().fit(rows.detach().numpy(), labels.numpy())
+    assert (fitted.predict(rows) == plain.predict(rows.detach().numpy())).all()
+
+
 def test_attributes_are_those_documented():
     train, labels = unit_rows(80, 12).numpy(), np.arange(80) % 5
     estimator = NearestSubspaceClassifier().fit(train, labels)

@@ -107,7 +107,7 @@ def test_the_bound_is_differentiable():
     [
         ("factor must be a torch.Tensor", [[1.0]], 1.0),
         ("factor must be floating point of shape", torch.ones(3), 1.0),
-        ("factor must be floating point of shape", torch.ones(3, 3, dtype=torch.long), 1.0),
+        (r"factor must be floating point \(16, 32 or 64 bits\) of shape", torch.ones(3, 3, dtype=torch.long), 1.0),
         ("factor must be finite", torch.full((2, 2), torch.nan), 1.0),
         ("scale must be a finite number > 0", torch.ones(2, 2), 0.0),
     ],

@@ -21,6 +21,7 @@ from vmcr2.mismatch import BlockCodes, Codes, SharedCodes, code_gradient, square
 from vmcr2.variational import (
     atom_energies,
     compression_code_gradient,
+    coverages,
     expansion_atom_gradient,
     expansion_code_gradient,
     exposures,
@@ -30,11 +31,13 @@ from vmcr2.variational import (
 )
 
 Structure = Literal["shared", "block"]
+BLOCK_CLASSES = 200  # from so many on, estimators and recipes for one's own data take block structure
 
 # How far a step moves the codes towards the maximum of its bound. Stopping halfway gives the atoms time to turn away
 # from each other before competing codes are pressed to zero. With soft membership this ends at a higher
 # eq. (7); otherwise at about the same, at small ρ sometimes at a lower one.
 _CODE_SHARE = 0.5
+_LARGEST_MOMENT = 1.05  # ‖C_j‖ of unit rows, allowing for the tolerance of their norms
 _NEGLIGIBLE = 1e-6  # times the shift: codes that add this little to R^v and R_c^v become 0
 _COPIED = 2**22  # entries of the atoms written at once
 _NEWTON_STEPS = 12  # for the multiplier that keeps a class's energy; it converges quadratically, from one side
@@ -48,14 +51,14 @@ class Ascent(NamedTuple):
         projections: `Codes.project` of the features, differentiable in them.
         energies: `Codes.energies` of the projections, likewise.
         overlap: ΓᵀΓ as `Codes.overlap` returns it.
-        exposure: the largest Γ_lᵀ S⁻¹ Γ_l ≤ 1, near 1 for an atom along which R^v has hardly any energy.
+        confined: whether no class would gain by a code on an atom of another class, where all such codes are 0.
     """
 
     dictionary: Codes
     projections: list[Tensor]
     energies: Float[Tensor, "k c"]
     overlap: Tensor
-    exposure: Float[Tensor, ""]
+    confined: Bool[Tensor, ""]
 
 
 def ascending_step(
@@ -66,6 +69,7 @@ def ascending_step(
     mu: float,
     eps_sq: float,
     energy: float | None = None,
+    others: Float[Tensor, "r d"] | None = None,
 ) -> Ascent:
     """Returns Γ and Ã after a step on eq. (7), which never falls, whatever µ, the features and the dictionary are.
 
@@ -81,6 +85,7 @@ def ascending_step(
         eps_sq: ε² > 0.
         energy: what each class's codes must sum to; None leaves the sum free. With it, eq. (7) does not fall among
             codes that have this sum; a class whose codes do not is scaled first.
+        others: atoms of classes without a sample that `dictionary` leaves out, for `Ascent.confined`.
     """
     detached = membership.detach()
     with torch.no_grad():
@@ -90,9 +95,37 @@ def ascending_step(
     projections = dictionary.project(features, membership)
     energies = dictionary.energies(projections, membership)
     with torch.no_grad():
-        bound, exposure = _code_bound(detached, dictionary, energies.detach(), overlap, mu, eps_sq)
+        solved = solved_atoms(dictionary, detached.class_weights, eps_sq)
+        bound = _code_bound(detached, dictionary, solved, energies.detach(), overlap, mu, eps_sq)
+        confined = _confined(features.detach(), detached, dictionary, solved, others, mu, eps_sq)
         codes = _ascended_codes(dictionary.codes, bound, energy)
-    return Ascent(dictionary.moved(codes=codes), projections, energies, overlap, exposure)
+    return Ascent(dictionary.moved(codes=codes), projections, energies, overlap, confined)
+
+
+def _confined(
+    features: Float[Tensor, "m d"],
+    membership: Membership,
+    dictionary: Codes,
+    solved: Float[Tensor, "q d"],
+    others: Float[Tensor, "r d"] | None,
+    mu: float,
+    eps_sq: float,
+) -> Bool[Tensor, ""]:
+    """Whether the gradient of eq. (7) in a code of 0 on an atom of another class is nowhere above 0.
+
+    It is γ_j ½β (Γ_lᵀ S⁻¹ Γ_l − 1) + µ n_j Γ_lᵀ (C_j − B_j) Γ_l, so it suffices that µ m Γ_lᵀ C_j Γ_l is at most
+    ½β (1 − Γ_lᵀ S⁻¹ Γ_l). For atoms of classes with a sample, ‖C_j‖ stands for the former. An atom of another class may
+    be nearly orthogonal to all that S holds, and then to the features as well: of these the energies are computed.
+    """
+    half_beta, weight = features.shape[1] / eps_sq / 2, mu * membership.num_samples
+    # With a zero added, since a rank of a sharded dictionary may hold no atom of the batch's classes.
+    exposed = torch.cat([exposures(dictionary, solved), solved.new_zeros(1)]).max()
+    confined = weight * _LARGEST_MOMENT <= half_beta * (1 - exposed)
+    if others is None:
+        return confined
+    energies = membership.collect((features @ others.mT).square()) / one_for_zero(membership.counts)[:, None]
+    covered = coverages(dictionary, solved, others, membership.class_weights, eps_sq)
+    return confined & (weight * energies.amax(0) <= half_beta * covered).all()
 
 
 def scaled_to(dictionary: Codes, energy: float | None) -> Codes:
@@ -177,17 +210,17 @@ class _CodeBound(NamedTuple):
 def _code_bound(
     membership: Membership,
     dictionary: Codes,
+    solved: Float[Tensor, "q d"],
     energies: Float[Tensor, "k c"],
     overlap: Tensor,
     mu: float,
     eps_sq: float,
-) -> tuple[_CodeBound, Float[Tensor, ""]]:
-    """Returns the lower bound of eq. (7) in the codes, and the exposure of `Ascent`."""
+) -> _CodeBound:
+    """Returns the lower bound of eq. (7) in the codes."""
     codes, counts = dictionary.codes, membership.counts[:, None]
     beta = dictionary.atoms.shape[1] / eps_sq
     weights = membership.class_weights
-    exposed = exposures(dictionary, solved_atoms(dictionary, weights, eps_sq))
-    grows = expansion_code_gradient(dictionary, exposed, weights, eps_sq)
+    grows = expansion_code_gradient(dictionary, exposures(dictionary, solved), weights, eps_sq)
     linear = -mu * code_gradient(dictionary, energies, overlap, membership)
     linear = linear - compression_code_gradient(dictionary, weights, eps_sq)
     moves = (codes > 0) | (grows + linear > 0)
@@ -199,9 +232,7 @@ def _code_bound(
     curvature = torch.where(moves, curvature, 1)
     shift = 1 / (beta * number)
     slope, expansion = linear + curvature * (codes + shift), curvature * grows * (codes + shift)
-    # With a zero added, since a rank of a sharded dictionary may hold no atom of the batch's classes.
-    exposure = torch.cat([exposed, exposed.new_zeros(1)]).max()
-    return _CodeBound(moves, grows + linear, curvature, shift, slope, expansion), exposure
+    return _CodeBound(moves, grows + linear, curvature, shift, slope, expansion)
 
 
 def _ascended_codes(codes: Float[Tensor, "k c"], bound: _CodeBound, energy: float | None) -> Float[Tensor, "k c"]:
@@ -520,6 +551,14 @@ class Dictionary(nn.Module):
         if len(membership.present) < membership.num_classes:
             atoms, codes = atoms.index_select(0, self._places(membership)), codes.index_select(0, membership.present)
         return membership.among_present(), BlockCodes(atoms.to(dtype), codes.to(dtype), self.shards)
+
+    def absent_atoms(self, membership: Membership, dtype: torch.dtype) -> Float[Tensor, "r d"] | None:
+        """Returns the atoms, as rows, of the classes without a sample in a batch; None if all classes have one."""
+        if len(membership.present) == membership.num_classes:
+            return None
+        absent = torch.ones(membership.num_classes, dtype=torch.bool, device=self.atoms.device)
+        absent[membership.present] = False
+        return self.atoms.T.unflatten(0, (-1, self.atoms_per_class))[absent].flatten(0, 1).to(dtype)
 
     def whole(self) -> BlockCodes:
         """Returns all that this rank holds of a dictionary in block structure, without a copy."""

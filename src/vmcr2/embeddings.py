@@ -369,7 +369,9 @@ def _overlaps_and_ranks(unit: Tensor, membership: Membership) -> tuple[np.ndarra
     """Returns the cosines between classes' second moments, or lower bounds on them, and each class's effective rank."""
     d, k = unit.shape[1], membership.num_classes
     most = min(d, int(membership.sizes.max()))
-    whole = k * d * max(d, most) <= _MOMENT_ELEMENTS
+    depth = min(_DIRECTIONS, most)
+    few = k * d * max(d, most) <= _MOMENT_ELEMENTS
+    whole = few and depth < most  # otherwise the directions are as exact, and fewer
     ranks, norms = (torch.empty(k, dtype=unit.dtype, device="cpu") for _ in range(2))
     vectors, moments = [], unit.new_empty(k if whole else 0, d * d)
     for j, rows in enumerate(unit[membership.rows_or_labels.argsort(stable=True)].split(membership.sizes.tolist())):
@@ -381,14 +383,14 @@ def _overlaps_and_ranks(unit: Tensor, membership: Membership) -> tuple[np.ndarra
         if whole:
             moments[j] = (scaled.mT @ scaled).flatten()
         else:
-            vectors.append(scaled[:_DIRECTIONS].contiguous())
+            vectors.append(functional.pad(scaled[:depth], (0, 0, 0, max(0, depth - len(scaled)))))
     if whole:
         inner = moments @ moments.mT
     else:
-        padded = torch.stack([functional.pad(part, (0, 0, 0, _DIRECTIONS - len(part))) for part in vectors])
-        flat = padded.flatten(0, 1).float()
+        padded = torch.stack(vectors).to(torch.float64 if few else torch.float32)
+        flat = padded.flatten(0, 1)
         rows = [
-            (part.flatten(0, 1).float() @ flat.mT).square().view(len(part), _DIRECTIONS, k, _DIRECTIONS).sum((1, 3))
+            (part.flatten(0, 1) @ flat.mT).square().view(len(part), depth, k, depth).sum((1, 3))
             for part in padded.split(64)
         ]
         inner = torch.cat(rows).double()

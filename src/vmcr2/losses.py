@@ -67,7 +67,6 @@ _CANCELLED = 0.05  # below this share of its terms a float32 mismatch is compute
 # ahead would push them all together, and at a high learning rate they would never separate (results/defaults.md).
 _FIRST_BALANCE = 6.0
 _BALANCE_DECAY = 0.97
-_LARGEST_MOMENT = 1.05  # ‖C_j‖ of unit rows, allowing for the tolerance of their norms
 _HEAVIEST = 1e30  # largest weight of R: up to it float32 holds the loss and its gradient
 _SPOILT = (
     "the dictionary holds NaN or infinite entries, or codes (or mu) so large that the loss overflows; load it or latch "
@@ -326,7 +325,8 @@ class _Batch:
         membership: Π of `features`.
         whole: Z of all classes.
         rows_or_labels: labels or soft rows of all classes.
-        confined: whether the step is the ascent, the dictionary shared, and every class keeps to its own atoms.
+        confined: whether the step is the ascent, the dictionary shared, and every class keeps to its own atoms, so that
+            block structure gives the same.
         latched: whether any rank's part of a sharded dictionary has been latched; None if it is not sharded.
     """
 
@@ -589,6 +589,8 @@ class VMCR2Loss(_OverRanks):
             here, checked = part_of(gathered, rows_or_labels, dictionary.shards.own)
         elif gathered is not features:
             checked, confined = self._check(gathered, rows_or_labels, watched=True)
+        # With soft rows a class may have a share of samples so small that block structure would pass it over.
+        confined = confined and (checked.soft is None or len(checked.present) == self.num_classes)
         dictionary.changed = dictionary.changed and not several  # ranks may join later
         return _Batch(
             here.to(dtype),
@@ -670,16 +672,16 @@ class VMCR2Loss(_OverRanks):
         latched = bool(self.dictionary.known().any()) if batch.latched is None else batch.latched
         if not latched:
             raise _not_latched()
-        among, dictionary = self.dictionary.part_for(batch.membership, batch.features.dtype)
+        among, dictionary = self.dictionary.part_for(batch.membership, batch.features.dtype, confined=batch.confined)
         # Copies, since the buffers may move on before the backward pass.
         return among, dictionary.moved(dictionary.atoms.clone(), dictionary.codes.clone())
 
     def _step(self, batch: _Batch) -> Tensor:
         """Moves the dictionary and returns the mismatch with it (Alg. 1, lines 6 to 12).
 
-        If every class of a shared dictionary keeps to its own atoms, the step is taken in block structure, without the
-        products of all atoms with all samples. It is the same step if no other code would rise from 0; none does if its
-        gradient γ_j ½β (Γ_lᵀ S⁻¹ Γ_l − 1) + µ n_j Γ_lᵀ (C_j − B_j) Γ_l is at most 0, with C_j at most I.
+        If every class of a shared dictionary keeps to its own atoms, the step is taken in block structure, of the
+        classes that have a sample, without the products of all atoms with each other. It is the same step if no other
+        code would rise from 0 (`Ascent.confined`).
         """
         features, membership = batch.features, batch.membership
         mu = self.mu_at(membership.num_samples)
@@ -687,10 +689,9 @@ class VMCR2Loss(_OverRanks):
             mu *= max(1.0, _FIRST_BALANCE * _BALANCE_DECAY**self.dictionary.steps_taken)
         if mu > torch.finfo(features.dtype).max:  # torch would raise an error of its own
             raise _step_failed(self.dictionary)
-        confined = batch.confined and len(membership.present) == self.num_classes
-        stepped = self._stepped(features, membership, mu, confined)
-        finite, cancelled, alone = stepped.flags.tolist()  # the step's only read from the device
-        if confined and finite and not alone:
+        stepped = self._stepped(features, membership, mu, batch.confined)
+        finite, cancelled, confined = stepped.flags.tolist()  # the step's only read from the device
+        if batch.confined and finite and not confined:
             stepped = self._stepped(features, membership, mu, False)
             finite, cancelled, _ = stepped.flags.tolist()
         if not finite:
@@ -705,10 +706,11 @@ class VMCR2Loss(_OverRanks):
     def _stepped(self, features: Tensor, membership: Membership, mu: float, confined: bool) -> _Stepped:
         """Returns the result of a step on the dictionary, which itself stays as it is."""
         among, before = self.dictionary.part_for(membership, features.dtype, confined=confined)
+        others = self.dictionary.absent_atoms(membership, features.dtype) if confined else None
         with torch.autocast(features.device.type, enabled=False):
             if self.step == "ascent":
-                after, projections, energies, overlap, exposure = ascending_step(
-                    features, among, before, mu=mu, eps_sq=self.eps_sq, energy=self.energy
+                after, projections, energies, overlap, stays = ascending_step(
+                    features, among, before, mu=mu, eps_sq=self.eps_sq, energy=self.energy, others=others
                 )
             else:
                 with torch.no_grad():
@@ -724,17 +726,16 @@ class VMCR2Loss(_OverRanks):
                         energy=self.energy,
                         num_classes=self.num_classes,
                     )
-                projections, energies, overlap, exposure = None, None, None, features.new_ones(())
+                projections, energies, overlap = None, None, None
+                stays = features.new_zeros((), dtype=torch.bool)
             value, terms = mismatch(
                 features, among, after, self.pull, projections=projections, energies=energies, overlap=overlap
             )
-        balance = balance_at(mu, self.feature_dim, membership.num_samples, self.eps_sq)
         # The mismatch as it is returned, where it may be infinite though finite in float64.
         factor = self.mu_at(membership.num_samples) if self.reduction == "sum" else 1.0
         returned = (value.detach() * factor).to(features.dtype)
         finite = (after.total(after.atoms.sum() + after.codes.sum()) + returned).isfinite()
-        alone = balance * _LARGEST_MOMENT <= 0.5 * (1 - exposure)
-        flags = torch.stack([finite, value.detach() < _CANCELLED * terms, alone])
+        flags = torch.stack([finite, value.detach() < _CANCELLED * terms, stays])
         return _Stepped(among, after, value, flags)
 
     @torch.no_grad()

@@ -28,6 +28,7 @@ except ModuleNotFoundError as error:
 from torch import Tensor, nn
 
 from vmcr2.checks import check_choice, check_count, check_number, refuse_masked, tensor_of
+from vmcr2.dictionary import BLOCK_CLASSES
 from vmcr2.embeddings import LabelQuality, label_quality, sorted_classes
 from vmcr2.errors import InputError, NumericalError
 from vmcr2.latching import MomentStream
@@ -48,7 +49,6 @@ from vmcr2.subspaces import (
 _FLOATS = [np.float64, np.float32]
 _LIKELIHOODS = 2**20  # about how many entries the table of samples by classes, which sets the temperature, may have
 _RECENT = 1000  # samples from which a stream's temperature is found, if the table holds as many
-_BLOCK_CLASSES = 200  # with this many classes or more, each has codes for its own atoms only
 _EMBEDDED = 4096  # samples embedded at once
 _EPOCHS, _STEPS = 20, 120  # enough for digits, by cross-validation; at 50 epochs wrong labels are memorised
 _KEPT = 4096  # samples that partial_fit remembers, approximately
@@ -417,7 +417,7 @@ class CodingRateTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
         if self.objective == "mcr2":
             loss = MCR2Loss(k, eps_sq=self.eps_sq)
         else:
-            structure = "shared" if k < _BLOCK_CLASSES else "block"
+            structure = "shared" if k < BLOCK_CLASSES else "block"
             with torch.device("cpu"):
                 loss = VMCR2Loss(
                     k,
@@ -728,10 +728,14 @@ def _at_least_two(classes: np.ndarray) -> np.ndarray:
 
 
 def _validated(estimator: Any, X: Any, *y: Any, **options: Any) -> Any:
-    """Returns X, and y if given, as scikit-learn validates them; refuses masks, which it would drop."""
+    """Returns X, and y if given, as scikit-learn validates them; refuses masks, which it would drop.
+
+    Tensors may have a gradient, or be on a GPU, of which NumPy knows nothing.
+    """
     for name, array in zip("Xy", (X, *y), strict=False):
         refuse_masked(name, array)
-    return validate_data(estimator, X, *y, dtype=_FLOATS, **options)
+    given = [each.detach().cpu() if isinstance(each, Tensor) else each for each in (X, *y)]
+    return validate_data(estimator, *given, dtype=_FLOATS, **options)
 
 
 def _enter_classes(estimator: Any, y: Any, classes: Any, first: bool) -> np.ndarray:

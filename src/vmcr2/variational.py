@@ -109,6 +109,19 @@ def exposures(dictionary: Codes, solved: Float[Tensor, "q d"]) -> Float[Tensor, 
     return (dictionary.atoms * solved).sum(1)
 
 
+def coverages(
+    dictionary: Codes,
+    solved: Float[Tensor, "q d"],
+    others: Float[Tensor, "r d"],
+    class_weights: Float[Tensor, " k"],
+    eps_sq: float,
+) -> Float[Tensor, " r"]:
+    """Returns 1 − Γ_lᵀ S⁻¹ Γ_l for other atoms, of which S has none, as Γ_lᵀ (S⁻¹ (S − I)) Γ_l: exact near 0 too."""
+    return (
+        (others @ (expansion_atom_gradient(dictionary, solved, class_weights, eps_sq).mT @ dictionary.atoms)) * others
+    ).sum(1)
+
+
 def expansion_code_gradient(
     dictionary: Codes, exposed: Float[Tensor, " q"], class_weights: Float[Tensor, " k"], eps_sq: float
 ) -> Float[Tensor, "k c"]:

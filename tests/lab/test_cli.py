@@ -316,7 +316,8 @@ def test_a_run_goes_on_where_its_data_has_moved_to(leaves, tmp_path, capsys):
     before = json.loads((tmp_path / "run" / "summary.json").read_text())
     (tmp_path / "here").rename(tmp_path / "there")
     assert main(["evaluate", out]) == 2
-    assert "which is none of these: there is no such file or folder" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"got no file or folder {tmp_path / 'here'}; if it has moved, say so once: vmcr2 train --resume" in said
     moved = ["train", "--resume", out, "--data.source", str(tmp_path / "there")]
     assert main(moved) == 0
     after = json.loads((tmp_path / "run" / "summary.json").read_text())

@@ -13,7 +13,7 @@ from small import SMALL
 from vmcr2.errors import InputError
 from vmcr2.lab import recipes, sources
 from vmcr2.lab.augmentation import Augmentation, augmented, warn_of_lost_borders
-from vmcr2.lab.recipes import CESettings, Recipe
+from vmcr2.lab.recipes import CESettings, Recipe, VMCR2Settings
 
 
 @pytest.mark.parametrize(
@@ -165,6 +165,9 @@ def test_a_recipe_is_chosen_for_a_file(tmp_path):
     assert (recipe.network, recipe.feature_dim, recipe.data.validation) == ("mlp", 600, 0.2)
     assert "300 classes, 900 training samples" in recipe.about
     assert recipe.augmentation == Augmentation()
+    assert recipe.vmcr2 == VMCR2Settings(structure="block")
+    np.savez(tmp_path / "few.npz", features=np.ones((900, 5)), labels=labels % 199)
+    assert recipes.find(str(tmp_path / "few.npz")).vmcr2 == VMCR2Settings()
     with pytest.raises(InputError, match="there is no file"):
         recipes.find("gone.npz")
     with pytest.raises(InputError, match="it has no train/"):

@@ -336,3 +336,12 @@ def test_a_file_that_cannot_be_written_leaves_the_old_one_and_no_half(tmp_path):
         write()
     assert [each.name for each in tmp_path.iterdir()] == ["file"]
     assert path.read_bytes() == b"old"
+
+
+def test_a_folder_without_the_right_to_write_is_named(tmp_path, monkeypatch):
+    def refused(path, mode):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "open", refused)
+    with pytest.raises(InputError, match=r"summary\.json cannot be written: you have no right to write in "):
+        files.write_json(tmp_path / "summary.json", {})

@@ -176,10 +176,10 @@ def evaluate(run: _Run, data_root: Path | None = None, components: tuple[int, ..
     usual = default_components(recipe.feature_dim, dataset.num_classes)
     tried = components or tuple(sorted({r for r in (1, 2, 4, 8) if r <= recipe.feature_dim} | {usual}))
     by_components = accuracy_by_components(features, dataset, list(tried))
-    write_json(run / "evaluation.json", measured | {"accuracy_by_components": by_components})
     shown = [(key, "–" if value is None else f"{value:.4f}") for key, value in measured.items()]
     shown += [(f"test_accuracy, {r} components", f"{value:.4f}") for r, value in by_components.items()]
     _console().print(table(f"{run}", ("measure", "value"), shown))
+    write_json(run / "evaluation.json", measured | {"accuracy_by_components": by_components})
 
 
 def plot(run: _Run) -> None:

@@ -21,10 +21,17 @@ def replacing(path: Path, part: str | None = None) -> Iterator[IO[bytes]]:
     Args:
         path: of the file.
         part: the name of the half-written file beside it, which a kill leaves behind; by default it has the process id.
+
+    Raises:
+        InputError: the folder may not be written to (a ValueError).
     """
     written = path.with_name(f".{path.name}.{os.getpid()}.part" if part is None else part)
     try:
-        with written.open("wb") as file:
+        try:
+            opened = written.open("wb")
+        except PermissionError as error:
+            raise InputError(f"{path} cannot be written: you have no right to write in {path.parent}") from error
+        with opened as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

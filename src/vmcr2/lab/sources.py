@@ -173,11 +173,14 @@ def without_place(settings: DataSettings) -> DataSettings:
     return settings if settings.source in _NAMED else replace(settings, source="")
 
 
+def is_gone(settings: DataSettings, data_root: str | Path | None = None) -> bool:
+    """Whether the settings name a file or folder, and there is none."""
+    return settings.source not in _NAMED and not _place(settings.source, data_root).exists()
+
+
 def has_moved(before: DataSettings, now: DataSettings, data_root: str | Path | None = None) -> bool:
     """Whether a file or folder is gone and another, existing one is named instead; its contents are not compared."""
-    if before.source in _NAMED or now.source in _NAMED:
-        return False
-    return not _place(before.source, data_root).exists() and _place(now.source, data_root).exists()
+    return is_gone(before, data_root) and now.source not in _NAMED and not is_gone(now, data_root)
 
 
 def _place(source: str, data_root: str | Path | None) -> Path:

@@ -390,6 +390,11 @@ class Checkpoint:
             InputError: the data is missing, or has other classes or sizes (a ValueError).
         """
         source, known = self.recipe.data.source, self.state["trained"]["config"]
+        if sources.is_gone(self.recipe.data, data_root):
+            raise InputError(
+                f"the data of {self.run.path} must be where it was, got no file or folder {source}; if it has moved, "
+                f"say so once: vmcr2 train --resume {self.run.path} --data.source PLACE"
+            )
         dataset = sources.load(self.recipe.data, data_root)
         sizes = list(dataset.train_inputs.shape[1:])
         if list(dataset.class_names) != known["classes"] or sizes != known["image_shape"]:
