@@ -345,6 +345,13 @@ def test_subspaces_as_large_as_a_class_do_not_learn_wrong_labels_by_heart():
     assert roc_auc_score(wrong, -found.scores) > 0.9
 
 
+def test_more_than_half_suspects_are_said_to_mean_little():
+    z, labels = unit_rows(200, 2).numpy(), np.arange(200) % 10
+    assert "more than half: these features hardly tell the classes apart" in str(vmcr2.label_quality(z, labels))
+    z, labels = orthogonal_classes([9, 9], [1, 1])
+    assert "more than half" not in str(vmcr2.label_quality(z, labels))
+
+
 def test_of_a_sample_alone_in_its_class_nothing_is_said():
     z, labels = unit_rows(12, 6), np.array(["ash", "elm"] + ["oak"] * 5 + ["yew"] * 5)
     found = vmcr2.label_quality(z, labels)

@@ -339,7 +339,7 @@ WRONG_BATCHES = {
     r"got membership of type ndarray": [(INPUTS, LABELS.numpy())],
     r"got membership of type list": [(INPUTS, LABELS.tolist())],
     r"got membership on the meta device": [(INPUTS, LABELS.to("meta"))],
-    r"got inputs of type dict": [({"pixel_values": INPUTS}, LABELS)],
+    r"got inputs of type dict; several may come as one object with a method `to`": [({"pixel_values": INPUTS}, LABELS)],
     r"got inputs of type ndarray": [(INPUTS.numpy(), LABELS)],
     r"got inputs of type NoneType": [(None, LABELS)],
     r"batches must be pairs \(inputs, membership\), got int": 3,
@@ -409,6 +409,18 @@ def test_shuffled_batches_give_the_same_dictionary():
         loss.latch_from(nn.Identity(), zip(features.split(13), membership.split(13), strict=True))
         codes.append(loss.dictionary.codes)
     torch.testing.assert_close(*codes)
+
+
+def test_inputs_may_be_any_object_that_moves_and_that_the_model_takes():
+    class Both(dict):
+        def to(self, device):
+            return Both({name: tensor.to(device) for name, tensor in self.items()})
+
+    z, labels = unit_rows(20, 4), torch.arange(20) % 2
+    several, single = (vmcr2.VMCR2Loss(2, 4).double() for _ in range(2))
+    several.latch_from(lambda both: both["left"] + both["right"], [(Both(left=z / 4, right=0.75 * z), labels)])
+    single.latch_from(torch.nn.Identity(), [(z, labels)])
+    torch.testing.assert_close(several.state_dict(), single.state_dict())
 
 
 def test_a_function_that_calls_a_compiled_module():

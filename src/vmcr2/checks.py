@@ -155,6 +155,8 @@ def pair_of(batch: Any, second: str = "membership") -> tuple[Tensor, Tensor]:
             meta = getattr(value, "is_meta", False)
             if meta or not hasattr(value, "to"):
                 got = "on the meta device, which holds no values" if meta else f"of type {type(value).__name__}"
+                if name == "inputs" and isinstance(value, dict | tuple | list):
+                    got += "; several may come as one object with a method `to`, such as transformers' BatchEncoding"
                 raise InputError(f"batches must give pairs (inputs, {second}) of tensors, got {name} {got}")
         return batch[0], batch[1]
     got, cure = f"a {type(batch).__name__}", ""

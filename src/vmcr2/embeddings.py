@@ -439,6 +439,10 @@ class LabelQuality:
             lines.append(
                 f"  sample {i}: given {self.labels[i]}, suggested {self.suggested[i]}, score {self.scores[i]:.3f}"
             )
+        if 2 * len(self.suspects) > len(self.scores):
+            lines.append(
+                "more than half: these features hardly tell the classes apart, so the suggestions are no better"
+            )
         return "\n".join(lines)
 
 

@@ -803,14 +803,16 @@ class VMCR2Loss(_OverRanks):
 
         The model runs as in training: normalisation layers use the batch's own statistics (unless they are frozen) and
         leave the running ones alone, since until these have settled the network in eval mode is a different one;
-        dropout is off. So the batches should be shuffled, un-augmented, and of about the training batch size. All modes
+        dropout is off. (This is so for PyTorch's layers and subclasses of them, not within TorchScript or in layers of
+        another make.) So the batches should be shuffled, un-augmented, and of about the training batch size. All modes
         are restored. Under torch.distributed each rank passes its own share, of any number of batches, even none (the
         same number on every rank if the model gathers its weights as it runs, as with FSDP). From a DataLoader with a
         `ClassBalancedBatchSampler` a whole epoch is read, and the sampler's position is restored.
 
         Args:
             model: a Module, or any function that calls Modules, mapping inputs to features (m, d) with rows of norm 1.
-            batches: pairs (inputs, membership), one pass over the training set. Tensors are moved to the loss's device.
+            batches: pairs (inputs, membership), one pass over the training set. They are moved to the loss's device by
+                `to`; inputs may be any object with such a method that the model takes.
 
         Raises:
             InputError: no batch on any rank, a batch that is wrong or not a pair, or a model that cannot be called (a

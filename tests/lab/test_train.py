@@ -147,6 +147,22 @@ class Stream(torch.utils.data.IterableDataset):
             yield torch.eye(2)[i % 2], i % 2
 
 
+@pytest.mark.parametrize(
+    ("epochs", "bare", "message"),
+    [
+        (-1, False, "epochs must be"),
+        (2.5, False, "epochs must be"),
+        (1, True, "objective must be an Objective, got VMCR2Loss; a VMCR2Loss goes in"),
+    ],
+)
+def test_fit_refuses_what_is_no_number_of_epochs_and_no_objective(epochs, bare, message):
+    model, loss = torch.nn.Linear(4, 4), vmcr2.VMCR2Loss(2, 4)
+    with pytest.raises(InputError, match=message):
+        train.fit(
+            model, loss if bare else objectives.Variational(loss), [], torch.optim.SGD(model.parameters(), 0.1), epochs
+        )
+
+
 def test_fit_takes_batches_that_do_not_fit_in_memory():
     """Workers, a sampler that is told the epoch, a stream without a length, a generator function."""
     labels = torch.arange(24) % 2

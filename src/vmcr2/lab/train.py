@@ -19,7 +19,7 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from vmcr2.checks import pair_of
+from vmcr2.checks import check_count, pair_of
 from vmcr2.distributed import process_rank, world_size
 from vmcr2.errors import InputError, NumericalError
 from vmcr2.lab import networks, objectives, processes, recipes, sources, trained
@@ -77,10 +77,16 @@ def fit(
         history: the lines of those epochs.
 
     Raises:
-        InputError: there is no batch, one is not a pair, the batches have no length although lr_at is given, or the
-            objective refuses the first one (a ValueError).
+        InputError: epochs or the objective is not one; there is no batch, one is not a pair, the batches have no length
+            although lr_at is given, or the objective refuses the first one (a ValueError).
         NumericalError: training diverged, or the objective saw no point in continuing.
     """
+    check_count("epochs", epochs)
+    if isinstance(objective, nn.Module):
+        raise InputError(
+            f"objective must be an Objective, got {type(objective).__name__}; a VMCR2Loss goes in "
+            "vmcr2.lab.objectives.Variational(loss)"
+        )
     lines = list(history)
     if lines:
         _check(objective, lines)
