@@ -34,8 +34,8 @@ Structure = Literal["shared", "block"]
 BLOCK_CLASSES = 200  # from so many on, estimators and recipes for one's own data take block structure
 
 # How far a step moves the codes towards the maximum of its bound. Stopping halfway gives the atoms time to turn away
-# from each other before competing codes are pressed to zero. With soft membership this ends at a higher
-# eq. (7); otherwise at about the same, at small ρ sometimes at a lower one.
+# from each other before competing codes are pressed to zero. With soft membership this ends at a higher eq. (7);
+# otherwise at about the same, at small ρ sometimes at a lower one.
 _CODE_SHARE = 0.5
 _LARGEST_MOMENT = 1.05  # ‖C_j‖ of unit rows, allowing for the tolerance of their norms
 _NEGLIGIBLE = 1e-6  # times the shift: codes that add this little to R^v and R_c^v become 0

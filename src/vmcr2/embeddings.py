@@ -370,8 +370,8 @@ def _overlaps_and_ranks(unit: Tensor, membership: Membership) -> tuple[np.ndarra
     d, k = unit.shape[1], membership.num_classes
     most = min(d, int(membership.sizes.max()))
     depth = min(_DIRECTIONS, most)
-    few = k * d * max(d, most) <= _MOMENT_ELEMENTS
-    whole = few and depth < most  # otherwise the directions are as exact, and fewer
+    affordable = k * d * max(d, most) <= _MOMENT_ELEMENTS
+    whole = affordable and depth < most  # otherwise the directions are as exact, and fewer
     ranks, norms = (torch.empty(k, dtype=unit.dtype, device="cpu") for _ in range(2))
     vectors, moments = [], unit.new_empty(k if whole else 0, d * d)
     for j, rows in enumerate(unit[membership.rows_or_labels.argsort(stable=True)].split(membership.sizes.tolist())):
@@ -387,7 +387,7 @@ def _overlaps_and_ranks(unit: Tensor, membership: Membership) -> tuple[np.ndarra
     if whole:
         inner = moments @ moments.mT
     else:
-        padded = torch.stack(vectors).to(torch.float64 if few else torch.float32)
+        padded = torch.stack(vectors).to(torch.float64 if affordable else torch.float32)
         flat = padded.flatten(0, 1)
         rows = [
             (part.flatten(0, 1) @ flat.mT).square().view(len(part), depth, k, depth).sum((1, 3))

@@ -53,7 +53,7 @@ from vmcr2.sampling import position_kept
 from vmcr2.subspaces import default_components, nearest_in_dictionary
 from vmcr2.variational import VariationalRates, objective
 
-P = ParamSpec("P")
+_P = ParamSpec("_P")
 Step = Literal["ascent", "paper", "simultaneous"]
 Reduction = Literal["mean", "sum"]
 
@@ -74,11 +74,11 @@ _SPOILT = (
 )
 
 
-def _untraced(forward: Callable[P, Tensor]) -> Callable[P, Tensor]:
+def _untraced(forward: Callable[_P, Tensor]) -> Callable[_P, Tensor]:
     """Runs `forward` as it is within torch.compile, which would cut it at each of its checks into dozens of graphs."""
 
     @wraps(forward)
-    def called(*args: P.args, **kwargs: P.kwargs) -> Tensor:
+    def called(*args: _P.args, **kwargs: _P.kwargs) -> Tensor:
         # Only then, since torch.compiler.disable takes two seconds to import what it needs.
         run = torch.compiler.disable(forward) if torch.compiler.is_compiling() else forward
         return run(*args, **kwargs)
@@ -709,7 +709,7 @@ class VMCR2Loss(_OverRanks):
         others = self.dictionary.absent_atoms(membership, features.dtype) if confined else None
         with torch.autocast(features.device.type, enabled=False):
             if self.step == "ascent":
-                after, projections, energies, overlap, stays = ascending_step(
+                after, projections, energies, overlap, remains_confined = ascending_step(
                     features, among, before, mu=mu, eps_sq=self.eps_sq, energy=self.energy, others=others
                 )
             else:
@@ -727,7 +727,7 @@ class VMCR2Loss(_OverRanks):
                         num_classes=self.num_classes,
                     )
                 projections, energies, overlap = None, None, None
-                stays = features.new_zeros((), dtype=torch.bool)
+                remains_confined = features.new_zeros((), dtype=torch.bool)
             value, terms = mismatch(
                 features, among, after, self.pull, projections=projections, energies=energies, overlap=overlap
             )
@@ -735,7 +735,7 @@ class VMCR2Loss(_OverRanks):
         factor = self.mu_at(membership.num_samples) if self.reduction == "sum" else 1.0
         returned = (value.detach() * factor).to(features.dtype)
         finite = (after.total(after.atoms.sum() + after.codes.sum()) + returned).isfinite()
-        flags = torch.stack([finite, value.detach() < _CANCELLED * terms, stays])
+        flags = torch.stack([finite, value.detach() < _CANCELLED * terms, remains_confined])
         return _Stepped(among, after, value, flags)
 
     @torch.no_grad()

@@ -117,9 +117,8 @@ def coverages(
     eps_sq: float,
 ) -> Float[Tensor, " r"]:
     """Returns 1 − Γ_lᵀ S⁻¹ Γ_l for other atoms, of which S has none, as Γ_lᵀ (S⁻¹ (S − I)) Γ_l: exact near 0 too."""
-    return (
-        (others @ (expansion_atom_gradient(dictionary, solved, class_weights, eps_sq).mT @ dictionary.atoms)) * others
-    ).sum(1)
+    covered = expansion_atom_gradient(dictionary, solved, class_weights, eps_sq).mT @ dictionary.atoms
+    return (others @ covered * others).sum(1)
 
 
 def expansion_code_gradient(

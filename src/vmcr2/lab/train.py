@@ -82,7 +82,7 @@ def fit(
         NumericalError: training diverged, or the objective saw no point in continuing.
     """
     check_count("epochs", epochs)
-    if isinstance(objective, nn.Module):
+    if not hasattr(objective, "criterion"):
         raise InputError(
             f"objective must be an Objective, got {type(objective).__name__}; a VMCR2Loss goes in "
             "vmcr2.lab.objectives.Variational(loss)"
