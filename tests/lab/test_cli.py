@@ -423,6 +423,31 @@ def test_predict_names_files_and_folders(leaves, tmp_path, capsys):
     assert "files must name at least one image" in capsys.readouterr().err
 
 
+def test_predict_names_the_rows_of_arrays(tmp_path, capsys):
+    y = np.arange(60) % 3
+    x = np.eye(3)[y] + 0.1 * np.random.default_rng(0).normal(size=(60, 3))
+    np.savez(tmp_path / "e.npz", features=x, labels=y, class_names=["a", "b", "c"])
+    run, new = str(tmp_path / "run"), tmp_path / "new.npy"
+    train = f"train {tmp_path / 'e.npz'} --data.validation 0.2 --epochs 20 --device cpu --out {run}"
+    assert main(train.split()) == 0
+    np.save(new, x[:4])
+    capsys.readouterr()
+    assert main(["predict", run, str(new), str(new)]) == 0
+    lines = [line.split("\t")[:2] for line in capsys.readouterr().out.splitlines()]
+    assert lines == 2 * [[f"{new}[{i}]", name] for i, name in enumerate("abca")]
+    for wrong, message in (
+        (x[0], "must hold an array of samples, (m, d) or (m, …), got shape (3,)"),
+        (x[:0], "got shape (0, 3)"),
+        (x[:, :2], "must be floats (m, 3) as in training, got float64 (4, 2)"),
+        (np.array([[object()]]), "is not a readable .npy file"),
+    ):
+        np.save(new, wrong[:4] if len(wrong) > 4 else wrong)
+        assert main(["predict", run, str(new)]) == 2
+        assert message in capsys.readouterr().err
+    assert main(["predict", run, str(tmp_path / "gone.npy")]) == 2
+    assert "is not a readable .npy file: [Errno 2] No such file" in capsys.readouterr().err
+
+
 def test_export_predicts_as_the_run_does(leaves, tmp_path, capsys):
     assert main(["export", str(leaves / "run"), str(tmp_path / "model")]) == 0
     assert "loads it" in capsys.readouterr().out

@@ -207,37 +207,49 @@ def predict(
     out: Path | None = None,
     components: int | None = None,
 ) -> None:
-    """Names the classes of images: a line per file, with its class and the margin to the next one.
+    """Names the classes of samples: a line for each, with its class and the margin to the next one.
 
     The margin, from 0 to 1, is how much more of the sample's energy lies in its class's subspace than in the next one.
 
     Args:
         run: a run folder, or a folder that export wrote.
-        files: images, or folders of them.
+        files: images, or folders of them; or .npy files, each an array of embeddings or images as in training, whose
+            samples are named FILE[0], FILE[1], ….
         out: a .csv file to write the same lines to.
         components: how many directions of each class to use, strongest first; by default all that the run has, ⌊d/k⌋.
     """
+    import torch
+
     from vmcr2.lab.files import check_file, write_csv
-    from vmcr2.lab.sources import image_files
+
+    from vmcr2.lab.sources import image_files, read_npy
     from vmcr2.lab.trained import load
 
+    arrays = [(given, read_npy(given)) for given in files if given.suffix == ".npy"]
     images = []
     for given in files:
+        if given.suffix == ".npy":
+            continue
         found = image_files(given) if given.is_dir() else [given]
         if not found:
             raise InputError(
                 f"files must name at least one image each, got the folder {given}, which contains none directly"
             )
         images += found
-    if not images:
-        raise InputError("files must name at least one image, got none")
+    if not files:
+        raise InputError("files must name at least one image or .npy file, got none")
     if out is not None:
         check_file("out", out)
     trained = load(run, components)
-    best = trained.scores(images).topk(min(2, len(trained.classes)))
+    samples = [str(file) for file in images]
+    scores = [trained.scores(images)] if images else []
+    for file, array in arrays:
+        samples += [f"{file}[{i}]" for i in range(len(array))]
+        scores.append(trained.scores(array))
+    best = torch.cat(scores).topk(min(2, len(trained.classes)))
     margins = (best.values[:, 0] - best.values[:, -1]).tolist()
     names = [trained.classes[j] for j in best.indices[:, 0].tolist()]
-    rows = [(str(file), name, f"{gap:.3g}") for file, name, gap in zip(images, names, margins, strict=True)]
+    rows = [(sample, name, f"{gap:.3g}") for sample, name, gap in zip(samples, names, margins, strict=True)]
     if out is not None:
         write_csv(out, [("file", "class", "margin"), *rows])
     for row in rows:

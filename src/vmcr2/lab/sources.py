@@ -491,6 +491,21 @@ def read_npz(path: Path, *, needs_test: bool = True) -> Dataset:
     return _from_arrays(str(path), arrays[x_name], arrays[y_name], arrays["x_test"], arrays["y_test"], names, called)
 
 
+def read_npy(path: Path) -> np.ndarray:
+    """Returns the array in a .npy file, at least one sample.
+
+    Raises:
+        InputError: it is missing, damaged, empty or holds Python objects (a ValueError).
+    """
+    try:
+        array = np.load(path, allow_pickle=False)
+    except Exception as error:  # NumPy passes on any error from the header or the data
+        raise InputError(f"{path} is not a readable .npy file: {error}") from error
+    if not isinstance(array, np.ndarray) or array.ndim < 2 or not len(array):
+        raise InputError(f"{path} must hold an array of samples, (m, d) or (m, …), got shape {np.shape(array)}")
+    return array
+
+
 def _listed(root: Path, *, needs_test: bool) -> tuple[list[str], dict[str, list[tuple[Path, int]]]]:
     """Returns the classes of a folder, and its images with their labels by part."""
     folders: dict[str, dict[str, Path]] = {"train": {}, "test": {}}
