@@ -221,7 +221,6 @@ def predict(
     import torch
 
     from vmcr2.lab.files import check_file, write_csv
-
     from vmcr2.lab.sources import image_files, read_npy
     from vmcr2.lab.trained import load
 
