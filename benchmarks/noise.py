@@ -41,7 +41,8 @@ from vmcr2.lab.terminal import markdown_table, mean_and_spread
 from vmcr2.subspaces import class_subspaces, nearest_subspace, subspace_energies
 
 RESULTS = Path(__file__).parent.parent / "results"
-RUNS = Runs(RESULTS / "noise.jsonl", ("data", "method", "share", "kind", "seed", "lr", "held"))
+DEVICE = train.chosen_device("auto")
+RUNS = Runs(RESULTS / "noise.jsonl", ("data", "method", "share", "kind", "seed", "lr", "held"), DEVICE)
 LEVELS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)
 CHOSEN_AT = 0.3
 HELD_OUT = 7  # every seventh sample of a class is for validation
@@ -125,7 +126,7 @@ class EarlyLearning(Head):
     def __init__(self, given: Tensor, feature_dim: int, num_classes: int) -> None:
         super().__init__(functional.cross_entropy, feature_dim, num_classes)
         self.given = given
-        self.remembered = torch.zeros(len(given), num_classes)
+        self.register_buffer("remembered", torch.zeros(len(given), num_classes))
         self.weight, self.keep = (7, 0.9) if num_classes >= _MANY else (3, 0.7)
 
     def forward(self, features: Tensor, labels: Tensor) -> Tensor:
@@ -142,7 +143,7 @@ class SupCon(nn.Module):
     """The supervised contrastive loss (Khosla et al., 2020) over a batch, one view each, at temperature 0.1."""
 
     def forward(self, features: Tensor, labels: Tensor) -> Tensor:
-        itself = torch.eye(len(labels), dtype=torch.bool)
+        itself = torch.eye(len(labels), dtype=torch.bool, device=labels.device)
         alike = (labels[:, None] == labels) & ~itself
         scores = (features @ features.T / 0.1).masked_fill(itself, -math.inf)
         logs = torch.where(alike, scores - scores.logsumexp(1, keepdim=True), 0)
@@ -249,7 +250,7 @@ def prepared(setting: Setting, root: Path | None) -> tuple[Recipe, Dataset, Tens
     dataset = replace(
         whole, train_inputs=whole.train_inputs[kept], train_labels=given[kept], train_rows=None, train_files=()
     )
-    return recipe, dataset, wrong, (whole.train_inputs[aside], given[aside])
+    return recipe, dataset.to(DEVICE), wrong, (whole.train_inputs[aside].to(DEVICE), given[aside].to(DEVICE))
 
 
 PREDICTORS = ("head", "one", "many")
@@ -293,7 +294,7 @@ def finding(criterion: nn.Module, features: Tensor, labels: Tensor, wrong: Tenso
     }
     if isinstance(criterion, Head):
         scores["own softmax"] = criterion.logits(features).log_softmax(1).gather(1, labels[:, None])[:, 0]
-    return {name: [auroc(score, wrong), precision(score, wrong)] for name, score in scores.items()}
+    return {name: [auroc(score.cpu(), wrong), precision(score.cpu(), wrong)] for name, score in scores.items()}
 
 
 def trained(
@@ -305,15 +306,15 @@ def trained(
     """Returns a network and its criterion, trained by a setting's method on a data set."""
     k, d = dataset.num_classes, recipe.feature_dim
     shape = plain(dataset.train_inputs[:1], recipe.augmentation).shape[1:]
-    model, _ = train.build(recipe, tuple(shape), k)
-    criterion = METHODS[setting.method]((dataset.train_labels, d, k))
+    model = train.build(recipe, tuple(shape), k)[0].to(DEVICE)
+    criterion = METHODS[setting.method]((dataset.train_labels, d, k)).to(DEVICE)
     ours = isinstance(criterion, vmcr2.VMCR2Loss)
     objective = Variational(criterion, latch_every=recipe.vmcr2.latch_every) if ours else Rival(criterion, k)
     parameters = [*model.parameters(), *criterion.parameters()]
     optimizer = torch.optim.SGD(parameters, setting.lr, recipe.momentum, weight_decay=recipe.weight_decay)
     given = dataset
     if isinstance(criterion, EarlyLearning):  # its labels are places
-        given = replace(dataset, train_labels=torch.arange(len(dataset.train_labels)))
+        given = replace(dataset, train_labels=torch.arange(len(dataset.train_labels), device=DEVICE))
     at_rate = replace(recipe, objective="ce", ce=replace(recipe.ce, lr=setting.lr))
     torch.manual_seed(setting.seed)
     with torch.enable_grad():
@@ -333,7 +334,7 @@ def trained(
 def corrected(dataset: Dataset, features: Tensor, how: str) -> Dataset:
     """Returns the data set without the labels that are suspect, or with those that suit better."""
     judged = vmcr2.label_quality(features, dataset.train_labels)
-    suggested = torch.from_numpy(judged.suggested)
+    suggested = torch.from_numpy(judged.suggested).to(DEVICE)
     if how == "relabelled":
         return replace(dataset, train_labels=suggested)
     kept = suggested == dataset.train_labels
@@ -396,10 +397,10 @@ def out_of_sample(setting: Setting, root: Path | None) -> Line:
         model, criterion = trained(setting, recipe, part, None)
         assert isinstance(criterion, Head)
         features = extract(model, replace(part, test_inputs=dataset.train_inputs[fold]), recipe.augmentation, 1000)
-        shares[fold] = criterion.logits(features.test).softmax(1)
+        shares[fold] = criterion.logits(features.test).softmax(1).cpu()
     found = {}
     for name in ("self_confidence", "normalized_margin"):
-        scores = torch.from_numpy(get_label_quality_scores(labels.numpy(), shares.numpy(), method=name))
+        scores = torch.from_numpy(get_label_quality_scores(labels.cpu().numpy(), shares.numpy(), method=name))
         found[f"cleanlab, {name}"] = [auroc(scores, wrong), precision(scores, wrong)]
     seconds = round(time.perf_counter() - began, 1)
     return {**vars(setting), "method": "cleanlab", "failed": None, "finding": found, "seconds": seconds}

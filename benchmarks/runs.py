@@ -26,10 +26,12 @@ class Runs:
     Attributes:
         path: of the file.
         keys: the fields of a line that tell runs apart.
+        device: that they are made on.
     """
 
     path: Path
     keys: tuple[str, ...]
+    device: torch.device = torch.device("cpu")
 
     def lines(self) -> list[Line]:
         """Returns all of them."""
@@ -55,7 +57,7 @@ class Runs:
         try:
             return self.kept(setting)
         except MissingRunError:
-            line = run() | {"where": describe_device(torch.device("cpu"))}
+            line = run() | {"where": describe_device(self.device)}
             with self.path.open("a") as file:
                 file.write(json.dumps(line) + "\n")
             print({key: value for key, value in line.items() if not isinstance(value, dict)}, flush=True)
