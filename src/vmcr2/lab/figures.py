@@ -344,8 +344,8 @@ def draw_convergence(runs: Mapping[tuple[str, ObjectiveName], RunFolder], path: 
         title: of the figure.
     """
     names = list(dict.fromkeys(row for row, _ in runs))
-    columns = min(3, len(names))
-    lines = -(-len(names) // columns)
+    lines = -(-len(names) // 3)
+    columns = -(-len(names) // lines)
     with mpl.rc_context(_STYLE):
         figure = Figure(figsize=(max(5.0, 3.1 * columns), 2.6 * lines + 0.5))
         panels = figure.subplots(lines, columns, squeeze=False).flatten()
