@@ -24,6 +24,7 @@ from conftest import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd import grad
+from torch.nn.functional import one_hot
 
 import vmcr2
 from vmcr2.dictionary import ascending_step, paper_step, scaled_to
@@ -64,6 +65,7 @@ MEMBERSHIPS = {
     "unbalanced": lambda m, k, seed: unbalanced(m, k, seed=seed),
     "soft": lambda m, k, seed: random_rows(m, k, seed=seed),
     "confident": lambda m, k, seed: torch.softmax(40 * normal(m, k, seed=seed), dim=1),
+    "smoothed": lambda m, k, seed: 0.99 * one_hot(random_labels(m, -(-k // 2), seed=seed), k).double() + 0.01 / k,
 }
 RHOS = [0.01, 0.3, 10.0]
 # (d, k, s): one class, s from 1 to ⌊d/k⌋ and s = d, more classes than dimensions.
@@ -276,6 +278,27 @@ def test_a_step_leaves_absent_classes_as_they_were_to_the_bit(structure, step):
     assert torch.equal(loss.dictionary.atoms[:, 4:6], before["dictionary.atoms"][:, 4:6])
     others = torch.tensor([0, 1, 3])
     assert (loss.dictionary.codes[:, others] != before["dictionary.codes"][:, others]).any(0).all()
+
+
+@pytest.mark.parametrize("share", [1e-4, 1e-2])
+@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("step", ["ascent", "paper"])
+def test_a_class_with_less_than_one_sample_moves_in_proportion(step, structure, share):
+    """Label smoothing gives classes without a sample a share of the batch, and n_j cancels in a class's step."""
+    z, labels = unit_rows(40, 8), torch.arange(40) % 4
+    some = labels != 2
+    rows = one_hot(labels[some], 4).double()
+    rows[:, 2] = share / len(rows)
+    smoothed, hard = (loss_at(z, labels, 4, 2, structure=structure, step=step, mu=0.1) for _ in range(2))
+    before = snapshot(smoothed)
+    smoothed(z[some], rows / rows.sum(1, keepdim=True))
+    hard(z[some], labels[some])
+    for name, own in (("codes", (slice(None), 2)), ("atoms", (slice(None), slice(4, 6)))):
+        moved = (getattr(smoothed.dictionary, name) - before[f"dictionary.{name}"])[own].abs().max()
+        assert 0 < moved < 2 * share
+        torch.testing.assert_close(
+            getattr(smoothed.dictionary, name), getattr(hard.dictionary, name), rtol=0, atol=3 * share
+        )
 
 
 def test_a_small_batch_of_many_classes_touches_no_others():

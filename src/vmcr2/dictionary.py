@@ -75,7 +75,9 @@ def ascending_step(
 
     First the atoms move, then, at the moved atoms, the codes: each towards the maximum of a lower bound of eq. (7) that
     touches it at the present value (minorise and maximise). Classes without a sample, and codes that are 0 and would
-    fall, stay as they are (but for `energy`).
+    fall, stay as they are (but for `energy`). A class whose soft membership adds up to less than one sample moves in
+    proportion: label smoothing gives every class a share of every batch, which says nothing about those without a
+    sample in it.
 
     Args:
         features: Z, (m, d), rows of norm 1. The step itself has no gradient.
@@ -98,7 +100,8 @@ def ascending_step(
         solved = solved_atoms(dictionary, detached.class_weights, eps_sq)
         bound = _code_bound(detached, dictionary, solved, energies.detach(), overlap, mu, eps_sq)
         confined = _confined(features.detach(), detached, dictionary, solved, others, mu, eps_sq)
-        codes = _ascended_codes(dictionary.codes, bound, energy)
+        share = _CODE_SHARE * detached.counts.clamp_max(1)[:, None]
+        codes = _ascended_codes(dictionary.codes, bound, energy, share)
     return Ascent(dictionary.moved(codes=codes), projections, energies, overlap, confined)
 
 
@@ -158,6 +161,9 @@ def _ascended_atoms(
     curvature = beta / 8 * atom_energies(dictionary, weights) + 6 * mu * dictionary.by_atom(spent)
     # A curvature so small that its inverse overflows means an atom without energy.
     length = torch.where(curvature > torch.finfo(curvature.dtype).tiny, 1 / one_for_zero(curvature), 0)[:, None]
+    if membership.labels is None:  # a shorter step maximises a lower bound too, that of a larger L_l
+        users = dictionary.by_atom((codes > 0) * membership.counts[:, None])
+        length = length * users.clamp_max(1)[:, None]
     projections = dictionary.project(features, membership)
     attraction = dictionary.atom_gradient(features, projections, dictionary.overlap(), membership)
     gradient = expansion_atom_gradient(dictionary, solved_atoms(dictionary, weights, eps_sq), weights, eps_sq)
@@ -235,8 +241,13 @@ def _code_bound(
     return _CodeBound(moves, grows + linear, curvature, shift, slope, expansion)
 
 
-def _ascended_codes(codes: Float[Tensor, "k c"], bound: _CodeBound, energy: float | None) -> Float[Tensor, "k c"]:
-    """Returns Ã after a step towards the maximum of its bound, among the codes of each class that sum to `energy`."""
+def _ascended_codes(
+    codes: Float[Tensor, "k c"], bound: _CodeBound, energy: float | None, share: Float[Tensor, "k 1"]
+) -> Float[Tensor, "k c"]:
+    """Returns Ã after a share of the way to the maximum of its bound, among codes that sum to `energy` in each class.
+
+    The bound is concave, so every part of the way rises.
+    """
     moves = bound.moves
     if energy is None:
         best, _ = bound.maximum(0.0)
@@ -250,7 +261,7 @@ def _ascended_codes(codes: Float[Tensor, "k c"], bound: _CodeBound, energy: floa
         best, _ = bound.maximum(multiplier)
         best = best * (energy / one_for_zero(best.sum(1, keepdim=True)))
         moves = moves & (codes.sum(1, keepdim=True) > 0)
-    stepped = codes + _CODE_SHARE * (best - codes)
+    stepped = codes + share * (best - codes)
     # So that a code falling to 0 gets there, rather than halving until its square underflows. Where ε² is large, or the
     # energy small, all codes add little, and a class's total is the measure.
     negligible = _NEGLIGIBLE * bound.shift.clamp_max(1.0 if energy is None else energy)
@@ -274,6 +285,7 @@ def paper_step(
     """Returns Γ and Ã after one proximal gradient step on eq. (7) with the paper's bounds (Alg. 1, lines 6 to 10).
 
     The bounds cover the mismatch alone, so where the rates outweigh it (ρ = µ m ε²/d well below 1) eq. (7) may fall.
+    As in `ascending_step`, the codes of a class with less than one sample move in proportion.
 
     Args:
         features: Z, (m, d), rows of norm 1, without gradient.
@@ -307,7 +319,8 @@ def paper_step(
     rise = expansion_code_gradient(here, exposures(here, solved), weights, eps_sq)
     rise = rise - compression_code_gradient(here, weights, eps_sq)
     rise = rise - mu * code_gradient(here, energies, overlap, membership)
-    codes = (dictionary.codes + step_codes * _over(rise, bound_codes)).clamp_min(0)  # lines 8 and 9
+    share = step_codes * counts.clamp_max(1)[:, None]
+    codes = (dictionary.codes + share * _over(rise, bound_codes)).clamp_min(0)  # lines 8 and 9
     # A class whose codes have all fallen to 0 could not be scaled back to its energy.
     moves = (counts > 0) if energy is None else (counts > 0) & (codes.sum(1) > 0)
     codes = torch.where(moves[:, None], codes, dictionary.codes)
