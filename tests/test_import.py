@@ -26,6 +26,19 @@ sys.meta_path.insert(0, Missing())
     return subprocess.run([sys.executable, "-c", block + program], capture_output=True, text=True, check=False)
 
 
+def test_training_imports_no_compiler():
+    """torch._dynamo takes seconds to import, and nothing here needs it unless something has been compiled."""
+    done = run("""
+import sys, torch, vmcr2
+loss, rows = vmcr2.VMCR2Loss(2, 4), torch.nn.functional.normalize(torch.randn(8, 4), dim=1)
+batch = rows, torch.arange(8) % 2
+loss.latch_from(lambda inputs: inputs, [batch])
+loss(rows.requires_grad_(), batch[1]).backward()
+print("torch._dynamo" in sys.modules)
+""")
+    assert done.stdout == "False\n", done.stderr
+
+
 def test_importing_the_core_imports_no_extra():
     done = run("import torch\nbefore = set(sys.modules)\nimport vmcr2\nprint(*sorted(set(sys.modules) - before))")
     assert done.returncode == 0, done.stderr

@@ -860,6 +860,30 @@ def test_a_collapse_warns_once_and_names_what_to_change():
     assert "mu * m * eps_sq / feature_dim is 2.5" in said
 
 
+@pytest.mark.parametrize("structure", ["shared", "block"])
+def test_classes_that_come_later_are_added_through_the_state(structure):
+    """As docs/choosing.md says."""
+    z, labels = unit_rows(40, 8), torch.arange(40) % 3
+    loss, grown = (vmcr2.VMCR2Loss(k, 8, atoms_per_class=2, structure=structure).double() for k in (3, 5))
+    loss(z, labels)
+    old, new = loss.state_dict(), grown.state_dict()
+    for name in old:
+        new[name][tuple(map(slice, old[name].shape))] = old[name]
+    grown.load_state_dict(new)
+    torch.testing.assert_close(grown.eval()(z, labels), loss.eval()(z, labels))
+    grown.train()(unit_rows(10, 8, seed=1), torch.full((10,), 4))
+    assert grown.dictionary.latched.tolist() == [True, True, True, False, True]
+
+
+def test_a_collapse_after_an_earlier_state_is_loaded_warns_again():
+    """As after a learning-rate finder, which ends in collapse and restores the loss."""
+    loss = vmcr2.VMCR2Loss(4, 8)
+    state = loss.state_dict()
+    for _ in range(2):
+        assert len(watch_features(loss, 45, 150)) == 1
+        loss.load_state_dict(state)
+
+
 def test_training_that_goes_well_does_not_warn():
     assert not watch_features(vmcr2.VMCR2Loss(4, 8), 400, 400)
     # Nor does a start from features that are all alike, since nothing has been lost.

@@ -4,7 +4,8 @@ import pickle
 
 import numpy as np
 import pytest
-from conftest import random_labels, unit_rows
+import torch
+from conftest import LargestTensor, random_labels, unit_rows
 from sklearn.base import clone
 from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import make_pipeline
@@ -14,6 +15,7 @@ from test_subspaces import steep
 
 import vmcr2
 from vmcr2.sklearn import NearestSubspaceClassifier
+from vmcr2.subspaces import nearest_subspace
 
 
 @parametrize_with_checks([NearestSubspaceClassifier()])
@@ -52,6 +54,20 @@ def test_the_decision_is_minus_the_squared_distance_and_predict_takes_its_larges
     np.testing.assert_allclose(scores, -distances if k > 2 else distances[:, 0] - distances[:, 1], atol=1e-12)
     assert estimator.predict(test).tolist() == distances.argmin(1).tolist()
     assert estimator.predict(test.astype(np.float32)).tolist() == distances.argmin(1).tolist()
+
+
+def test_the_nearest_class_is_found_without_the_table_of_all_samples_by_all_classes(monkeypatch):
+    train, labels, test = unit_rows(60, 8).numpy(), np.arange(60) % 20, unit_rows(500, 8, seed=1)
+    estimator = NearestSubspaceClassifier(2).fit(train, labels)
+    expected, energies = estimator.predict(test), estimator.decision_function(test).max(1)
+    monkeypatch.setattr("vmcr2.sklearn._SCORES", 600)
+    monkeypatch.setattr("vmcr2.subspaces._ENERGIES", 600)
+    monkeypatch.setattr("vmcr2.subspaces._CACHED", 2400)
+    with LargestTensor() as largest:
+        assert (estimator.predict(test) == expected).all()
+        np.testing.assert_allclose(estimator.score_samples(test), -np.sqrt(-energies), atol=1e-12)
+        assert nearest_subspace(test, torch.from_numpy(estimator.components_)).tolist() == expected.tolist()
+    assert largest.numel < 500 * 20
 
 
 def test_any_labels_and_a_pickle():

@@ -81,17 +81,24 @@ class CollapseWatch:
     """Warns once when the features of a loss's batches have collapsed.
 
     A batch that is nearly all one class can only have a small ΔR, so each batch's ΔR is taken relative to that of one
-    orthogonal line per class.
+    orthogonal line per class. It begins anew when the dictionary's steps go back, as after loading an earlier state.
     """
 
     def __init__(self) -> None:
+        self.taken = 0
+        self._begin()
+
+    def _begin(self) -> None:
         self.steps = 0
         self.best = 0.0
         self.low = {_DEEP: 0, _LASTING: 0}  # looks in a row
         self.warned = False
 
-    def is_due(self) -> bool:
-        """Counts a training step, and returns whether it is one to look at."""
+    def is_due(self, taken: int) -> bool:
+        """Counts a training step, and returns whether it is one to look at; `taken` is the dictionary's count."""
+        if taken < self.taken:
+            self._begin()
+        self.taken = taken
         self.steps += 1
         return not self.warned and self.steps % _WATCH_EVERY == 1
 

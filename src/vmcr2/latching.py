@@ -7,6 +7,7 @@ however many samples there are; `batch_statistics` decides in which mode the net
 from __future__ import annotations
 
 import functools
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -261,6 +262,9 @@ def _is_unfinished(module: nn.Module) -> bool:
 @contextmanager
 def _untraced() -> Iterator[None]:
     """Runs compiled modules uncompiled: a hook on all modules would be traced with them."""
+    if "torch._dynamo" not in sys.modules:  # nothing has been compiled, and its import takes seconds
+        yield
+        return
     with torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Using `torch.compile")  # the hook then runs twice, harmlessly
         yield

@@ -14,7 +14,8 @@ from torch.autograd import Function, forward_ad
 from vmcr2.errors import InputError, NumericalError
 
 # β = d/ε² scales every matrix C of which I + βC is factorised. While β ‖z‖² is in the first range, float32 is exact to
-# about 1e-5 even if all features of a class coincide. Outside it float64 is used, which fails outside the second range.
+# about 1e-7 β relative to R even if all features of a class coincide: 1e-5 at some hundreds, 1e-3 at its end. Outside
+# it float64 is used, which fails outside the second range.
 _FLOAT32_RANGE = (1.0, 1e4)
 FLOAT64_RANGE = (1e-8, 1e10)
 # Of β ‖z‖² for features that are not of norm 1. At this value R is still exact to 1e-7; at a few thousand times it, ΔR

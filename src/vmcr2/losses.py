@@ -648,7 +648,7 @@ class VMCR2Loss(_OverRanks):
             new = (batch.membership.sizes > 0) & ~self.dictionary.known()
             with self.dictionary.restored_on_error(new):  # nothing stays latched if the step fails
                 self._latch(batch.features.detach(), batch.membership.detach(), new)
-                if self._watch.is_due():
+                if self._watch.is_due(self.dictionary.steps_taken):
                     balance = balance_at(self.mu_at(m), self.feature_dim, m, self.eps_sq)
                     advice = advice_on_balance(balance, self.mu is not None)
                     self._watch.look(batch.whole.detach(), batch.rows_or_labels.detach(), self.eps_sq, advice)

@@ -47,6 +47,7 @@ from vmcr2.subspaces import (
 )
 
 _FLOATS = [np.float64, np.float32]
+_SCORES = 2**23  # entries of the table of samples by classes held at once, where only the nearest class is asked for
 _LIKELIHOODS = 2**20  # about how many entries the table of samples by classes, which sets the temperature, may have
 _RECENT = 1000  # samples from which a stream's temperature is found, if the table holds as many
 _EMBEDDED = 4096  # samples embedded at once
@@ -164,41 +165,49 @@ class NearestSubspaceClassifier(ClassifierMixin, BaseEstimator):
         )
         check_components(self.n_components_, d, stacklevel=3)
 
-    def _energies(self, X: Any) -> tuple[np.ndarray, np.ndarray]:
-        """Returns ‖V^(j)ᵀ z‖² (m, k), −∞ for a class without a sample so far, and ‖z‖² (m, 1)."""
+    def _read(self, X: Any) -> Tensor:
+        """Returns checked samples, in float64."""
         check_is_fitted(self, "components_")
-        X = _in_range(_validated(self, X, reset=False)).astype(np.float64)
-        energies = subspace_energies(tensor_of(X), tensor_of(self.components_)).numpy()
-        energies[:, self.class_count_ == 0] = -np.inf
-        return energies, np.square(X).sum(1, keepdims=True)
+        return tensor_of(_in_range(_validated(self, X, reset=False)).astype(np.float64))
+
+    def _energies(self, rows: Tensor) -> Tensor:
+        """Returns ‖V^(j)ᵀ z‖² (m, k), −∞ for a class without a sample so far."""
+        energies = subspace_energies(rows, tensor_of(self.components_))
+        return energies.masked_fill_(torch.from_numpy(self.class_count_ == 0), -torch.inf)
+
+    def _nearest(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the largest of the energies, and whose it is, without the whole table of samples by classes."""
+        parts = rows.split(max(1, _SCORES // len(self.classes_)))
+        best, owners = zip(*(self._energies(part).max(1) for part in parts), strict=True)
+        return torch.cat(best), torch.cat(owners)
 
     def decision_function(self, X: Any) -> np.ndarray:
         """Returns minus the squared distance to each subspace, (m, k); for two classes the difference (m,).
 
         It is −∞ for a class without a sample so far.
         """
-        energies, norms = self._energies(X)
+        rows = self._read(X)
+        energies = self._energies(rows)
         if len(self.classes_) == 2:
-            return energies[:, 1] - energies[:, 0]
-        return energies - norms
+            return (energies[:, 1] - energies[:, 0]).numpy()
+        return energies.sub_(rows.square().sum(1, keepdim=True)).numpy()
 
     def predict(self, X: Any) -> np.ndarray:
         """Returns the label of the nearest subspace, (m,)."""
-        scores = self.decision_function(X)
-        nearest = (scores > 0).astype(int) if scores.ndim == 1 else scores.argmax(1)
-        return self.classes_[nearest]
+        _, nearest = self._nearest(self._read(X))
+        return self.classes_[nearest.numpy()]
 
     def predict_proba(self, X: Any) -> np.ndarray:
         """Returns how likely each class is, (m, k): the softmax of minus the squared distances over `temperature_`."""
-        energies, _ = self._energies(X)
-        behind = torch.from_numpy(energies - energies.max(1, keepdims=True)).double()
-        return torch.softmax(behind / self.temperature_, 1).numpy()
+        energies = self._energies(self._read(X))
+        return torch.softmax(energies.sub_(energies.amax(1, keepdim=True)).div_(self.temperature_), 1).numpy()
 
     def score_samples(self, X: Any) -> np.ndarray:
         """Returns minus the distance to the nearest subspace over ‖z‖, (m,), from −1 to 0: higher is more normal."""
-        energies, norms = self._energies(X)
-        shares = energies.max(1) / np.maximum(norms[:, 0], np.finfo(norms.dtype).tiny)
-        return -np.sqrt(np.clip(1 - shares, 0, 1))
+        rows = self._read(X)
+        best, _ = self._nearest(rows)
+        shares = best / rows.square().sum(1).clamp_min(torch.finfo(rows.dtype).tiny)
+        return -(1 - shares).clamp(0, 1).sqrt().numpy()
 
     def __sklearn_tags__(self) -> Any:
         """Returns scikit-learn's tags: subspaces through the origin do not suit clouds of points away from it."""

@@ -154,7 +154,8 @@ def nearest_subspace(features: Float[Tensor, "m d"], bases: Float[Tensor, "k d r
         InputError: a wrong argument (a ValueError).
     """
     read_conditions(feature_conditions(features, feature_dim=bases.shape[1]))
-    return _energies_where_there_is_a_basis(features, bases).argmax(1)
+    at_once = max(1, _ENERGIES // len(bases))
+    return torch.cat([_energies_where_there_is_a_basis(part, bases).argmax(1) for part in features.split(at_once)])
 
 
 def _energies_where_there_is_a_basis(features: Float[Tensor, "m d"], bases: Float[Tensor, "k d r"]) -> Tensor:
