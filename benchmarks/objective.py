@@ -160,7 +160,7 @@ def paths() -> dict[str, dict[str, float]]:
 
 
 SMALL = {  # as our recipes for the paper's data have them
-    "MNIST": (128, 10, {"atoms_per_class": 12, "pull": 0.3, "expand": 0.2}),
+    "MNIST": (128, 10, {"atoms_per_class": 12, "pull": 0.3, "expand": 0.1}),
     "CIFAR-10": (128, 10, {"atoms_per_class": 1, "pull": 0.3}),
     "CIFAR-100": (500, 100, {"atoms_per_class": 1, "pull": 0.3}),
     "Tiny ImageNet": (500, 200, {"atoms_per_class": 1, "pull": 0.3}),

@@ -301,6 +301,16 @@ def test_a_class_with_less_than_one_sample_moves_in_proportion(step, structure, 
         )
 
 
+def test_a_negligible_code_of_another_class_does_not_set_its_atoms_free():
+    z, labels = unit_rows(40, 8), torch.arange(40) % 4
+    some = labels != 2
+    loss = loss_at(z, labels, 4, 2, mu=0.1)
+    loss.dictionary.codes[4, 0] = 1e-12
+    before = loss.dictionary.atoms[:, 4].clone()
+    loss(z[some], 0.99 * one_hot(labels[some], 4).double() + 0.01 * torch.tensor([1.0, 0, 1e-4, 0]).double() / 1.0001)
+    assert 0 < (loss.dictionary.atoms[:, 4] - before).abs().max() < 1e-4
+
+
 def test_a_small_batch_of_many_classes_touches_no_others():
     loss = loss_at(unit_rows(70, 12), torch.arange(70) % 7, 7, 2, structure="block")
     before = copy.deepcopy(loss.dictionary)

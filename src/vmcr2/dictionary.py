@@ -162,8 +162,8 @@ def _ascended_atoms(
     # A curvature so small that its inverse overflows means an atom without energy.
     length = torch.where(curvature > torch.finfo(curvature.dtype).tiny, 1 / one_for_zero(curvature), 0)[:, None]
     if membership.labels is None:  # a shorter step maximises a lower bound too, that of a larger L_l
-        users = dictionary.by_atom((codes > 0) * membership.counts[:, None])
-        length = length * users.clamp_max(1)[:, None]
+        due = dictionary.by_atom(spent * membership.counts.clamp_max(1)[:, None])
+        length = length * (due / one_for_zero(dictionary.by_atom(spent)))[:, None]
     projections = dictionary.project(features, membership)
     attraction = dictionary.atom_gradient(features, projections, dictionary.overlap(), membership)
     gradient = expansion_atom_gradient(dictionary, solved_atoms(dictionary, weights, eps_sq), weights, eps_sq)

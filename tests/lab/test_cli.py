@@ -436,9 +436,10 @@ def test_predict_names_the_rows_of_arrays(tmp_path, capsys):
     lines = [line.split("\t")[:2] for line in capsys.readouterr().out.splitlines()]
     assert lines == 2 * [[f"{new}[{i}]", name] for i, name in enumerate("abca")]
     for wrong, message in (
-        (x[0], "must hold an array of samples, (m, d) or (m, …), got shape (3,)"),
-        (x[:0], "got shape (0, 3)"),
-        (x[:, :2], "must be floats (m, 3) as in training, got float64 (4, 2)"),
+        (x[0], "or float embeddings (n, d), got float64 (3,)"),
+        (x[:0], "must hold at least one sample, got shape (0, 3)"),
+        (x[:, :2], "must be floats (m, 3) as in training, got float32 (4, 2)"),
+        (x * np.nan, f"{new} must be finite in float32"),
         (np.array([[object()]]), "is not a readable .npy file"),
     ):
         np.save(new, wrong[:4] if len(wrong) > 4 else wrong)
@@ -446,6 +447,17 @@ def test_predict_names_the_rows_of_arrays(tmp_path, capsys):
         assert message in capsys.readouterr().err
     assert main(["predict", run, str(tmp_path / "gone.npy")]) == 2
     assert "is not a readable .npy file: [Errno 2] No such file" in capsys.readouterr().err
+
+
+def test_predict_takes_arrays_of_images_among_files_in_the_order_given(leaves, tmp_path, capsys):
+    test = leaves / "leaves" / "test"
+    files = [test / "ash" / "0.png", test / "oak" / "0.png"]
+    np.save(tmp_path / "two.npy", np.stack([np.asarray(Image.open(file).convert("RGB")) for file in files]))
+    given = [files[0], tmp_path / "two.npy", files[1]]
+    assert main(["predict", str(leaves / "run"), *map(str, given)]) == 0
+    lines = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
+    assert [name for name, *_ in lines] == [str(files[0]), f"{given[1]}[0]", f"{given[1]}[1]", str(files[1])]
+    assert [lines[0][1:], lines[3][1:]] == [lines[1][1:], lines[2][1:]]
 
 
 def test_export_predicts_as_the_run_does(leaves, tmp_path, capsys):

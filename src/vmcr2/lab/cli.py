@@ -213,8 +213,8 @@ def predict(
 
     Args:
         run: a run folder, or a folder that export wrote.
-        files: images, or folders of them; or .npy files, each an array of embeddings or images as in training, whose
-            samples are named FILE[0], FILE[1], ….
+        files: images, or folders of them; or .npy files, each an array of embeddings or images like those in training,
+            whose samples are named FILE[0], FILE[1], ….
         out: a .csv file to write the same lines to.
         components: how many directions of each class to use, strongest first; by default all that the run has, ⌊d/k⌋.
     """
@@ -224,28 +224,29 @@ def predict(
     from vmcr2.lab.sources import image_files, read_npy
     from vmcr2.lab.trained import load
 
-    arrays = [(given, read_npy(given)) for given in files if given.suffix == ".npy"]
-    images = []
+    samples: list[str] = []
+    batches: list[Any] = []  # an array, or images one after the other
     for given in files:
-        if given.suffix == ".npy":
+        if given.suffix.lower() == ".npy":
+            batches.append(read_npy(given))
+            samples += [f"{given}[{i}]" for i in range(len(batches[-1]))]
             continue
         found = image_files(given) if given.is_dir() else [given]
         if not found:
             raise InputError(
                 f"files must name at least one image each, got the folder {given}, which contains none directly"
             )
-        images += found
+        samples += map(str, found)
+        if batches and isinstance(batches[-1], list):
+            batches[-1] += found
+        else:
+            batches.append(found)
     if not files:
         raise InputError("files must name at least one image or .npy file, got none")
     if out is not None:
         check_file("out", out)
     trained = load(run, components)
-    samples = [str(file) for file in images]
-    scores = [trained.scores(images)] if images else []
-    for file, array in arrays:
-        samples += [f"{file}[{i}]" for i in range(len(array))]
-        scores.append(trained.scores(array))
-    best = torch.cat(scores).topk(min(2, len(trained.classes)))
+    best = torch.cat([trained.scores(batch) for batch in batches]).topk(min(2, len(trained.classes)))
     margins = (best.values[:, 0] - best.values[:, -1]).tolist()
     names = [trained.classes[j] for j in best.indices[:, 0].tolist()]
     rows = [(sample, name, f"{gap:.3g}") for sample, name, gap in zip(samples, names, margins, strict=True)]

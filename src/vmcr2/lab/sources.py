@@ -491,19 +491,21 @@ def read_npz(path: Path, *, needs_test: bool = True) -> Dataset:
     return _from_arrays(str(path), arrays[x_name], arrays[y_name], arrays["x_test"], arrays["y_test"], names, called)
 
 
-def read_npy(path: Path) -> np.ndarray:
-    """Returns the array in a .npy file, at least one sample.
+def read_npy(path: Path) -> Shaped[Tensor, "m ..."]:
+    """Returns the images or embeddings in a .npy file as `Dataset` holds them, at least one.
 
     Raises:
-        InputError: it is missing, damaged, empty or holds Python objects (a ValueError).
+        InputError: it is missing, damaged or empty, or holds something else (a ValueError).
     """
     try:
         array = np.load(path, allow_pickle=False)
+        if not isinstance(array, np.ndarray):
+            raise ValueError("it is an .npz archive")
     except Exception as error:  # NumPy passes on any error from the header or the data
         raise InputError(f"{path} is not a readable .npy file: {error}") from error
-    if not isinstance(array, np.ndarray) or array.ndim < 2 or not len(array):
-        raise InputError(f"{path} must hold an array of samples, (m, d) or (m, …), got shape {np.shape(array)}")
-    return array
+    if not array.size:
+        raise InputError(f"{path} must hold at least one sample, got shape {array.shape}")
+    return _as_inputs(str(path), array)
 
 
 def _listed(root: Path, *, needs_test: bool) -> tuple[list[str], dict[str, list[tuple[Path, int]]]]:
