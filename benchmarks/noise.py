@@ -565,6 +565,7 @@ def _draw(curves: dict[str, dict[str, list[tuple[float, float, float]]]]) -> Non
     for spare in panels.flat[len(drawn) :]:
         spare.set_axis_off()
     rivals = [method for method in NAMES if not method.startswith("vmcr2")]
+    palette = [*(f"C{i}" for i in range(1, 10)), "black", "tan", "lightcoral"]
     for axes, (data, methods) in zip(panels.flat, drawn.items(), strict=False):
         for method, name in NAMES.items():
             points = sorted(methods.get(method, []))
@@ -577,7 +578,7 @@ def _draw(curves: dict[str, dict[str, list[tuple[float, float, float]]]]) -> Non
                 colour, marker = colours.get(method, "mediumorchid"), "o"
             else:
                 place = rivals.index(method)
-                colour, marker = f"C{1 + place % 9}", "svD^Xp"[place % 6]
+                colour, marker = palette[place % len(palette)], "svD^Xp"[place % 6]
             axes.errorbar(
                 100 * share, mean, spread, color=colour, capsize=2, marker=marker,
                 label=name.replace("s = 1", "one atom per class"), markersize=5,
