@@ -40,5 +40,7 @@ def test_our_recipes_keep_the_papers_network_images_and_dimension():
             assert getattr(ours, kept) == getattr(papers, kept)
 
 
-def test_our_recipes_expand_on_mnist_alone_as_results_paper_says():
-    assert [PAPER[f"{name}-ours"].vmcr2.expand for name in TABLE2] == [0.2, 0.0, 0.0, 0.0]
+def test_our_recipes_expand_on_mnist_alone_and_take_adamw_there_as_results_paper_says():
+    ours = [PAPER[f"{name}-ours"] for name in TABLE2]
+    assert [recipe.vmcr2.expand for recipe in ours] == [0.1, 0.0, 0.0, 0.0]
+    assert [(recipe.optimizer, recipe.vmcr2.lr) for recipe in ours] == [("adamw", 3e-3), *3 * [("sgd", 0.3)]]
