@@ -158,12 +158,13 @@ def _ascended_atoms(
     beta = features.shape[1] / eps_sq
     codes = dictionary.codes
     spent = codes * membership.counts[:, None] * codes.sum(1, keepdim=True)
-    curvature = beta / 8 * atom_energies(dictionary, weights) + 6 * mu * dictionary.by_atom(spent)
+    used = dictionary.by_atom(spent)
+    curvature = beta / 8 * atom_energies(dictionary, weights) + 6 * mu * used
     # A curvature so small that its inverse overflows means an atom without energy.
     length = torch.where(curvature > torch.finfo(curvature.dtype).tiny, 1 / one_for_zero(curvature), 0)[:, None]
     if membership.labels is None:  # a shorter step maximises a lower bound too, that of a larger L_l
-        due = dictionary.by_atom(spent * membership.counts.clamp_max(1)[:, None])
-        length = length * (due / one_for_zero(dictionary.by_atom(spent)))[:, None]
+        damped = dictionary.by_atom(spent * membership.counts.clamp_max(1)[:, None])
+        length = length * (damped / one_for_zero(used))[:, None]
     projections = dictionary.project(features, membership)
     attraction = dictionary.atom_gradient(features, projections, dictionary.overlap(), membership)
     gradient = expansion_atom_gradient(dictionary, solved_atoms(dictionary, weights, eps_sq), weights, eps_sq)
