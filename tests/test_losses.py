@@ -825,15 +825,15 @@ def clusters():
 
 
 @pytest.mark.parametrize("batch_norm", [True, False])
-@each_structure
-def test_the_defaults_train_in_a_plain_loop(batch_norm, structure):
+def test_the_defaults_train_in_a_plain_loop(batch_norm):
     inputs, labels = clusters()
     torch.manual_seed(0)
     norm = torch.nn.BatchNorm1d(64) if batch_norm else torch.nn.Identity()
     start = torch.nn.Sequential(torch.nn.Linear(10, 64), norm, torch.nn.ReLU(), torch.nn.Linear(64, 16))
     exact = train(copy.deepcopy(start), vmcr2.MCR2Loss(4), inputs, labels, lr=0.05)
-    reached = train(copy.deepcopy(start), vmcr2.VMCR2Loss(4, 16, structure=structure), inputs, labels, lr=0.2)
-    assert reached > 0.5 * exact
+    for structure in STRUCTURES:
+        reached = train(copy.deepcopy(start), vmcr2.VMCR2Loss(4, 16, structure=structure), inputs, labels, lr=0.2)
+        assert reached > 0.5 * exact, structure
 
 
 def watch_features(loss, spread_until, steps):
@@ -852,10 +852,10 @@ def watch_features(loss, spread_until, steps):
 
 
 def test_a_collapse_warns_once_and_names_what_to_change():
-    (said,) = watch_features(vmcr2.VMCR2Loss(4, 8), 45, 400)
+    (said,) = watch_features(vmcr2.VMCR2Loss(4, 8), 45, 300)
     assert "Lower the learning rate" in said
     assert "lower mu" not in said
-    (said,) = watch_features(vmcr2.VMCR2Loss(4, 8, mu=1.0), 45, 400)
+    (said,) = watch_features(vmcr2.VMCR2Loss(4, 8, mu=1.0), 45, 150)
     assert "lower mu" in said
     assert "mu * m * eps_sq / feature_dim is 2.5" in said
 
@@ -885,7 +885,7 @@ def test_a_collapse_after_an_earlier_state_is_loaded_warns_again():
 
 
 def test_training_that_goes_well_does_not_warn():
-    assert not watch_features(vmcr2.VMCR2Loss(4, 8), 400, 400)
+    assert not watch_features(vmcr2.VMCR2Loss(4, 8), 300, 300)
     # Nor does a start from features that are all alike, since nothing has been lost.
     assert not watch_features(vmcr2.VMCR2Loss(4, 8), 0, 200)
 
@@ -896,7 +896,7 @@ def test_features_that_lose_what_chance_gave_them_and_keep_their_classes_do_not_
     loss = vmcr2.VMCR2Loss(4, 256, atoms_per_class=1)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        for step in range(400):
+        for step in range(300):
             z = unit_rows(80, 256, seed=step, dtype=torch.float32)
             if step >= 45:
                 z = torch.nn.functional.normalize(lines[labels] + 1e-3 * z, dim=1)

@@ -40,7 +40,7 @@ def augmented(
     generator: torch.Generator,
     share: slice = slice(None),
 ) -> Float[Tensor, "n ..."]:
-    """Returns a batch as float32, each image cropped and mirrored independently; embeddings are returned as they are.
+    """Returns a batch as floats, each image cropped and mirrored independently; embeddings are returned as they are.
 
     Args:
         inputs: uint8 images (b, c, h, w), or float embeddings (b, d).
@@ -72,7 +72,7 @@ def augmented(
 
 
 def plain(inputs: Shaped[Tensor, "b ..."], settings: Augmentation) -> Float[Tensor, "b ..."]:
-    """Returns a batch as float32 without augmentation: the middle of the padded image, at the crop's size."""
+    """Returns a batch as floats without augmentation: the middle of the padded image, at the crop's size."""
     if inputs.ndim == 2:
         return inputs
     height, width = _crop_size(inputs, settings)
@@ -102,4 +102,5 @@ def warn_of_lost_borders(image_size: tuple[int, int], settings: Augmentation) ->
 
 
 def _to_float(images: UInt8[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-    return images.float().div_(255)
+    """Returns images from 0 to 1, in the default dtype of torch, as networks have it."""
+    return images.to(torch.get_default_dtype()).div_(255)
