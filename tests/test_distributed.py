@@ -477,6 +477,10 @@ def disagreement(rank, what):
         return said_by([lambda: loss(z, rows_of(labels, K) if odd else labels)])
     if what == "gradient":
         return said_by([lambda: loss(z.requires_grad_(odd), labels)])
+    if what == "gradient in soft rows":
+        return said_by([lambda: loss(z.requires_grad_(), rows_of(labels, K).requires_grad_(odd))])
+    if what.startswith("dtype of the dictionary"):
+        return said_by([lambda: (loss.float() if odd else loss)(z, labels)])
     if what == "views":
         return said_by([lambda: vmcr2.TotalCodingRateLoss()([z] * (1 + odd))])
     loss(z, labels)
@@ -500,6 +504,9 @@ DISAGREEMENTS = {
     "dtype": "the dtype of features: torch.float64 on ranks 0, 2; torch.float32 on rank 1",
     "kind": "the kind of membership: labels on ranks 0, 2; soft rows on rank 1",
     "gradient": "gradients: without gradient on ranks 0, 2; with gradient on rank 1",
+    "gradient in soft rows": "gradients: with gradient on ranks 0, 2; with gradient in both on rank 1",
+    "dtype of the dictionary": "the dtype of the dictionary: torch.float64 on ranks 0, 2; torch.float32 on rank 1",
+    "dtype of the dictionary, block": "the dtype of the dictionary: torch.float64 on ranks 0, 2; torch.float32",
     "views": "the number of views: 1 on ranks 0, 2; 2 on rank 1",
     "steps": "the number of steps that the dictionary has taken: 1 on ranks 0, 2; 2 on rank 1",
     "steps, block": "the number of steps that the dictionary has taken: 1 on ranks 0, 2; 2 on rank 1",
@@ -515,6 +522,27 @@ def test_ranks_that_disagree_are_named_on_all_of_them(ranks, what):
     if what == "call":
         assert "a training step on ranks 0, 2; latch on rank 1" in results[0][0]
         assert "latch_from on ranks 0, 2; rates on rank 1" in results[0][1]
+
+
+def fully_sharded(rank):
+    """Returns what kind of parameters an FSDP network has after latching, and what it has learnt by then and later."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    inner = torch.nn.Linear(8, D, dtype=torch.float64)
+    model = torch.nn.Sequential(inner, torch.nn.Linear(D, D, dtype=torch.float64))
+    loss = vmcr2.VMCR2Loss(K, D).double()
+    z, labels = unit_rows(M, 8)[SHARES[rank]], random_labels(M, K)[SHARES[rank]]
+    mesh = init_device_mesh("cpu", (2,))
+    fully_shard(inner, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    loss.latch_from(lambda x: torch.nn.functional.normalize(model(x), dim=1), [(z, labels)])
+    return [type(each).__name__ for each in model.parameters()]
+
+
+def test_latch_from_leaves_the_weights_of_fsdp_sharded_for_an_optimizer_that_is_made_next(ranks):
+    for kinds in ranks(2, fully_sharded):
+        assert set(kinds) == {"DTensor"}
 
 
 def in_groups(rank):

@@ -157,6 +157,24 @@ def test_the_stream_forgets_the_rows_it_has_folded():
     torch.testing.assert_close(energies.sum(1), torch.ones(2, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_stream_of_soft_rows_is_folded_before_they_outgrow_the_moments(sharded, monkeypatch):
+    k, d, most = 40, 4, 0
+    keep = MomentStream._keep
+
+    def kept(self, features, rows_or_labels, sizes):
+        nonlocal most
+        keep(self, features, rows_or_labels, sizes)
+        most = max(most, sum(each.numel() for each in (*self.features, *self.memberships)))
+
+    monkeypatch.setattr(MomentStream, "_keep", kept)
+    z, rows = unit_rows(400, d), random_rows(400, k)
+    loss = vmcr2.VMCR2Loss(k, d, atoms_per_class=1, structure="block", sharded=sharded).double()
+    loss.latch_from(nn.Identity(), zip(z.split(5), rows.split(5), strict=True))
+    assert k * d**2 < most <= k * d**2 + 5 * (k + d)
+    torch.testing.assert_close(loss.dictionary.codes, loss_at(z, rows, k, 1, structure="block").dictionary.codes)
+
+
 def test_latching_under_autocast_keeps_float32():
     z, labels = unit_rows(400, 6, dtype=torch.float32), random_labels(400, 3)
     batches = list(zip(z.split(50), labels.split(50), strict=True))

@@ -161,14 +161,17 @@ def test_the_largest_seed_and_epoch():
 
 def test_ranks_share_one_batch(monkeypatch):
     whole = list(ClassBalancedBatchSampler(LABELS, 3, classes_per_batch=2))
+    early, uneven = (ClassBalancedBatchSampler(LABELS, n, classes_per_batch=2) for n in (3, 2))  # before the ranks meet
     monkeypatch.setattr(sampling, "world_size", lambda group: 3)
     shares = []
     for rank in range(3):
         monkeypatch.setattr(sampling, "process_rank", lambda group, rank=rank: rank)
-        shares.append(list(ClassBalancedBatchSampler(LABELS, 3, classes_per_batch=2)))
+        shares.append(list(early if rank else ClassBalancedBatchSampler(LABELS, 3, classes_per_batch=2)))
     assert [[i for part in parts for i in part] for parts in zip(*shares, strict=True)] == whole
     with pytest.raises(vmcr2.InputError, match="must be divisible by the 3 processes, got 2 \\* 2"):
         ClassBalancedBatchSampler(LABELS, 2, classes_per_batch=2)
+    with pytest.raises(vmcr2.InputError, match="must be divisible by the 3 processes, got 2 \\* 2"):
+        next(iter(uneven))
 
 
 def test_a_data_loader_takes_it():

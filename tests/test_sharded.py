@@ -251,6 +251,49 @@ def test_sharded_and_unsharded_losses_load_each_others_state(ranks, world):
             assert_state(state, a_loss_state())
 
 
+def loaded_from_one_rank(rank, world, folder):
+    """A state written by torch.save on the first rank alone holds that rank's classes, and is refused by the others."""
+    loss, path = loss_of(sharded=True), f"{folder}/{world}.pt"
+    loss.load_state_dict(a_loss_state())
+    if rank == 0:
+        torch.save(loss.state_dict(), path)
+    torch.distributed.barrier()
+    if rank == 0:
+        loss.load_state_dict(torch.load(path, weights_only=False))
+        return ""
+    said = []
+    for other in (loss, loss_of()):
+        before = states(other.state_dict())
+        with pytest.raises(RuntimeError) as caught:
+            other.load_state_dict(torch.load(path, weights_only=False))
+        said.append(str(caught.value))
+        for name, value in before.items():
+            now = other.state_dict()[name]
+            assert torch.equal(*(each.to_local() if hasattr(each, "to_local") else each for each in (now, value)))
+    return said
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_a_state_of_one_rank_alone_is_refused_by_the_others(ranks, world, tmp_path):
+    told = ranks(world, loaded_from_one_rank, world, str(tmp_path))
+    for said in told[1:]:
+        for each in said:
+            assert f"dictionary.atoms is only the part of rank 0 among {world} processes: save with" in each
+    with pytest.raises(RuntimeError, match="is only the part of rank 0 among"):
+        loss_of().load_state_dict(torch.load(tmp_path / f"{world}.pt", weights_only=False))
+
+
+def test_torchs_own_functions_get_and_set_the_state():
+    from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
+
+    for sharded in (False, True):
+        module = torch.nn.ModuleDict({"loss": loss_of(sharded=sharded)})
+        module["loss"].load_state_dict(a_loss_state())
+        other = torch.nn.ModuleDict({"loss": loss_of(sharded=sharded)})
+        set_model_state_dict(other, get_model_state_dict(module))
+        assert_state(other["loss"].full_state_dict(), a_loss_state())
+
+
 def predicted(rank, world):
     loss = loss_of(sharded=True)
     loss.load_state_dict(a_loss_state())

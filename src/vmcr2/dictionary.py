@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from vmcr2.distributed import Shards, full_tensor
+from vmcr2.distributed import Shards, another_ranks, full_tensor
 from vmcr2.linalg import one_for_zero
 from vmcr2.membership import Membership
 from vmcr2.mismatch import BlockCodes, Codes, SharedCodes, code_gradient, squared_moment_norms
@@ -352,7 +352,7 @@ class Dictionary(nn.Module):
         atoms: Γ, (d, q), unit columns; class j was latched into columns j s to (j+1) s − 1.
         codes: Ã ≥ 0, (q, k) in shared structure, (s, k) in block structure.
         latched: (k,), which classes have been latched.
-        steps: how many steps have been taken; part of `state_dict`.
+        steps_taken: how many steps have been taken; `state_dict` has it as `steps`, a 0-d tensor.
         shards: which rank holds which classes, or None if each holds all.
     """
 
@@ -402,6 +402,15 @@ class Dictionary(nn.Module):
         self._known: tuple[Tensor, Tensor, int] | None = None
         self.changed = True  # not yet known to be the same on all ranks
 
+    @property
+    def steps(self) -> Int[Tensor, ""]:
+        """`steps_taken` as a tensor: what handles states expects an attribute for each entry, and may assign to it."""
+        return torch.tensor(self.steps_taken, device="cpu")
+
+    @steps.setter
+    def steps(self, value: Int[Tensor, ""]) -> None:
+        self.steps_taken = int(value)
+
     def known(self) -> Bool[Tensor, " k"]:
         """Returns which classes have been latched, or given codes by hand, on the CPU; remembered once all have."""
         # Only for these buffers, which `torch.func.functional_call` swaps, and until they are changed by hand.
@@ -432,7 +441,7 @@ class Dictionary(nn.Module):
         else:
             for name, own in self._by_class().items():
                 destination[f"{prefix}{name}"] = self.shards.distributed_tensor(own)
-        destination[f"{prefix}steps"] = torch.tensor(self.steps_taken, device="cpu")
+        destination[f"{prefix}steps"] = self.steps
 
     def full_state(self) -> dict[str, Tensor]:
         """Returns the `state_dict` that a sharded dictionary would have unsharded; a collective of its ranks."""
@@ -440,7 +449,7 @@ class Dictionary(nn.Module):
         state = {name: self.shards.gathered(own) for name, own in self._by_class().items()}
         state["atoms"] = state["atoms"].flatten(0, 1).T.contiguous()
         state["codes"] = state["codes"].T.contiguous()
-        return {**state, "steps": torch.tensor(self.steps_taken, device="cpu")}
+        return {**state, "steps": self.steps}
 
     def _load_from_state_dict(
         self,
@@ -454,6 +463,12 @@ class Dictionary(nn.Module):
     ) -> None:
         kept = ("atoms", "codes", "latched")
         loaded = {name: state_dict[f"{prefix}{name}"] for name in kept if f"{prefix}{name}" in state_dict}
+        for name, value in loaded.items():
+            if whose := another_ranks(value):
+                error_msgs.append(
+                    f"{prefix}{name} is only {whose}: save with torch.distributed.checkpoint, or full_state_dict()"
+                )
+                return
         by_class = "atoms" in loaded and loaded["atoms"].ndim == 3
         steps = int(state_dict.pop(f"{prefix}steps", self.steps_taken))
         parts = {name: self._own_part(name, value, by_class) for name, value in loaded.items()}

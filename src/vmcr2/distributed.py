@@ -23,7 +23,8 @@ _T = TypeVar("_T")
 # What ranks can differ in that is not a number; sent as an index into this.
 _WORDS = (
     *("a training step", "an evaluation", "rates", "latch", "latch_from", "nearest_class", "full_state_dict"),
-    *("MCR2Loss", "TotalCodingRateLoss", "labels", "soft rows", "with gradient", "without gradient"),
+    *("MCR2Loss", "TotalCodingRateLoss", "labels", "soft rows"),
+    *("with gradient", "with gradient in the membership alone", "with gradient in both", "without gradient"),
     *map(str, (torch.float16, torch.bfloat16, torch.float32, torch.float64)),
 )
 _WIDTH = 16  # integers in a message: whether something failed, the call, then the facts and numbers
@@ -120,9 +121,7 @@ def require_equal(name: str, values: Sequence[int | str], group: Any = None) -> 
         f"{value} on {_named([rank for rank, its in enumerate(values) if its == value], group)}"
         for value in dict.fromkeys(values)
     ]
-    raise InputError(
-        f"ranks disagree on {name}: {'; '.join(claims)}. Every rank must make the same call with the same {name}"
-    )
+    raise InputError(f"ranks disagree on {name}: {'; '.join(claims)}. This must be the same on every rank")
 
 
 def _exchanged(message: list[int], group: Any) -> list[list[int]]:
@@ -315,6 +314,22 @@ class Shards:
         shape = torch.Size((self.num_classes, *own.shape[1:]))
         stride = torch.empty(shape, device="meta").stride()
         return DTensor.from_local(own, mesh, [Shard(0)], run_check=False, shape=shape, stride=stride)
+
+
+def another_ranks(value: Tensor) -> str:
+    """Returns, of a DTensor that another process has saved, whose part of the whole it is; of anything else, "".
+
+    torch.save writes a DTensor as one rank's rows, and they stay that rank's wherever they are loaded.
+    """
+    mesh = getattr(value, "device_mesh", None)
+    if mesh is None:
+        return ""
+    place = mesh.get_coordinate()
+    saver = None if place is None else int(mesh.mesh[tuple(place)])
+    if dist.is_available() and dist.is_initialized() and saver == dist.get_rank():
+        if mesh.ndim > 1 or world_size(mesh.get_group()) == mesh.size():
+            return ""
+    return f"the part of rank {saver} among {mesh.size()} processes"
 
 
 def full_tensor(value: Tensor) -> Tensor:

@@ -84,8 +84,8 @@ def _decomposed(decompose: Callable[..., Any], matrices: Tensor, **options: Any)
 class MomentStream:
     """Gathers features batch by batch until latching, in at most about k d² numbers.
 
-    Rows are kept as they are while there are at most k d of them, since they are then smaller than the moments. Beyond
-    that they are folded into the second moments C_j and dropped.
+    Rows, and their memberships, are kept as they are while they are smaller than the moments. Beyond that they are
+    folded into the second moments C_j and dropped.
 
     Args:
         num_classes: k.
@@ -110,9 +110,14 @@ class MomentStream:
         """Adds a batch."""
         self._keep(features, membership.rows_or_labels, membership.sizes)
         self.counts += membership.counts
-        limit = self.num_classes * self.feature_dim
-        if self.kept > (limit if self.sums is None else min(limit, _FOLDED)):
+        soft = any(each.ndim == 2 for each in self.memberships)
+        if self._exceed_moments(self.kept, soft) or (self.sums is not None and self.kept > _FOLDED):
             self._fold()
+
+    def _exceed_moments(self, rows: int, soft: bool) -> bool:
+        """Whether so many rows, with the entries of soft membership if there are any, are more than k d² numbers."""
+        k, d = self.num_classes, self.feature_dim
+        return rows * (d + k if soft else d) > k * d * d
 
     def _keep(self, features: Tensor, rows_or_labels: Tensor, sizes: Tensor) -> None:
         self.features.append(features)
@@ -132,7 +137,7 @@ class MomentStream:
         All ranks end with the same contents.
         """
         folded, soft, kept = zip(*brought, strict=True)
-        if any(folded) or sum(kept) > self.num_classes * self.feature_dim:
+        if any(folded) or self._exceed_moments(sum(kept), any(soft)):
             self._fold()
             assert self.sums is not None
             self.sums = sum_over_ranks(self.sums, group)
@@ -250,6 +255,11 @@ def batch_statistics(model: Callable[[Tensor], Tensor]) -> Iterator[Callable[[Te
             handle.remove()
         for attributes, values in reversed(lent):
             attributes.update(values)
+        for module in modes:
+            # FSDP keeps the weights of its outermost module gathered until the backward pass, which never comes: an
+            # optimizer made next would train these copies.
+            if hasattr(module, "set_requires_gradient_sync") and hasattr(module, "reshard"):
+                module.reshard()  # pyrefly: ignore[not-callable]
         for module, mode in reversed(modes.items()):  # a compiled module, found last, passes its mode on
             module.training = mode
 

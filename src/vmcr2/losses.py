@@ -122,13 +122,22 @@ class _OverRanks(nn.Module):
 
 def _facts(features: Tensor, membership: Membership) -> dict[str, int | str]:
     """Returns what must be the same on all ranks for a batch that has been checked."""
-    gradient = torch.is_grad_enabled() and (features.requires_grad or membership.rows_or_labels.requires_grad)
     return {
         "the dimension of features": features.shape[1],
         "the dtype of features": str(features.dtype),
         "the kind of membership": "soft rows" if membership.labels is None else "labels",
-        "gradients": "with gradient" if gradient else "without gradient",
+        "gradients": _gradients(features, membership.rows_or_labels),
     }
+
+
+def _gradients(features: Tensor, rows_or_labels: Tensor | None = None) -> str:
+    """Returns which of the two carry gradients, each of which takes a collective in the backward pass."""
+    if not torch.is_grad_enabled():
+        return "without gradient"
+    in_membership = rows_or_labels is not None and rows_or_labels.requires_grad
+    if features.requires_grad:
+        return "with gradient in both" if in_membership else "with gradient"
+    return "with gradient in the membership alone" if in_membership else "without gradient"
 
 
 class MCR2Loss(_OverRanks):
@@ -264,12 +273,12 @@ def _checked_views(features: Any) -> tuple[list[Tensor], list[int]]:
 
 
 def _view_facts(views: list[Tensor]) -> dict[str, int | str]:
-    gradient = torch.is_grad_enabled() and any(view.requires_grad for view in views)
+    differentiable = [view for view in views if view.requires_grad]
     return {
         "the dimension of features": views[0].shape[1],
         "the number of views": len(views),
         "the dtype of features": str(views[0].dtype),
-        "gradients": "with gradient" if gradient else "without gradient",
+        "gradients": _gradients((differentiable or views)[0]),
     }
 
 
@@ -607,6 +616,7 @@ class VMCR2Loss(_OverRanks):
             "num_classes": self.num_classes,
             "feature_dim": self.feature_dim,
             "atoms_per_class": self.atoms_per_class,
+            "the dtype of the dictionary": str(self.dictionary.atoms.dtype),
             **super()._settings(),
         }
 

@@ -65,23 +65,27 @@ class ClassBalancedBatchSampler(Sampler[list[int]]):
         check_count("batches", batches)
         check_count("seed", seed, at_least=0, at_most=_LARGEST)
         check_group(process_group)
-        world = world_size(process_group)
-        if size % world:
-            raise InputError(
-                f"classes_per_batch * samples_per_class must be divisible by the {world} processes, "
-                f"got {classes_per_batch} * {samples_per_class}"
-            )
         self.members = torch.argsort(classes, stable=True).split(sizes.tolist())
         self.samples_per_class = samples_per_class
         self.classes_per_batch = classes_per_batch
         self.batches = batches
         self.seed = int(seed)  # torch accepts no NumPy integers
-        self.share = slice(
-            process_rank(process_group) * size // world, (process_rank(process_group) + 1) * size // world
-        )
+        self.process_group = process_group
+        self._share()
         self.epoch = 0
         self.start = 0  # the batch that the next iteration begins with
         self.done = 0  # how many the latest iteration has drawn
+
+    def _share(self) -> slice:
+        """Returns this rank's part of a batch; found anew each time, since ranks may meet after the sampler is made."""
+        world, rank = world_size(self.process_group), process_rank(self.process_group)
+        each, rest = divmod(self.classes_per_batch * self.samples_per_class, world)
+        if rest:
+            raise InputError(
+                f"classes_per_batch * samples_per_class must be divisible by the {world} processes, "
+                f"got {self.classes_per_batch} * {self.samples_per_class}"
+            )
+        return slice(rank * each, (rank + 1) * each)
 
     def __len__(self) -> int:
         """Returns the number of batches in an epoch."""
@@ -119,7 +123,7 @@ class ClassBalancedBatchSampler(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         """Yields this rank's share of each batch of the epoch: of all, or of those left after `load_state_dict`."""
-        start, self.start = self.start, 0
+        start, self.start, share = self.start, 0, self._share()
         generator = epoch_generator(self.seed, self.epoch)
         classes = _Turns(len(self.members), generator)
         turns = [_Turns(len(own), generator) for own in self.members]
@@ -131,7 +135,7 @@ class ClassBalancedBatchSampler(Sampler[list[int]]):
             if number < start:
                 continue
             self.done = number + 1
-            yield torch.cat(batch)[self.share].tolist()
+            yield torch.cat(batch)[share].tolist()
 
 
 def batch_count(m: int, batch_size: int) -> int:
