@@ -345,6 +345,17 @@ def test_subspaces_as_large_as_a_class_do_not_learn_wrong_labels_by_heart():
     assert roc_auc_score(wrong, -found.scores) > 0.9
 
 
+def test_the_few_correct_labels_of_a_small_class_are_not_suspect():
+    """Of two classes the smaller decides how many directions each may have."""
+    features, labels = load_digits(return_X_y=True)
+    eights = labels == 8
+    rare, others = (np.flatnonzero(eights == which)[:n] for which, n in ((True, 30), (False, 1000)))
+    rows = np.concatenate([rare, others])
+    found = vmcr2.label_quality(features[rows], eights[rows])
+    assert (found.suspects < 30).sum() <= 6
+    assert len(found.suspects) <= 0.1 * len(rows)
+
+
 def test_more_than_half_suspects_are_said_to_mean_little():
     z, labels = unit_rows(200, 2).numpy(), np.arange(200) % 10
     assert "more than half: these features hardly tell the classes apart" in str(vmcr2.label_quality(z, labels))

@@ -1,6 +1,7 @@
 """`NearestSubspaceClassifier` as scikit-learn expects an estimator to be."""
 
 import pickle
+import warnings
 
 import numpy as np
 import pytest
@@ -33,6 +34,26 @@ def test_tensors_may_have_a_gradient():
     fitted = NearestSubspaceClassifier().fit(rows, labels)
     plain = NearestSubspaceClassifier().fit(rows.detach().numpy(), labels.numpy())
     assert (fitted.predict(rows) == plain.predict(rows.detach().numpy())).all()
+
+
+def test_bfloat16_is_taken():
+    z, labels = unit_rows(40, 8, dtype=torch.bfloat16), random_labels(40, 3)
+    fitted = vmcr2.NearestSubspaceClassifier().fit(z, labels)
+    expected = vmcr2.NearestSubspaceClassifier().fit(z.float(), labels)
+    np.testing.assert_array_equal(fitted.predict(z), expected.predict(z.float()))
+
+
+def test_a_class_of_fewer_samples_than_its_subspace_has_dimensions_is_warned_of():
+    z, labels = unit_rows(60, 16), torch.arange(60) >= 5
+    with pytest.warns(
+        UserWarning, match="1 of 2 classes have fewer samples than the 8 dimensions .* such as 1"
+    ) as said:
+        vmcr2.NearestSubspaceClassifier().fit(z, labels)
+    assert said[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        vmcr2.NearestSubspaceClassifier(8).fit(z, labels)
+        vmcr2.NearestSubspaceClassifier().fit(z[:10], labels[:10])  # no class has more
 
 
 def test_attributes_are_those_documented():

@@ -75,6 +75,17 @@ def test_probabilities_follow_predictions(digits, fitted):
     assert log_loss(expected, chances) < 0.3
 
 
+def test_probabilities_of_hard_new_samples_are_better_than_none(digits):
+    """The network parts the classes of its training set whatever they are like."""
+    train, test, labels, expected = digits
+    noise = np.random.default_rng(0)
+    train, test = (part + noise.normal(0, 8, part.shape) for part in (train[:300], test))
+    found = vmcr2.CodingRateClassifier(random_state=0, epochs=10).fit(train, labels[:300])
+    assert log_loss(expected, found.predict_proba(test)) < np.log(10)
+    found.partial_fit(train[:64], labels[:64])
+    assert log_loss(expected, found.predict_proba(test)) < np.log(10)
+
+
 def test_temperature_makes_probabilities_honest(digits):
     """Where subspaces overlap, a chance of 0.8 is right in about 8 of 10 cases."""
     train, test, labels, expected = digits

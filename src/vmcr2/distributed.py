@@ -326,9 +326,9 @@ def another_ranks(value: Tensor) -> str:
         return ""
     place = mesh.get_coordinate()
     saver = None if place is None else int(mesh.mesh[tuple(place)])
-    if dist.is_available() and dist.is_initialized() and saver == dist.get_rank():
-        if mesh.ndim > 1 or world_size(mesh.get_group()) == mesh.size():
-            return ""
+    met = dist.is_available() and dist.is_initialized()
+    if met and saver == dist.get_rank() and (mesh.ndim > 1 or world_size(mesh.get_group()) == mesh.size()):
+        return ""
     return f"the part of rank {saver} among {mesh.size()} processes"
 
 

@@ -31,7 +31,9 @@ _MOMENT_ELEMENTS = 2**27  # entries of all classes' moments held at once
 _TIE = 1e-9  # shares of a sample's energy that differ by less are equal apart from rounding: a label is kept
 _DIRECTIONS = 8  # of each class, used to find overlaps when the moments are too many to hold
 _ROUNDS = 5
-_SAMPLES_A_DIRECTION = 8  # fewer say little about a direction
+_SAMPLES_A_DIRECTION = 8  # of the median class: fewer say little about a direction
+_FEWEST_A_DIRECTION = 4  # of a small class, whose samples the larger subspaces of the others would claim
+_SMALL_CLASS = 0.1  # the quantile of class sizes that makes a small one: of ten classes the smallest
 
 
 @dataclass(frozen=True)
@@ -156,7 +158,8 @@ class Report:
         try:
             from matplotlib.figure import Figure
         except ModuleNotFoundError as error:
-            raise ImportError("Report.figure needs matplotlib: pip install 'vmcr2[lab]'") from error
+            text = "Report.figure needs matplotlib: pip install 'vmcr2[lab]'"
+            raise ModuleNotFoundError(text, name="matplotlib") from error
         figure = Figure(figsize=(10, 8), layout="constrained", dpi=120)
         rates, spectrum, overlaps, ranks = figure.subplots(2, 2).flat
         self._draw_rates(rates)
@@ -464,7 +467,8 @@ def label_quality(
         features: Z, (m, d), NumPy or torch, finite, no row all zeros; their scale does not matter.
         labels: (m,), of any kind, at least two classes.
         n_components: dimension of each class's subspace, from 1 to d (at d, large classes cannot be told apart); None
-            means ⌊d/k⌋, but at most an eighth of the median class's samples, and at least 1.
+            means ⌊d/k⌋, but at most an eighth of the median class's samples and a quarter of a small one's (all but a
+            tenth of the classes are as large), and at least 1.
 
     Raises:
         InputError: a wrong argument (a ValueError).
@@ -476,8 +480,10 @@ def label_quality(
     if k < 2:
         raise InputError(f"labels must hold at least 2 classes, got {values.tolist()}")
     if n_components is None:
-        median = int(torch.bincount(places).double().quantile(0.5))
-        n_components = max(1, min(default_components(d, k), median // _SAMPLES_A_DIRECTION))
+        sizes = torch.bincount(places).double()
+        median, small = int(sizes.quantile(0.5)), int(sizes.quantile(_SMALL_CLASS, interpolation="lower"))
+        enough = min(median // _SAMPLES_A_DIRECTION, small // _FEWEST_A_DIRECTION)
+        n_components = max(1, min(default_components(d, k), enough))
     check_components(n_components, d, stacklevel=2)
     kept = torch.ones_like(places, dtype=torch.bool)
     own, best, other = _judged(unit, places, k, n_components, kept)

@@ -44,6 +44,7 @@ from vmcr2.subspaces import (
     places_in_class,
     spanned,
     subspace_energies,
+    warn_of_small_classes,
 )
 
 _FLOATS = [np.float64, np.float32]
@@ -56,6 +57,10 @@ _KEPT = 4096  # samples that partial_fit remembers, approximately
 _KEPT_A_CLASS = 16  # and at least this many per class
 _GENERATORS = threading.RLock()  # held while torch's global random generators are seeded
 _SAY_SECONDS = 10.0
+# Of features that the network was trained on, which it has pulled apart: cross-validation would find a temperature near
+# 0, and probabilities of 1 for wrong predictions. `_temperature` takes the same share of the energy where it can judge
+# nothing.
+_LEAST_TEMPERATURE = 0.1
 _LARGEST_RATE = 1e30  # float32 holds it
 _LARGEST = 1e150  # squares of larger entries overflow float64; squares of entries below its inverse underflow
 
@@ -72,7 +77,8 @@ class NearestSubspaceClassifier(ClassifierMixin, BaseEstimator):
 
     Args:
         n_components: dimension of each subspace, from 1 to the number of features d; None means ⌊d/k⌋, at least 1. At d
-            the subspace of every class with d samples or more is the whole space, and such classes tie.
+            the subspace of every class with d samples or more is the whole space, and such classes tie. A class with
+            fewer samples than this loses new samples to larger ones: choose fewer dimensions for unbalanced classes.
 
     Attributes:
         classes_: (k,), the labels seen in `fit`.
@@ -108,6 +114,10 @@ class NearestSubspaceClassifier(ClassifierMixin, BaseEstimator):
             self.components_ = class_subspaces(features, torch.from_numpy(labels), k, self.n_components_).numpy()
             self.temperature_ = _temperature(features, *_fold_energies(features, labels, k, self.n_components_))
             self.class_count_ = np.bincount(labels, minlength=k)
+            if self.n_components is None:
+                fewer = max(1, int(self.class_count_.min()) // 4)
+                cure = f"give a smaller n_components, such as {fewer}"
+                warn_of_small_classes(torch.from_numpy(self.class_count_), self.n_components_, cure, stacklevel=2)
         return self
 
     def partial_fit(self, X: Any, y: Any, classes: Any = None) -> NearestSubspaceClassifier:
@@ -652,6 +662,7 @@ class CodingRateClassifier(ClassifierMixin, CodingRateTransformer):
         super()._fit(X, labels)
         self._keep(X, labels)
         self.subspaces_ = NearestSubspaceClassifier(self.n_components).fit(self._embed(self._inputs(X)), labels)
+        self._soften()
 
     def _partial_fit(self, X: np.ndarray, labels: np.ndarray) -> None:
         self._check_components()
@@ -660,6 +671,10 @@ class CodingRateClassifier(ClassifierMixin, CodingRateTransformer):
         features = tensor_of(self._embed(self._inputs(X)))
         before = getattr(self, "subspaces_", None)
         self.subspaces_ = _of_all_classes(features, labels, len(self.classes_), self.n_components, before)
+        self._soften()
+
+    def _soften(self) -> None:
+        self.subspaces_.temperature_ = max(self.subspaces_.temperature_, _LEAST_TEMPERATURE)
 
     def _keep(self, X: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Returns some samples of each class, from those kept before and these, and keeps them.
@@ -688,8 +703,8 @@ class CodingRateClassifier(ClassifierMixin, CodingRateTransformer):
     def predict_proba(self, X: Any) -> np.ndarray:
         """Returns how likely each class is, (m, k).
 
-        The temperature is found on the training set, which the network has seen: on hard new samples the probabilities
-        may be too confident. `sklearn.calibration.CalibratedClassifierCV` corrects that.
+        The temperature is found on the training set, which the network has seen, and is at least 0.1. Probabilities of
+        hard new samples may still be too confident; `sklearn.calibration.CalibratedClassifierCV` corrects that.
         """
         features = self._transformed(X)
         return self.subspaces_.predict_proba(features)
@@ -700,7 +715,10 @@ class CodingRateClassifier(ClassifierMixin, CodingRateTransformer):
         return self.subspaces_.score_samples(features)
 
     def label_quality(self, X: Any, y: Any) -> LabelQuality:
-        """Returns how well each label fits its sample; most informative for the samples the estimator was fitted on.
+        """Returns how well each label fits its sample, for the samples the estimator was fitted on.
+
+        The classes' subspaces are found from these samples, so it takes many of each class, even where their labels are
+        wrong. For new samples, compare their labels with `predict` instead.
 
         Args:
             X: (m, columns).
@@ -739,12 +757,17 @@ def _at_least_two(classes: np.ndarray) -> np.ndarray:
 def _validated(estimator: Any, X: Any, *y: Any, **options: Any) -> Any:
     """Returns X, and y if given, as scikit-learn validates them; refuses masks, which it would drop.
 
-    Tensors may have a gradient, or be on a GPU, of which NumPy knows nothing.
+    Tensors may have a gradient, be on a GPU or hold bfloat16, of which NumPy knows nothing.
     """
     for name, array in zip("Xy", (X, *y), strict=False):
         refuse_masked(name, array)
-    given = [each.detach().cpu() if isinstance(each, Tensor) else each for each in (X, *y)]
+    given = [_plain_tensor(each) if isinstance(each, Tensor) else each for each in (X, *y)]
     return validate_data(estimator, *given, dtype=_FLOATS, **options)
+
+
+def _plain_tensor(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach().cpu()
+    return tensor.float() if tensor.dtype == torch.bfloat16 else tensor
 
 
 def _enter_classes(estimator: Any, y: Any, classes: Any, first: bool) -> np.ndarray:

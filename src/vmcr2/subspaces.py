@@ -45,6 +45,27 @@ def check_components(n_components: int, d: int, stacklevel: int) -> None:
         )
 
 
+def warn_of_small_classes(sizes: Int[Tensor, " k"], n_components: int, cure: str, stacklevel: int) -> None:
+    """Warns if some classes have fewer samples than their subspaces should have dimensions, and others have more.
+
+    By eq. (8) the larger subspaces then claim new samples of the small classes.
+
+    Args:
+        sizes: n_j of the classes, 0 for an absent one.
+        n_components: r.
+        cure: what to do, for the message.
+        stacklevel: as for `check_components`.
+    """
+    sizes = sizes[sizes > 0]
+    fewest = int(sizes.min())
+    if fewest < min(n_components, int(sizes.max())):
+        warnings.warn(
+            f"{int((sizes < n_components).sum())} of {len(sizes)} classes have fewer samples than the {n_components} "
+            f"dimensions of a subspace, the smallest {fewest}: larger classes may claim their new samples; {cure}",
+            stacklevel=stacklevel + 1,
+        )
+
+
 @torch.no_grad()
 def class_subspaces(
     features: Float[Tensor, "m d"],

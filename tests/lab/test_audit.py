@@ -19,9 +19,10 @@ from vmcr2.lab.sources import DataSettings
 def test_labels_broken_on_purpose_are_found_and_mended(tmp_path):
     broken = DataSettings(label_noise=0.1)
     run = train.start(replace(RECIPES["digits"], epochs=8, data=broken, device="cpu"), tmp_path / "run")
-    suspects, written = audit(run)
+    suspects, written, judged = audit(run)
     right = sources.load(DataSettings()).train_labels
     wrong = {i for i, label in enumerate(sources.load(broken).train_labels) if label != right[i]}
+    assert judged == len(right)
     first = suspects[: len(wrong)]
     assert [one.score for one in suspects] == sorted(one.score for one in suspects)
     assert sum(int(one.sample) in wrong for one in first) >= 0.9 * len(wrong)
@@ -49,7 +50,7 @@ def test_suspects_of_a_folder_are_files_whatever_part_of_it_is_trained_on(tmp_pa
     for name, label in zip(names, dataset.train_labels.tolist(), strict=True):
         assert name.startswith(f"train/{dataset.class_names[label]}/")
     recipe = replace(SMALL, network="mlp", epochs=4, data=data, batch_size=10)
-    suspects, _ = audit(train.start(recipe, tmp_path / "run"))
+    suspects, *_ = audit(train.start(recipe, tmp_path / "run"))
     assert "train/ash/7.png" in names
     assert suspects[0].sample == "train/ash/7.png"
     assert (suspects[0].given, suspects[0].suggested) == ("ash", "oak")
@@ -76,6 +77,7 @@ def test_images_one_pixel_high_are_shown(tmp_path):
     np.savez(tmp_path / "thin.npz", x_train=images, y_train=labels, x_test=images, y_test=labels)
     data = DataSettings(source=str(tmp_path / "thin.npz"))
     recipe = replace(SMALL, epochs=1, data=data, network="mlp", augmentation=Augmentation())
-    suspects, written = audit(train.start(recipe, tmp_path / "run"))
+    suspects, written, judged = audit(train.start(recipe, tmp_path / "run"))
     assert suspects
+    assert judged == 60
     assert written[1].stat().st_size > 5000

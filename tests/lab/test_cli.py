@@ -16,7 +16,7 @@ from small import SMALL, without_times
 import vmcr2
 from vmcr2 import __version__
 from vmcr2.embeddings import LabelQuality
-from vmcr2.lab import bench, figures, sources, sweep
+from vmcr2.lab import bench, figures, recipes, sources, sweep
 from vmcr2.lab.cli import main
 from vmcr2.lab.run import RunFolder
 
@@ -287,6 +287,8 @@ def test_a_folder_named_as_a_data_set_is_the_users_own(leaves, tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     assert main(["train", "./digits", "--epochs", "1", "--device", "cpu", "--out", "run"]) == 0
     assert vmcr2.load("run").classes == ("ash", "oak")
+    with pytest.warns(UserWarning, match=r"digits is the recipe of that name, not the folder here: .* write \./digits"):
+        assert recipes.find("digits") == recipes.RECIPES["digits"]
 
 
 def test_a_size_for_the_images_decides_the_crop_and_the_network(leaves, tmp_path):
@@ -423,6 +425,27 @@ def test_predict_names_files_and_folders(leaves, tmp_path, capsys):
     assert "files must name at least one image" in capsys.readouterr().err
 
 
+def test_predict_passes_over_images_that_cannot_be_read_and_names_them(leaves, tmp_path, capsys):
+    folder = tmp_path / "mixed"
+    shutil.copytree(leaves / "leaves" / "test" / "ash", folder)
+    for name in ("0a.png", "1a.png"):
+        (folder / name).write_bytes((folder / "0.png").read_bytes()[:40])
+    command = ["predict", str(leaves / "run"), str(folder), "--out", str(tmp_path / "p.csv")]
+    assert main(command) == 2
+    said = capsys.readouterr()
+    lines = [line.split("\t") for line in said.out.splitlines()]
+    assert [(Path(file).name, name) for file, name, _ in lines] == [(f"{i}.png", "ash") for i in range(3)]
+    assert len((tmp_path / "p.csv").read_text().splitlines()) == 4
+    for name in ("0a.png", "1a.png"):
+        assert f"{name} is not a readable image" in said.err
+    for file in folder.glob("?.png"):
+        file.unlink()
+    (tmp_path / "p.csv").unlink()
+    assert main(command) == 2
+    assert "0a.png is not a readable image" in capsys.readouterr().err
+    assert not (tmp_path / "p.csv").exists()
+
+
 def test_predict_names_the_rows_of_arrays(tmp_path, capsys):
     y = np.arange(60) % 3
     x = np.eye(3)[y] + 0.1 * np.random.default_rng(0).normal(size=(60, 3))
@@ -481,7 +504,7 @@ def test_audit_lists_suspects(leaves, monkeypatch, capsys):
     monkeypatch.setattr(vmcr2, "label_quality", label_quality)
     assert main(["audit", str(leaves / "run"), "--top", "1"]) == 0
     said = capsys.readouterr().out
-    assert "1 of 2 suspects" in said
+    assert "1 of 2 suspects among 16 training samples" in " ".join(said.split())
     assert "train/oak/7.png" in said
     rows = (leaves / "run" / "suspects.csv").read_text().splitlines()
     assert rows[1:] == ["train/oak/7.png,oak,ash,0.0000", "train/oak/6.png,oak,ash,0.1333"]
@@ -514,7 +537,10 @@ def test_report_prints_and_writes_what_embeddings_are_like(tmp_path, capsys):
     assert "there is no file" in capsys.readouterr().err
     for given, message in (
         ({"features": np.full((4, 8), np.nan), "labels": np.arange(4)}, "features must be finite"),
-        ({"features": z[:4], "labels": np.ones(4)}, "labels must hold one integer label per sample of features (4, 8)"),
+        (
+            {"features": z[:4], "labels": np.ones(4)},
+            "labels must hold one integer or text label per sample of features (4, 8)",
+        ),
         ({"features": z[:4]}, "must hold features and labels, or x_train and y_train; it lacks y_train\n"),
     ):
         np.savez(tmp_path / "wrong.npz", **given)

@@ -2,6 +2,7 @@
 
 import shutil
 import urllib.request
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import torch
 from PIL import Image
 
 from vmcr2.errors import InputError
-from vmcr2.lab import sources
+from vmcr2.lab import recipes, sources
 from vmcr2.lab.sources import DataSettings
 
 
@@ -120,8 +121,8 @@ def test_npz_of_images_and_of_embeddings(tmp_path):
     ("message", "changed"),
     [
         ("lacks y_test", {"y_test": None}),
-        ("y_train must hold one integer label", {"y_train": np.arange(19)}),
-        ("y_train must hold one integer label", {"y_train": np.arange(20) / 2}),
+        ("y_train must hold one integer or text label", {"y_train": np.arange(19)}),
+        ("y_train must hold one integer or text label", {"y_train": np.arange(20) / 2}),
         (r"y_test has classes that y_train lacks: \[-1\]", {"y_test": np.arange(8) % 4 - 1}),
         (r"labels must lie in \[0, 3\), .* got labels from 0 to 3", {"class_names": np.array(["a", "b", "c"])}),
         (
@@ -133,7 +134,7 @@ def test_npz_of_images_and_of_embeddings(tmp_path):
         ("must be finite", {"x_train": np.full((20, 3), np.nan), "x_test": np.ones((8, 3))}),
         ("must be finite in float32", {"x_train": np.full((20, 3), 1e300), "x_test": np.ones((8, 3))}),
         ("x_train must hold uint8 images", {"x_train": np.ones((20, 0)), "x_test": np.ones((8, 0))}),
-        ("y_train must hold one integer label", {"x_train": np.float64(3)}),
+        ("y_train must hold one integer or text label", {"x_train": np.float64(3)}),
         (r"y_test has classes that y_train lacks: \[1, 2, 3\]", {"y_train": np.arange(20) % 2 * 10**9}),
         ("lacks x_test, y_test; data.validation can hold out a share", {"x_test": None, "y_test": None}),
         ("x_train and x_test must agree", {"x_test": np.zeros((8, 9, 9), np.uint8)}),
@@ -230,6 +231,15 @@ def test_wrong_folders(tmp_path):
     cut.write_bytes(cut.read_bytes()[:40])
     with pytest.raises(InputError, match=r"large\.png is not a readable image"):
         sources.load(DataSettings(source=str(root)))
+    for name in ("cut.png", "empty.png"):
+        (root / "test" / "ash" / name).write_bytes(cut.read_bytes() if name == "cut.png" else b"")
+    for read in (sources.load, lambda settings: sources.outline(Path(settings.source))):
+        with pytest.raises(InputError, match=r"large\.png is not"):
+            read(DataSettings(source=str(root)))
+    with pytest.raises(InputError, match=r"(?s)large\.png is not .*cut\.png is not .*empty\.png is not "):
+        sources.outline(root)
+    for name in ("cut.png", "empty.png"):
+        (root / "test" / "ash" / name).unlink()
     (root / "test" / "elm").mkdir()
     with pytest.raises(InputError, match=r"classes that train/ lacks: \['elm'\]"):
         sources.load(DataSettings(source=str(root)))
@@ -354,6 +364,19 @@ def test_hidden_folders_and_files_are_no_classes_and_no_images(tmp_path):
     (root / "test" / ".git").mkdir()
     (root / "train" / "oak" / "._0.png").write_bytes(b"what a file manager leaves")
     assert sources.load(DataSettings(source=str(root))).class_names == ("ash", "oak")
+
+
+def test_what_a_folder_holds_and_is_not_read_is_said(tmp_path):
+    root = write_folder(tmp_path)
+    (root / ".cache").mkdir()
+    assert sources.outline(root).ignored == ""
+    (root / "val" / "oak").mkdir(parents=True)
+    (root / "train" / "oak" / "more").mkdir()
+    for name in ("a.gif", "b.jfif", "c.gif", "Thumbs.db"):
+        (root / "train" / "oak" / name).touch()
+    expected = "val/, 1 folder within classes, 3 files of other kinds (.gif, .jfif)"
+    assert sources.outline(root).ignored == expected
+    assert recipes.for_data(root).about.endswith(f"; ignored: {expected}")
 
 
 def test_validation_holds_the_same_share_of_every_class_out():

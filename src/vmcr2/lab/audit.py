@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import vmcr2
 from vmcr2.lab import figures
@@ -30,17 +31,23 @@ class Suspect:
     score: float
 
 
-def audit(run: RunFolder, data_root: str | Path | None = None) -> tuple[list[Suspect], list[Path]]:
+class Audit(NamedTuple):
+    """The suspects, most suspect first, the files written, and how many samples were judged."""
+
+    suspects: list[Suspect]
+    written: list[Path]
+    judged: int
+
+
+def audit(run: RunFolder, data_root: str | Path | None = None) -> Audit:
     """Finds the training samples that another label would suit better, according to `vmcr2.label_quality`.
 
     Writes all of them to suspects.csv in the run folder, most suspect first, and, for images, figures/suspects.png.
+    Samples that are held out for validation or test are not judged.
 
     Args:
         run: with a checkpoint.
         data_root: the folder of named data sets.
-
-    Returns:
-        The suspects, most suspect first, and the files written.
 
     Raises:
         InputError: the run has no checkpoint, or its data is missing or has other classes (a ValueError).
@@ -60,4 +67,4 @@ def audit(run: RunFolder, data_root: str | Path | None = None) -> tuple[list[Sus
     if suspects and dataset.train_inputs.ndim == 4:
         path = run.figures / "suspects.png"
         written.append(figures.draw_suspects(dataset, judged, path, recipe.name))
-    return suspects, written
+    return Audit(suspects, written, len(judged.scores))

@@ -177,7 +177,8 @@ def evaluate(run: _Run, data_root: Path | None = None, components: tuple[int, ..
     tried = components or tuple(sorted({r for r in (1, 2, 4, 8) if r <= recipe.feature_dim} | {usual}))
     by_components = accuracy_by_components(features, dataset, list(tried))
     shown = [(key, "–" if value is None else f"{value:.4f}") for key, value in measured.items()]
-    shown += [(f"test_accuracy, {r} components", f"{value:.4f}") for r, value in by_components.items()]
+    names = {r: f"test_accuracy, {r} component{'s' * (r > 1)}" for r in by_components}
+    shown += [(names[r], f"{value:.4f}") for r, value in by_components.items()]
     _console().print(table(f"{run}", ("measure", "value"), shown))
     write_json(run / "evaluation.json", measured | {"accuracy_by_components": by_components})
 
@@ -210,6 +211,7 @@ def predict(
     """Names the classes of samples: a line for each, with its class and the margin to the next one.
 
     The margin, from 0 to 1, is how much more of the sample's energy lies in its class's subspace than in the next one.
+    Images that cannot be read have no line, and are named at the end.
 
     Args:
         run: a run folder, or a folder that export wrote.
@@ -221,7 +223,7 @@ def predict(
     import torch
 
     from vmcr2.lab.files import check_file, write_csv
-    from vmcr2.lab.sources import image_files, read_npy
+    from vmcr2.lab.sources import image_files, read_npy, refuse_unreadable
     from vmcr2.lab.trained import load
 
     samples: list[str] = []
@@ -246,7 +248,25 @@ def predict(
     if out is not None:
         check_file("out", out)
     trained = load(run, components)
-    best = torch.cat([trained.scores(batch) for batch in batches]).topk(min(2, len(trained.classes)))
+
+    def scored(images: Any) -> list[Any]:
+        """Returns the scores of each sample, or the error of an image that cannot be read."""
+        try:
+            return list(trained.scores(images))
+        except InputError as error:
+            if not isinstance(images, list):
+                raise
+            return [error] if len(images) == 1 else [one for image in images for one in scored([image])]
+
+    scores = []
+    for batch in batches:
+        parts = [batch[i : i + _IMAGES] for i in range(0, len(batch), _IMAGES)] if isinstance(batch, list) else [batch]
+        scores += [one for part in parts for one in scored(part)]
+    unreadable = [str(one) for one in scores if isinstance(one, InputError)]
+    if len(unreadable) == len(scores):
+        refuse_unreadable(unreadable)
+    samples = [sample for sample, one in zip(samples, scores, strict=True) if not isinstance(one, InputError)]
+    best = torch.stack([one for one in scores if not isinstance(one, InputError)]).topk(min(2, len(trained.classes)))
     margins = (best.values[:, 0] - best.values[:, -1]).tolist()
     names = [trained.classes[j] for j in best.indices[:, 0].tolist()]
     rows = [(sample, name, f"{gap:.3g}") for sample, name, gap in zip(samples, names, margins, strict=True)]
@@ -254,6 +274,7 @@ def predict(
         write_csv(out, [("file", "class", "margin"), *rows])
     for row in rows:
         print("\t".join(row))
+    refuse_unreadable(unreadable)
 
 
 def audit(run: _Run, data_root: Path | None = None, top: int = 20) -> None:
@@ -270,13 +291,13 @@ def audit(run: _Run, data_root: Path | None = None, top: int = 20) -> None:
     from vmcr2.lab.terminal import table
 
     check_count("top", top)
-    suspects, written = audit.audit(RunFolder.open(run), data_root)
+    suspects, written, judged = audit.audit(RunFolder.open(run), data_root)
     if suspects:
         rows = [(one.sample, one.given, one.suggested, f"{one.score:.3f}") for one in suspects[:top]]
-        title = f"{len(rows)} of {len(suspects)} suspects, most suspect first"
+        title = f"{len(rows)} of {len(suspects)} suspects among {judged} training samples, most suspect first"
         _console().print(table(title, ("sample", "given label", "suggested", "score"), rows))
     else:
-        _say("no suspects: every training sample fits its label best")
+        _say(f"no suspects: each of the {judged} training samples fits its label best")
     for path in written:
         _say(str(path))
 
@@ -395,6 +416,8 @@ def _typed(command: Callable[..., None]) -> Callable[[list[str]], None]:
     """Returns a command whose flags are a function's arguments."""
     return lambda arguments: tyro.cli(command, args=arguments, prog=f"vmcr2 {command.__name__}")
 
+
+_IMAGES = 256  # read and scored at once
 
 _COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "train": _train,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -294,6 +295,10 @@ def find(name: str, image_size: int | None = None) -> Recipe:
     """
     known = named()
     if name in known:
+        if (Path(name) / "train").is_dir():
+            warnings.warn(
+                f"{name} is the recipe of that name, not the folder here: for your data, write ./{name}", stacklevel=2
+            )
         return known[name]
     if name.endswith(".json"):
         return from_json(Path(name))
@@ -321,6 +326,8 @@ def for_data(path: Path, image_size: int | None = None) -> Recipe:
     found = sources.outline(path)
     k, shape = found.num_classes, found.shapes[0]
     about = f"{CHOSEN_FOR} {path.name}: {k} classes, {found.samples} training samples"
+    if found.ignored:
+        about += f"; ignored: {found.ignored}"
     if path.is_dir() and (len(found.shapes) > 1 or max(shape[1:]) > _LARGEST_SIDE) and image_size is None:
         image_size = min(min(one[1:]) for one in found.shapes)
         if image_size < _LARGEST_SIDE and len(found.shapes) > 1:

@@ -37,6 +37,7 @@ DATA_ROOT_VARIABLE = "VMCR2_DATA_ROOT"
 _ORIENTATION = 0x0112  # the EXIF tag
 _SIDEWAYS = (5, 6, 7, 8)
 _ARRAYS = {"x_train", "y_train", "x_test", "y_test", "features", "labels", "class_names"}  # read from a .npz file
+_SHOWN_ERRORS = 5
 _MANY_FILES = 2000  # from this many on, decoding shows a progress bar
 _IMAGE_ENDINGS = {".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".pgm", ".webp", ".tif", ".tiff"}
 
@@ -420,16 +421,32 @@ def _tiny_lines(file: Path) -> list[str]:
 
 
 def _decoded(files: list[Path], size: tuple[int, int] | None, title: str) -> Iterator[np.ndarray]:
-    """Yields images (h, w, 3), decoded on all cores, with a progress bar if there are many."""
+    """Yields images (h, w, 3), decoded on all cores, with a progress bar if there are many.
+
+    Raises:
+        InputError: some cannot be read, after the others (a ValueError).
+    """
     from rich.console import Console
     from rich.markup import escape
     from rich.progress import track
 
+    def decoded(file: Path) -> np.ndarray | InputError:
+        try:
+            return np.asarray(decode(file, size))
+        except InputError as error:
+            return error
+
     console = Console(stderr=True, emoji=False)
+    unreadable = []
     # Pillow releases the interpreter lock while it decodes.
     with ThreadPoolExecutor() as pool:
-        decoded = pool.map(lambda file: np.asarray(decode(file, size)), files)
-        yield from track(decoded, escape(title), len(files), console=console, disable=len(files) < _MANY_FILES)
+        images = pool.map(decoded, files)
+        for image in track(images, escape(title), len(files), console=console, disable=len(files) < _MANY_FILES):
+            if isinstance(image, InputError):
+                unreadable.append(str(image))
+            else:
+                yield image
+    refuse_unreadable(unreadable)
 
 
 def read_npz(path: Path, *, needs_test: bool = True) -> Dataset:
@@ -566,6 +583,7 @@ class Outline:
         samples: how many its training part has.
         has_test: whether it has a test part.
         smallest: the file of the image with the smallest side; empty for a .npz file.
+        ignored: what else a folder holds, in words; empty for nothing.
     """
 
     shapes: tuple[tuple[int, ...], ...]
@@ -573,6 +591,7 @@ class Outline:
     samples: int
     has_test: bool
     smallest: str = ""
+    ignored: str = ""
 
 
 def outline(path: Path) -> Outline:
@@ -589,6 +608,7 @@ def outline(path: Path) -> Outline:
 
     names, parts = _listed(path, needs_test=False)
     shapes: dict[tuple[int, int, int], Path] = {}
+    unreadable = []
     for file, _ in [*parts["train"], *parts["test"]]:
         try:
             with Image.open(file) as image:
@@ -598,9 +618,39 @@ def outline(path: Path) -> Outline:
                     width, height = height, width
                 shapes.setdefault((3, height, width), file)
         except Exception as error:  # Pillow's decoders may raise anything
-            raise InputError(f"{file} is not a readable image (truncated or damaged?): {error}") from error
+            unreadable.append(f"{file} is not a readable image (truncated or damaged?): {error}")
+    refuse_unreadable(unreadable)
     smallest = shapes[min(shapes, key=lambda shape: min(shape[1:]))].relative_to(path).as_posix()
-    return Outline(tuple(sorted(shapes)), len(names), len(parts["train"]), bool(parts["test"]), smallest)
+    return Outline(
+        tuple(sorted(shapes)), len(names), len(parts["train"]), bool(parts["test"]), smallest, _ignored(path)
+    )
+
+
+def _ignored(root: Path) -> str:
+    """Returns what a folder of images by class holds that is not read, in words."""
+
+    def visible(folder: Path) -> list[Path]:
+        return sorted(path for path in folder.iterdir() if path.name[0] != "." and path.name != "Thumbs.db")
+
+    parts = [root / part for part in ("train", "test") if (root / part).is_dir()]
+    others = [f"{path.name}/" for path in visible(root) if path.is_dir() and path not in parts]
+    classes = [path for part in parts for path in visible(part) if path.is_dir()]
+    inner = [path for own in classes for path in visible(own) if path.suffix.lower() not in _IMAGE_ENDINGS]
+    folders, files = sum(path.is_dir() for path in inner), [path for path in inner if not path.is_dir()]
+    if folders:
+        others.append(f"{folders} folder{'s' * (folders > 1)} within classes")
+    if files:
+        endings = ", ".join(sorted({path.suffix.lower() or path.name for path in files})[:5])
+        others.append(f"{len(files)} file{'s' * (len(files) > 1)} of other kinds ({endings})")
+    return ", ".join(others)
+
+
+def refuse_unreadable(messages: Sequence[str]) -> None:
+    """Raises InputError if files could not be read, given what is wrong with each; names the first few."""
+    if messages:
+        shown = "; ".join(messages[:_SHOWN_ERRORS])
+        more = len(messages) - _SHOWN_ERRORS
+        raise InputError(shown if more <= 0 else f"{shown}; and {more} more")
 
 
 def image_files(folder: Path) -> list[Path]:
@@ -669,11 +719,11 @@ def _from_arrays(
     x_name, y_name = called
     for names, x, y in ((called, x_train, y_train), (("x_test", "y_test"), x_test, y_test)):
         empty = y is y_train and not y.size
-        named = "" if class_names is None else " (an index into class_names)"
+        kinds, named = ("integer or text", "") if class_names is None else ("integer", " (an index into class_names)")
         fits = np.issubdtype(y.dtype, np.integer) or (class_names is None and y.dtype.kind == y_train.dtype.kind == "U")
         if y.ndim != 1 or not fits or x.shape[:1] != y.shape or empty:
             raise InputError(
-                f"{name}: {names[1]} must hold one integer label{named} per sample of {names[0]} {x.shape}, "
+                f"{name}: {names[1]} must hold one {kinds} label{named} per sample of {names[0]} {x.shape}, "
                 f"got {y.dtype} {y.shape}"
             )
     if class_names is not None:

@@ -34,7 +34,7 @@ from vmcr2.lab.terminal import EpochProgress, device_name
 from vmcr2.linalg import wide_dtype
 from vmcr2.rates import effective_rank, reduction_of_lines
 from vmcr2.sampling import batch_count, epoch_generator
-from vmcr2.subspaces import nearest_subspace
+from vmcr2.subspaces import default_components, nearest_subspace, warn_of_small_classes
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 OnEpoch = Callable[[dict[str, Any]], None]
@@ -581,8 +581,8 @@ class _Run:
                         line |= asdict(self.measure(epoch))
                     except (InputError, NumericalError) as error:
                         raise _diverged(self.prepared.objective, epoch, error) from error
-                    if epoch == recipe.epochs and recipe.objective != "ce":
-                        _warn_of_little(line["train_reduction"], self.prepared)
+                    if epoch == recipe.epochs:
+                        _warn_at_the_end(line["train_reduction"], self.prepared)
                 interrupt.asked = processes.any_of(interrupt.asked)
                 noted, stop = processes.first(lambda: note(line))
                 line |= noted
@@ -713,11 +713,15 @@ class _Run:
         )
 
 
-def _warn_of_little(reduction: float, prepared: _Prepared) -> None:
+def _warn_at_the_end(reduction: float, prepared: _Prepared) -> None:
+    """Warns of a network that has learnt almost nothing, and of subspaces that do not suit classes of unequal size."""
     dataset, recipe = prepared.dataset, prepared.recipe
     sizes = dataset.train_labels.bincount(minlength=dataset.num_classes)
+    usual = default_components(recipe.feature_dim, dataset.num_classes)
+    cure = "vmcr2 evaluate shows the accuracy of subspaces of fewer dimensions"
+    warn_of_small_classes(sizes, usual, cure, stacklevel=2)
     lines = reduction_of_lines(sizes, recipe.feature_dim, recipe.eps_sq)
-    if reduction < _LITTLE * lines:
+    if recipe.objective != "ce" and reduction < _LITTLE * lines:
         warnings.warn(
             f"the final ΔR of the training set is {reduction:.2g}, where classes on orthogonal lines would have "
             f"{lines:.3g}: the network has learnt almost nothing. Train for more epochs, or at a lower learning rate",
