@@ -525,7 +525,7 @@ def test_ranks_that_disagree_are_named_on_all_of_them(ranks, what):
 
 
 def fully_sharded(rank):
-    """Returns what kind of parameters an FSDP network has after latching, and what it has learnt by then and later."""
+    """Returns what kind of parameters an FSDP network has after latching."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 

@@ -1,5 +1,8 @@
 """Batches of equal numbers of each class."""
 
+import copy
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -172,6 +175,18 @@ def test_ranks_share_one_batch(monkeypatch):
         ClassBalancedBatchSampler(LABELS, 2, classes_per_batch=2)
     with pytest.raises(vmcr2.InputError, match="must be divisible by the 3 processes, got 2 \\* 2"):
         next(iter(uneven))
+
+
+def copied(rank):
+    group = torch.distributed.new_group([0, 1])
+    sampler = ClassBalancedBatchSampler(LABELS, 3, classes_per_batch=2, process_group=group)
+    copies = [copy.deepcopy(sampler), pickle.loads(pickle.dumps(sampler))]
+    return [list(each) for each in (sampler, *copies)]
+
+
+def test_a_sampler_with_a_group_is_copied_and_pickled(ranks):
+    for sampler, *copies in ranks(2, copied):
+        assert copies == [sampler] * 2
 
 
 def test_a_data_loader_takes_it():

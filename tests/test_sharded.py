@@ -283,15 +283,51 @@ def test_a_state_of_one_rank_alone_is_refused_by_the_others(ranks, world, tmp_pa
         loss_of().load_state_dict(torch.load(tmp_path / f"{world}.pt", weights_only=False))
 
 
-def test_torchs_own_functions_get_and_set_the_state():
+def saved_alone(rank, folder):
+    """States of one process with a group, which hold the whole, and of a group that other processes do not have."""
+    groups = [torch.distributed.new_group([0]), torch.distributed.new_group([0, 1])]
+    if rank == 0:
+        for name, group in zip(("alone", "group"), groups, strict=True):
+            loss = loss_of(sharded=True, process_group=group)
+            if name == "alone":
+                loss.load_state_dict(a_loss_state())
+            torch.save(loss.state_dict(), f"{folder}/{name}.pt")
+
+
+def test_a_state_of_a_single_process_is_whole_wherever_it_is_loaded(ranks, tmp_path):
+    ranks(2, saved_alone, str(tmp_path))
+    for loss in (loss_of(), loss_of(sharded=True)):
+        loss.load_state_dict(torch.load(tmp_path / "alone.pt", weights_only=False))
+        assert_state(loss.full_state_dict(), a_loss_state())
+    ranks(2, loads_of_another_group, str(tmp_path))
+
+
+def loads_of_another_group(rank, folder):
+    loss = loss_of(sharded=True)
+    loss.load_state_dict(torch.load(f"{folder}/alone.pt", weights_only=False))
+    assert_state(loss.full_state_dict(), a_loss_state())
+    with pytest.raises(RuntimeError, match="is only the part of rank 0 among 2 processes"):
+        loss.load_state_dict(torch.load(f"{folder}/group.pt", weights_only=False))
+
+
+def got_and_set(rank):
     from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 
+    states = []
     for sharded in (False, True):
-        module = torch.nn.ModuleDict({"loss": loss_of(sharded=sharded)})
-        module["loss"].load_state_dict(a_loss_state())
-        other = torch.nn.ModuleDict({"loss": loss_of(sharded=sharded)})
-        set_model_state_dict(other, get_model_state_dict(module))
-        assert_state(other["loss"].full_state_dict(), a_loss_state())
+        for within in (lambda loss: loss, lambda loss: torch.nn.ModuleDict({"loss": loss})):
+            loss, other = loss_of(sharded=sharded), loss_of(sharded=sharded)
+            loss.load_state_dict(a_loss_state())
+            set_model_state_dict(within(other), get_model_state_dict(within(loss)))
+            states.append(other.full_state_dict())
+    return states
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_torchs_own_functions_get_and_set_the_state(ranks, world):
+    for found in ranks(world, got_and_set):
+        for state in found:
+            assert_state(state, a_loss_state())
 
 
 def predicted(rank, world):

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from vmcr2.distributed import Shards, another_ranks, full_tensor
+from vmcr2.distributed import Shards, full_tensor, part_of_another_rank
 from vmcr2.linalg import one_for_zero
 from vmcr2.membership import Membership
 from vmcr2.mismatch import BlockCodes, Codes, SharedCodes, code_gradient, squared_moment_norms
@@ -404,7 +404,7 @@ class Dictionary(nn.Module):
 
     @property
     def steps(self) -> Int[Tensor, ""]:
-        """`steps_taken` as a tensor: what handles states expects an attribute for each entry, and may assign to it."""
+        """`steps_taken` as a tensor: torch's functions on states read, and may set, an attribute for each entry."""
         return torch.tensor(self.steps_taken, device="cpu")
 
     @steps.setter
@@ -464,7 +464,7 @@ class Dictionary(nn.Module):
         kept = ("atoms", "codes", "latched")
         loaded = {name: state_dict[f"{prefix}{name}"] for name in kept if f"{prefix}{name}" in state_dict}
         for name, value in loaded.items():
-            if whose := another_ranks(value):
+            if whose := part_of_another_rank(value):
                 error_msgs.append(
                     f"{prefix}{name} is only {whose}: save with torch.distributed.checkpoint, or full_state_dict()"
                 )

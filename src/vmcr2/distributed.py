@@ -316,23 +316,30 @@ class Shards:
         return DTensor.from_local(own, mesh, [Shard(0)], run_check=False, shape=shape, stride=stride)
 
 
-def another_ranks(value: Tensor) -> str:
-    """Returns, of a DTensor that another process has saved, whose part of the whole it is; of anything else, "".
+def part_of_another_rank(value: Tensor) -> str:
+    """Returns which part of the whole a DTensor that another process saved holds, or "" for any other tensor.
 
     torch.save writes a DTensor as one rank's rows, and they stay that rank's wherever they are loaded.
     """
     mesh = getattr(value, "device_mesh", None)
-    if mesh is None:
+    if mesh is None or mesh.size() == 1:  # a single process has the whole
         return ""
     place = mesh.get_coordinate()
     saver = None if place is None else int(mesh.mesh[tuple(place)])
-    met = dist.is_available() and dist.is_initialized()
-    if met and saver == dist.get_rank() and (mesh.ndim > 1 or world_size(mesh.get_group()) == mesh.size()):
-        return ""
+    if dist.is_available() and dist.is_initialized() and saver == dist.get_rank():
+        try:
+            if world_size(mesh.get_group()) == mesh.size():
+                return ""
+        except RuntimeError:  # the group that saved it does not exist here
+            pass
     return f"the part of rank {saver} among {mesh.size()} processes"
 
 
 def full_tensor(value: Tensor) -> Tensor:
     """Returns the whole of a DTensor (a collective of its ranks), or any other tensor as it is."""
     # Recognised by its method: importing DTensor takes a second, which only those who have one should pay.
-    return value.full_tensor() if hasattr(value, "full_tensor") else value  # pyrefly: ignore[missing-attribute]
+    if not hasattr(value, "full_tensor"):
+        return value
+    if value.device_mesh.size() == 1:  # pyrefly: ignore[missing-attribute]
+        return value.to_local()  # pyrefly: ignore[missing-attribute]
+    return value.full_tensor()  # pyrefly: ignore[missing-attribute]

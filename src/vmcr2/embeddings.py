@@ -33,7 +33,7 @@ _DIRECTIONS = 8  # of each class, used to find overlaps when the moments are too
 _ROUNDS = 5
 _SAMPLES_A_DIRECTION = 8  # of the median class: fewer say little about a direction
 _FEWEST_A_DIRECTION = 4  # of a small class, whose samples the larger subspaces of the others would claim
-_SMALL_CLASS = 0.1  # the quantile of class sizes that makes a small one: of ten classes the smallest
+_SMALL_CLASS = 0.1  # a class is small if it is at this quantile of the class sizes: of ten classes, the smallest
 
 
 @dataclass(frozen=True)
@@ -467,8 +467,8 @@ def label_quality(
         features: Z, (m, d), NumPy or torch, finite, no row all zeros; their scale does not matter.
         labels: (m,), of any kind, at least two classes.
         n_components: dimension of each class's subspace, from 1 to d (at d, large classes cannot be told apart); None
-            means ⌊d/k⌋, but at most an eighth of the median class's samples and a quarter of a small one's (all but a
-            tenth of the classes are as large), and at least 1.
+            means ⌊d/k⌋, but at most an eighth of the median class's samples and a quarter of a small class's (at the
+            10 % quantile of the sizes), and at least 1.
 
     Raises:
         InputError: a wrong argument (a ValueError).

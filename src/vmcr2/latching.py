@@ -115,7 +115,7 @@ class MomentStream:
             self._fold()
 
     def _exceed_moments(self, rows: int, soft: bool) -> bool:
-        """Whether so many rows, with the entries of soft membership if there are any, are more than k d² numbers."""
+        """Whether that many rows take more than k d² numbers, with their soft memberships if they have any."""
         k, d = self.num_classes, self.feature_dim
         return rows * (d + k if soft else d) > k * d * d
 

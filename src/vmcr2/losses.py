@@ -130,14 +130,13 @@ def _facts(features: Tensor, membership: Membership) -> dict[str, int | str]:
     }
 
 
-def _gradients(features: Tensor, rows_or_labels: Tensor | None = None) -> str:
+def _gradients(features: Tensor, rows_or_labels: Tensor) -> str:
     """Returns which of the two carry gradients, each of which takes a collective in the backward pass."""
     if not torch.is_grad_enabled():
         return "without gradient"
-    in_membership = rows_or_labels is not None and rows_or_labels.requires_grad
     if features.requires_grad:
-        return "with gradient in both" if in_membership else "with gradient"
-    return "with gradient in the membership alone" if in_membership else "without gradient"
+        return "with gradient in both" if rows_or_labels.requires_grad else "with gradient"
+    return "with gradient in the membership alone" if rows_or_labels.requires_grad else "without gradient"
 
 
 class MCR2Loss(_OverRanks):
@@ -273,12 +272,12 @@ def _checked_views(features: Any) -> tuple[list[Tensor], list[int]]:
 
 
 def _view_facts(views: list[Tensor]) -> dict[str, int | str]:
-    differentiable = [view for view in views if view.requires_grad]
+    gradient = torch.is_grad_enabled() and any(view.requires_grad for view in views)
     return {
         "the dimension of features": views[0].shape[1],
         "the number of views": len(views),
         "the dtype of features": str(views[0].dtype),
-        "gradients": _gradients((differentiable or views)[0]),
+        "gradients": "with gradient" if gradient else "without gradient",
     }
 
 

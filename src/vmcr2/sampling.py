@@ -70,15 +70,16 @@ class ClassBalancedBatchSampler(Sampler[list[int]]):
         self.classes_per_batch = classes_per_batch
         self.batches = batches
         self.seed = int(seed)  # torch accepts no NumPy integers
-        self.process_group = process_group
-        self._share()
+        # Without a group, ranks may meet after the sampler is made; a group itself could be neither copied nor pickled.
+        share = self._share(process_group)
+        self.share = None if process_group is None else share
         self.epoch = 0
         self.start = 0  # the batch that the next iteration begins with
         self.done = 0  # how many the latest iteration has drawn
 
-    def _share(self) -> slice:
-        """Returns this rank's part of a batch; found anew each time, since ranks may meet after the sampler is made."""
-        world, rank = world_size(self.process_group), process_rank(self.process_group)
+    def _share(self, group: Any) -> slice:
+        """Returns this rank's part of a batch of a group."""
+        world, rank = world_size(group), process_rank(group)
         each, rest = divmod(self.classes_per_batch * self.samples_per_class, world)
         if rest:
             raise InputError(
@@ -123,7 +124,8 @@ class ClassBalancedBatchSampler(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         """Yields this rank's share of each batch of the epoch: of all, or of those left after `load_state_dict`."""
-        start, self.start, share = self.start, 0, self._share()
+        share = self._share(None) if self.share is None else self.share
+        start, self.start = self.start, 0
         generator = epoch_generator(self.seed, self.epoch)
         classes = _Turns(len(self.members), generator)
         turns = [_Turns(len(own), generator) for own in self.members]

@@ -114,10 +114,8 @@ class NearestSubspaceClassifier(ClassifierMixin, BaseEstimator):
             self.components_ = class_subspaces(features, torch.from_numpy(labels), k, self.n_components_).numpy()
             self.temperature_ = _temperature(features, *_fold_energies(features, labels, k, self.n_components_))
             self.class_count_ = np.bincount(labels, minlength=k)
-            if self.n_components is None:
-                fewer = max(1, int(self.class_count_.min()) // 4)
-                cure = f"give a smaller n_components, such as {fewer}"
-                warn_of_small_classes(torch.from_numpy(self.class_count_), self.n_components_, cure, stacklevel=2)
+        if self.n_components is None:
+            _warn_of_small_classes(self, stacklevel=2)
         return self
 
     def partial_fit(self, X: Any, y: Any, classes: Any = None) -> NearestSubspaceClassifier:
@@ -661,7 +659,10 @@ class CodingRateClassifier(ClassifierMixin, CodingRateTransformer):
         self._check_components()
         super()._fit(X, labels)
         self._keep(X, labels)
-        self.subspaces_ = NearestSubspaceClassifier(self.n_components).fit(self._embed(self._inputs(X)), labels)
+        components = self.n_components or default_components(self.feature_dim_, len(self.classes_))
+        self.subspaces_ = NearestSubspaceClassifier(components).fit(self._embed(self._inputs(X)), labels)
+        if self.n_components is None:
+            _warn_of_small_classes(self.subspaces_, stacklevel=3)
         self._soften()
 
     def _partial_fit(self, X: np.ndarray, labels: np.ndarray) -> None:
@@ -717,7 +718,7 @@ class CodingRateClassifier(ClassifierMixin, CodingRateTransformer):
     def label_quality(self, X: Any, y: Any) -> LabelQuality:
         """Returns how well each label fits its sample, for the samples the estimator was fitted on.
 
-        The classes' subspaces are found from these samples, so it takes many of each class, even where their labels are
+        The classes' subspaces are found from these samples, so give it many of each class; some of their labels may be
         wrong. For new samples, compare their labels with `predict` instead.
 
         Args:
@@ -763,6 +764,12 @@ def _validated(estimator: Any, X: Any, *y: Any, **options: Any) -> Any:
         refuse_masked(name, array)
     given = [_plain_tensor(each) if isinstance(each, Tensor) else each for each in (X, *y)]
     return validate_data(estimator, *given, dtype=_FLOATS, **options)
+
+
+def _warn_of_small_classes(fitted: NearestSubspaceClassifier, stacklevel: int) -> None:
+    sizes = torch.from_numpy(fitted.class_count_)
+    cure = f"give a smaller n_components, such as {max(1, int(sizes.min()) // 4)}"
+    warn_of_small_classes(sizes, fitted.n_components_, cure, stacklevel + 1)
 
 
 def _plain_tensor(tensor: Tensor) -> Tensor:

@@ -46,7 +46,7 @@ def check_components(n_components: int, d: int, stacklevel: int) -> None:
 
 
 def warn_of_small_classes(sizes: Int[Tensor, " k"], n_components: int, cure: str, stacklevel: int) -> None:
-    """Warns if some classes have fewer samples than their subspaces should have dimensions, and others have more.
+    """Warns if a class has far fewer samples than its subspace should have dimensions, and another has more.
 
     By eq. (8) the larger subspaces then claim new samples of the small classes.
 
@@ -58,10 +58,10 @@ def warn_of_small_classes(sizes: Int[Tensor, " k"], n_components: int, cure: str
     """
     sizes = sizes[sizes > 0]
     fewest = int(sizes.min())
-    if fewest < min(n_components, int(sizes.max())):
+    if 4 * fewest < 3 * min(n_components, int(sizes.max())):  # with nearly as many, a class loses little
         warnings.warn(
             f"{int((sizes < n_components).sum())} of {len(sizes)} classes have fewer samples than the {n_components} "
-            f"dimensions of a subspace, the smallest {fewest}: larger classes may claim their new samples; {cure}",
+            f"dimensions of a subspace, the smallest only {fewest}: larger classes may claim their new samples; {cure}",
             stacklevel=stacklevel + 1,
         )
 

@@ -2,7 +2,6 @@
 
 import shutil
 import urllib.request
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -233,13 +232,19 @@ def test_wrong_folders(tmp_path):
         sources.load(DataSettings(source=str(root)))
     for name in ("cut.png", "empty.png"):
         (root / "test" / "ash" / name).write_bytes(cut.read_bytes() if name == "cut.png" else b"")
-    for read in (sources.load, lambda settings: sources.outline(Path(settings.source))):
-        with pytest.raises(InputError, match=r"large\.png is not"):
-            read(DataSettings(source=str(root)))
     with pytest.raises(InputError, match=r"(?s)large\.png is not .*cut\.png is not .*empty\.png is not "):
         sources.outline(root)
     for name in ("cut.png", "empty.png"):
-        (root / "test" / "ash" / name).unlink()
+        (root / "test" / "ash" / name).rename(root / "train" / "ash" / name)
+    with pytest.raises(InputError, match=r"(?s)cut\.png is not .*large\.png is not .*empty\.png is not ") as few:
+        sources.load(DataSettings(source=str(root)))
+    assert "more" not in str(few.value)
+    for i in range(4):
+        (root / "train" / "ash" / f"empty{i}.png").touch()
+    with pytest.raises(InputError, match=r"; and 2 more$"):
+        sources.load(DataSettings(source=str(root)))
+    for name in ("cut.png", "empty.png", *(f"empty{i}.png" for i in range(4))):
+        (root / "train" / "ash" / name).unlink()
     (root / "test" / "elm").mkdir()
     with pytest.raises(InputError, match=r"classes that train/ lacks: \['elm'\]"):
         sources.load(DataSettings(source=str(root)))
@@ -366,7 +371,7 @@ def test_hidden_folders_and_files_are_no_classes_and_no_images(tmp_path):
     assert sources.load(DataSettings(source=str(root))).class_names == ("ash", "oak")
 
 
-def test_what_a_folder_holds_and_is_not_read_is_said(tmp_path):
+def test_what_is_not_read_in_a_folder_is_said(tmp_path):
     root = write_folder(tmp_path)
     (root / ".cache").mkdir()
     assert sources.outline(root).ignored == ""
@@ -374,9 +379,16 @@ def test_what_a_folder_holds_and_is_not_read_is_said(tmp_path):
     (root / "train" / "oak" / "more").mkdir()
     for name in ("a.gif", "b.jfif", "c.gif", "Thumbs.db"):
         (root / "train" / "oak" / name).touch()
-    expected = "val/, 1 folder within classes, 3 files of other kinds (.gif, .jfif)"
-    assert sources.outline(root).ignored == expected
-    assert recipes.for_data(root).about.endswith(f"; ignored: {expected}")
+    shutil.copy(root / "train" / "oak" / "0.png", root / "train" / "loose.png")
+    within = "1 image outside of class folders, 1 folder within classes, 3 files of other kinds (.gif, .jfif)"
+    assert sources.outline(root).ignored == f"val/, {within}"
+    assert (
+        recipes.for_data(root).about
+        == f"chosen for {root.name}: 2 classes, 6 training samples (ignored: val/, {within})"
+    )
+    for i in range(6):
+        (root / f"a{i}").mkdir()
+    assert sources.outline(root).ignored == f"a0/, a1/, a2/, a3/, a4/ and 2 more, {within}"
 
 
 def test_validation_holds_the_same_share_of_every_class_out():

@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from sklearn.datasets import load_digits
 from small import SMALL
 
 import vmcr2
@@ -47,6 +48,17 @@ def test_a_run_leaves_what_it_promises(tmp_path, objective):
     expected = {"rates.png", "similarity.png", "spectra.png", "confusion.png"}
     assert drawn == expected | ({"codes.png"} if objective == "vmcr2" else set())
     assert summary["evaluated_on"] == "test"
+
+
+def test_subspaces_larger_than_a_class_are_warned_of(tmp_path):
+    pixels, labels = load_digits(return_X_y=True)
+    rows = np.concatenate([np.flatnonzero(labels == 0)[:40], np.flatnonzero(labels == 1)[:4]])
+    arrays = {"features": pixels[rows] / 16, "labels": labels[rows]}
+    np.savez(tmp_path / "two.npz", **arrays, x_test=arrays["features"], y_test=arrays["labels"])
+    data = DataSettings(source=str(tmp_path / "two.npz"))
+    recipe = replace(SMALL, network="mlp", epochs=1, data=data, batch_size=22, augmentation=Augmentation())
+    with pytest.warns(UserWarning, match="1 of 2 classes have fewer .* 16 dimensions .* vmcr2 evaluate shows"):
+        train.start(recipe, tmp_path / "run")
 
 
 def test_training_learns(tmp_path):

@@ -46,6 +46,7 @@ chosen (docs/data.md). Every field is a flag: vmcr2 train RECIPE --help shows th
 
 
 _Given = TypeVar("_Given")
+_READ_AT_ONCE = 256  # images
 _Run = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
 
 
@@ -211,7 +212,7 @@ def predict(
     """Names the classes of samples: a line for each, with its class and the margin to the next one.
 
     The margin, from 0 to 1, is how much more of the sample's energy lies in its class's subspace than in the next one.
-    Images that cannot be read have no line, and are named at the end.
+    Images that cannot be read have no line, and are named at the end; the exit code is then 2.
 
     Args:
         run: a run folder, or a folder that export wrote.
@@ -254,14 +255,14 @@ def predict(
         try:
             return list(trained.scores(images))
         except InputError as error:
-            if not isinstance(images, list):
+            if not isinstance(images, list) or len(trained.image_shape) == 1:  # no file is to blame
                 raise
             return [error] if len(images) == 1 else [one for image in images for one in scored([image])]
 
     scores = []
     for batch in batches:
-        parts = [batch[i : i + _IMAGES] for i in range(0, len(batch), _IMAGES)] if isinstance(batch, list) else [batch]
-        scores += [one for part in parts for one in scored(part)]
+        at_once = _READ_AT_ONCE if isinstance(batch, list) else len(batch)
+        scores += [one for i in range(0, len(batch), at_once) for one in scored(batch[i : i + at_once])]
     unreadable = [str(one) for one in scores if isinstance(one, InputError)]
     if len(unreadable) == len(scores):
         refuse_unreadable(unreadable)
@@ -274,7 +275,9 @@ def predict(
         write_csv(out, [("file", "class", "margin"), *rows])
     for row in rows:
         print("\t".join(row))
-    refuse_unreadable(unreadable)
+    for each in unreadable[:-1]:
+        print(f"vmcr2: {each}", file=sys.stderr)
+    refuse_unreadable(unreadable[-1:])
 
 
 def audit(run: _Run, data_root: Path | None = None, top: int = 20) -> None:
@@ -416,8 +419,6 @@ def _typed(command: Callable[..., None]) -> Callable[[list[str]], None]:
     """Returns a command whose flags are a function's arguments."""
     return lambda arguments: tyro.cli(command, args=arguments, prog=f"vmcr2 {command.__name__}")
 
-
-_IMAGES = 256  # read and scored at once
 
 _COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "train": _train,

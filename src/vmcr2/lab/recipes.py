@@ -327,7 +327,7 @@ def for_data(path: Path, image_size: int | None = None) -> Recipe:
     k, shape = found.num_classes, found.shapes[0]
     about = f"{CHOSEN_FOR} {path.name}: {k} classes, {found.samples} training samples"
     if found.ignored:
-        about += f"; ignored: {found.ignored}"
+        about += f" (ignored: {found.ignored})"
     if path.is_dir() and (len(found.shapes) > 1 or max(shape[1:]) > _LARGEST_SIDE) and image_size is None:
         image_size = min(min(one[1:]) for one in found.shapes)
         if image_size < _LARGEST_SIDE and len(found.shapes) > 1:

@@ -37,7 +37,7 @@ DATA_ROOT_VARIABLE = "VMCR2_DATA_ROOT"
 _ORIENTATION = 0x0112  # the EXIF tag
 _SIDEWAYS = (5, 6, 7, 8)
 _ARRAYS = {"x_train", "y_train", "x_test", "y_test", "features", "labels", "class_names"}  # read from a .npz file
-_SHOWN_ERRORS = 5
+_SHOWN = 5  # of many files, in a message
 _MANY_FILES = 2000  # from this many on, decoding shows a progress bar
 _IMAGE_ENDINGS = {".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".pgm", ".webp", ".tif", ".tiff"}
 
@@ -632,15 +632,23 @@ def _ignored(root: Path) -> str:
     def visible(folder: Path) -> list[Path]:
         return sorted(path for path in folder.iterdir() if path.name[0] != "." and path.name != "Thumbs.db")
 
+    def few(names: list[str]) -> str:
+        more = len(names) - _SHOWN
+        return ", ".join(names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
+
     parts = [root / part for part in ("train", "test") if (root / part).is_dir()]
-    others = [f"{path.name}/" for path in visible(root) if path.is_dir() and path not in parts]
+    beside = [f"{path.name}/" for path in visible(root) if path.is_dir() and path not in parts]
+    outside = [path for folder in (root, *parts) for path in image_files(folder)]
     classes = [path for part in parts for path in visible(part) if path.is_dir()]
     inner = [path for own in classes for path in visible(own) if path.suffix.lower() not in _IMAGE_ENDINGS]
     folders, files = sum(path.is_dir() for path in inner), [path for path in inner if not path.is_dir()]
+    others = [few(beside)] if beside else []
+    if outside:
+        others.append(f"{len(outside)} image{'s' * (len(outside) > 1)} outside of class folders")
     if folders:
         others.append(f"{folders} folder{'s' * (folders > 1)} within classes")
     if files:
-        endings = ", ".join(sorted({path.suffix.lower() or path.name for path in files})[:5])
+        endings = few(sorted({path.suffix.lower() or path.name for path in files}))
         others.append(f"{len(files)} file{'s' * (len(files) > 1)} of other kinds ({endings})")
     return ", ".join(others)
 
@@ -648,8 +656,8 @@ def _ignored(root: Path) -> str:
 def refuse_unreadable(messages: Sequence[str]) -> None:
     """Raises InputError if files could not be read, given what is wrong with each; names the first few."""
     if messages:
-        shown = "; ".join(messages[:_SHOWN_ERRORS])
-        more = len(messages) - _SHOWN_ERRORS
+        shown = "; ".join(messages[:_SHOWN])
+        more = len(messages) - _SHOWN
         raise InputError(shown if more <= 0 else f"{shown}; and {more} more")
 
 
