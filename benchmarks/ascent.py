@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import math
 import statistics
@@ -164,6 +165,7 @@ def training(epochs: int = 200) -> list[list[str]]:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     torch.set_num_threads(1)
     trained = training()
     rows = fixed_batches()

@@ -7,6 +7,7 @@ Nothing else may run beside it.
 
 from __future__ import annotations
 
+import argparse
 import time
 from pathlib import Path
 
@@ -44,6 +45,7 @@ def least(network: str, shape: tuple[int, ...], d: int, kinds: tuple[type, ...])
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     before = [least(*case, (nn.Conv2d, networks.WholeMapConv2d)) for _, *case in CASES]
     keep_freed_memory()
     after = [least(*case, (networks.WholeMapConv2d,)) for _, *case in CASES]
