@@ -352,3 +352,30 @@ def test_features_too_long_for_float64_are_refused():
     ):
         with pytest.raises(vmcr2.NumericalError, match="norms of at most .* scale the features down"):
             call()
+
+
+@pytest.mark.parametrize(
+    "function", [vmcr2.coding_rate, vmcr2.rate_reduction, vmcr2.transrate, vmcr2.variational_logdet]
+)
+def test_within_a_compiled_function_a_rate_is_computed_as_it_is(function):
+    """A graph before it and one after it, not one between any two of its checks."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    z, given = unit_rows(20, 6), (random_labels(20, 3),) if function in (vmcr2.rate_reduction, vmcr2.transrate) else ()
+
+    def scaled(features):
+        found = function(2 * features, *given)
+        return 3 * (found.reduction if function is vmcr2.rate_reduction else found)
+
+    values = []
+    for run in (scaled, torch.compile(scaled, backend=backend)):
+        features = z.clone().requires_grad_()
+        value = run(features)
+        values.append((value.detach(), *torch.autograd.grad(value, features)))
+    torch.compiler.reset()
+    torch.testing.assert_close(values[1], values[0], rtol=1e-12, atol=0)
+    assert len(graphs) == 2

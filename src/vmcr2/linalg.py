@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 import torch
@@ -26,6 +27,22 @@ _LOGDET_FAILED = (
     "logdet(I + A) failed: A has overflowed, or its precision is too low for its scale; lower the learning rate, "
     "raise eps_sq or pass float64 features"
 )
+
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+
+
+def untraced(function: Callable[_P, _T]) -> Callable[_P, _T]:
+    """Runs a function as it is within torch.compile, which would cut it at each of its checks into dozens of graphs."""
+
+    @wraps(function)
+    def called(*args: _P.args, **kwargs: _P.kwargs) -> _T:
+        # Only then, since torch.compiler.disable takes two seconds to import what it needs.
+        run = torch.compiler.disable(function) if torch.compiler.is_compiling() else function
+        return run(*args, **kwargs)
+
+    return called
 
 
 def wide_dtype(*tensors: Tensor) -> torch.dtype:

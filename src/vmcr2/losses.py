@@ -11,8 +11,8 @@ import copy
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial, wraps
-from typing import Any, ClassVar, Literal, NamedTuple, ParamSpec, get_args
+from functools import partial
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
@@ -45,7 +45,7 @@ from vmcr2.distributed import (
 )
 from vmcr2.errors import InputError, NotLatchedError, NumericalError
 from vmcr2.latching import MomentStream, batch_statistics, latched_blocks
-from vmcr2.linalg import check_eps_sq, is_batched, rate_dtype, require_finite, wide_dtype
+from vmcr2.linalg import check_eps_sq, is_batched, rate_dtype, require_finite, untraced, wide_dtype
 from vmcr2.membership import Membership, as_membership, as_rows, part_of, read_membership
 from vmcr2.mismatch import Codes, mismatch, precise_mismatch
 from vmcr2.rates import checked_rates, expansion_rate, largest_norm
@@ -53,7 +53,6 @@ from vmcr2.sampling import position_kept
 from vmcr2.subspaces import default_components, nearest_in_dictionary
 from vmcr2.variational import VariationalRates, objective
 
-_P = ParamSpec("_P")
 Step = Literal["ascent", "paper", "simultaneous"]
 Reduction = Literal["mean", "sum"]
 
@@ -72,18 +71,6 @@ _SPOILT = (
     "the dictionary holds NaN or infinite entries, or codes (or mu) so large that the loss overflows; load it or latch "
     "it anew"
 )
-
-
-def _untraced(forward: Callable[_P, Tensor]) -> Callable[_P, Tensor]:
-    """Runs `forward` as it is within torch.compile, which would cut it at each of its checks into dozens of graphs."""
-
-    @wraps(forward)
-    def called(*args: _P.args, **kwargs: _P.kwargs) -> Tensor:
-        # Only then, since torch.compiler.disable takes two seconds to import what it needs.
-        run = torch.compiler.disable(forward) if torch.compiler.is_compiling() else forward
-        return run(*args, **kwargs)
-
-    return called
 
 
 class _OverRanks(nn.Module):
@@ -161,7 +148,7 @@ class MCR2Loss(_OverRanks):
         self.num_classes = num_classes
         self.eps_sq = eps_sq
 
-    @_untraced
+    @untraced
     def forward(
         self, features: Float[Tensor, "m d"], membership: Int[Tensor, " m"] | Shaped[Tensor, "m k"]
     ) -> Float[Tensor, ""]:
@@ -215,7 +202,7 @@ class TotalCodingRateLoss(_OverRanks):
         super().__init__(process_group)
         self.eps_sq = eps_sq
 
-    @_untraced
+    @untraced
     def forward(
         self, features: Float[Tensor, "m d"] | Float[Tensor, "b m d"] | Sequence[Float[Tensor, "_ d"]]
     ) -> Float[Tensor, ""]:
@@ -619,7 +606,7 @@ class VMCR2Loss(_OverRanks):
             **super()._settings(),
         }
 
-    @_untraced
+    @untraced
     def forward(
         self, features: Float[Tensor, "m d"], membership: Int[Tensor, " m"] | Shaped[Tensor, "m k"]
     ) -> Float[Tensor, ""]:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vmcr2.checks import check_number, check_tensor, feature_conditions, read_conditions
 from vmcr2.errors import InputError
-from vmcr2.linalg import FLOAT64_RANGE, bisected, gram, half_logdet, is_batched, rate_dtype, require_finite
+from vmcr2.linalg import FLOAT64_RANGE, bisected, gram, half_logdet, is_batched, rate_dtype, require_finite, untraced
 from vmcr2.membership import Membership, as_membership, moments, weighted_rows
 
 
@@ -33,6 +33,7 @@ class RateReduction(NamedTuple):
         return self.expansion - self.compression
 
 
+@untraced
 def coding_rate(features: Float[Tensor, "*b m d"], *, eps_sq: float = 0.5) -> Float[Tensor, "*b"]:
     """Returns the coding rate R = ½ logdet(I + d/(m ε²) ZᵀZ) of eq. (1), for one matrix or each in a batch.
 
@@ -61,6 +62,7 @@ def coding_rate(features: Float[Tensor, "*b m d"], *, eps_sq: float = 0.5) -> Fl
     return rate
 
 
+@untraced
 def rate_reduction(
     features: Float[Tensor, "m d"],
     membership: Int[Tensor, " m"] | Shaped[Tensor, "m k"],
@@ -90,6 +92,7 @@ def rate_reduction(
     return rates
 
 
+@untraced
 def transrate(
     features: Float[Tensor, "m d"],
     labels: Int[Tensor, " m"] | Shaped[Tensor, "m k"],

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from vmcr2.checks import Condition, check_number, check_tensor, read_conditions
 from vmcr2.errors import InputError
-from vmcr2.linalg import half_logdet, inverse_shifted, require_finite, wide_dtype
+from vmcr2.linalg import half_logdet, inverse_shifted, require_finite, untraced, wide_dtype
 from vmcr2.membership import Membership
 from vmcr2.mismatch import Codes, precise_mismatch
 
@@ -155,6 +155,7 @@ def lipschitz_codes(
     return mu * class_counts * overlap_norms
 
 
+@untraced
 def variational_logdet(factor: Float[Tensor, "*b d r"], *, scale: float = 1.0) -> Float[Tensor, "*b"]:
     """Returns Σ_i log(1 + c ‖U_i‖²), which is at least logdet(I + c U Uᵀ): the bound of Proposition 3.1.
 
