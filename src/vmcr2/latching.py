@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -255,13 +255,19 @@ def batch_statistics(model: Callable[[Tensor], Tensor]) -> Iterator[Callable[[Te
             handle.remove()
         for attributes, values in reversed(lent):
             attributes.update(values)
-        for module in modes:
-            # FSDP keeps the weights of its outermost module gathered until the backward pass, which never comes: an
-            # optimizer made next would train these copies.
-            if hasattr(module, "set_requires_gradient_sync") and hasattr(module, "reshard"):
-                module.reshard()  # pyrefly: ignore[not-callable]
+        _reshard(modes)
         for module, mode in reversed(modes.items()):  # a compiled module, found last, passes its mode on
             module.training = mode
+
+
+def _reshard(modules: Iterable[nn.Module]) -> None:
+    """Parts the weights that FSDP keeps gathered in its outermost module until a backward pass, which never comes.
+
+    An optimizer made next would train the gathered copies.
+    """
+    for module in modules:
+        if hasattr(module, "set_requires_gradient_sync") and hasattr(module, "reshard"):
+            module.reshard()  # pyrefly: ignore[not-callable]
 
 
 def _is_unfinished(module: nn.Module) -> bool:

@@ -58,8 +58,7 @@ _KEPT_A_CLASS = 16  # and at least this many per class
 _GENERATORS = threading.RLock()  # held while torch's global random generators are seeded
 _SAY_SECONDS = 10.0
 # Of features that the network was trained on, which it has pulled apart: cross-validation would find a temperature near
-# 0, and probabilities of 1 for wrong predictions. `_temperature` takes the same share of the energy where it can judge
-# nothing.
+# 0, and probabilities of 1 for wrong predictions. Also taken, as a share of the energy, where nothing can be judged.
 _LEAST_TEMPERATURE = 0.1
 _LARGEST_RATE = 1e30  # float32 holds it
 _LARGEST = 1e150  # squares of larger entries overflow float64; squares of entries below its inverse underflow
@@ -826,7 +825,7 @@ def _temperature(features: Tensor, energies: Tensor, labels: Tensor) -> float:
     """
     known = energies.gather(1, labels[:, None])[:, 0] > 0  # the others' class has no subspace yet
     if not known.any():
-        return 0.1 * (float(features.double().square().sum(1).mean()) or 1.0)
+        return _LEAST_TEMPERATURE * (float(features.double().square().sum(1).mean()) or 1.0)
     scale = float(energies[known].amax(1).mean())
     table, own = energies[known].double() / scale, labels[known, None]
     gains = table - table.gather(1, own)

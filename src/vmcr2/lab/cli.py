@@ -224,11 +224,42 @@ def predict(
     import torch
 
     from vmcr2.lab.files import check_file, write_csv
-    from vmcr2.lab.sources import image_files, read_npy, refuse_unreadable
+    from vmcr2.lab.sources import refuse_unreadable
     from vmcr2.lab.trained import load
 
+    samples, batches = _samples_of(files)
+    if out is not None:
+        check_file("out", out)
+    trained = load(run, components)
+
+    scores = [one for batch in batches for one in _scored(trained, batch)]
+    unreadable = [str(one) for one in scores if isinstance(one, InputError)]
+    if len(unreadable) == len(scores):
+        refuse_unreadable(unreadable)
+    samples = [sample for sample, one in zip(samples, scores, strict=True) if not isinstance(one, InputError)]
+    best = torch.stack([one for one in scores if not isinstance(one, InputError)]).topk(min(2, len(trained.classes)))
+    margins = (best.values[:, 0] - best.values[:, -1]).tolist()
+    names = [trained.classes[j] for j in best.indices[:, 0].tolist()]
+    rows = [(sample, name, f"{gap:.3g}") for sample, name, gap in zip(samples, names, margins, strict=True)]
+    if out is not None:
+        write_csv(out, [("file", "class", "margin"), *rows])
+    for row in rows:
+        print("\t".join(row))
+    for each in unreadable[:-1]:
+        print(f"vmcr2: {each}", file=sys.stderr)
+    refuse_unreadable(unreadable[-1:])
+
+
+def _samples_of(files: Sequence[Path]) -> tuple[list[str], list[Any]]:
+    """Returns the names of samples, and the samples: arrays, and lists of images that come one after the other.
+
+    Raises:
+        InputError: there is none, or a file of an array is damaged (a ValueError).
+    """
+    from vmcr2.lab.sources import image_files, read_npy
+
     samples: list[str] = []
-    batches: list[Any] = []  # an array, or images one after the other
+    batches: list[Any] = []
     for given in files:
         if given.suffix.lower() == ".npy":
             batches.append(read_npy(given))
@@ -246,38 +277,20 @@ def predict(
             batches.append(found)
     if not files:
         raise InputError("files must name at least one image or .npy file, got none")
-    if out is not None:
-        check_file("out", out)
-    trained = load(run, components)
+    return samples, batches
 
-    def scored(images: Any) -> list[Any]:
-        """Returns the scores of each sample, or the error of an image that cannot be read."""
-        try:
-            return list(trained.scores(images))
-        except InputError as error:
-            if not isinstance(images, list) or len(trained.image_shape) == 1:  # no file is to blame
-                raise
-            return [error] if len(images) == 1 else [one for image in images for one in scored([image])]
 
-    scores = []
-    for batch in batches:
-        at_once = _READ_AT_ONCE if isinstance(batch, list) else len(batch)
-        scores += [one for i in range(0, len(batch), at_once) for one in scored(batch[i : i + at_once])]
-    unreadable = [str(one) for one in scores if isinstance(one, InputError)]
-    if len(unreadable) == len(scores):
-        refuse_unreadable(unreadable)
-    samples = [sample for sample, one in zip(samples, scores, strict=True) if not isinstance(one, InputError)]
-    best = torch.stack([one for one in scores if not isinstance(one, InputError)]).topk(min(2, len(trained.classes)))
-    margins = (best.values[:, 0] - best.values[:, -1]).tolist()
-    names = [trained.classes[j] for j in best.indices[:, 0].tolist()]
-    rows = [(sample, name, f"{gap:.3g}") for sample, name, gap in zip(samples, names, margins, strict=True)]
-    if out is not None:
-        write_csv(out, [("file", "class", "margin"), *rows])
-    for row in rows:
-        print("\t".join(row))
-    for each in unreadable[:-1]:
-        print(f"vmcr2: {each}", file=sys.stderr)
-    refuse_unreadable(unreadable[-1:])
+def _scored(trained: Any, batch: Any) -> list[Any]:
+    """Returns the scores of each sample of a batch, or the error of an image that cannot be read."""
+    if isinstance(batch, list) and len(batch) > _READ_AT_ONCE:
+        parts = [batch[i : i + _READ_AT_ONCE] for i in range(0, len(batch), _READ_AT_ONCE)]
+        return [one for part in parts for one in _scored(trained, part)]
+    try:
+        return list(trained.scores(batch))
+    except InputError as error:
+        if not isinstance(batch, list) or len(trained.image_shape) == 1:  # no file is to blame
+            raise
+        return [error] if len(batch) == 1 else [one for image in batch for one in _scored(trained, [image])]
 
 
 def audit(run: _Run, data_root: Path | None = None, top: int = 20) -> None:
