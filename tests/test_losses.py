@@ -540,20 +540,34 @@ def test_functional_call_takes_the_state_dict(structure):
     assert other.state_dict()["dictionary.steps"] == 0
 
 
-@pytest.mark.parametrize("wrong", ["structure", "atoms missing", "codes missing", "steps"])
+WRONG_STATES = {
+    "structure": "size mismatch for dictionary.codes",
+    "atoms missing": "Missing key",
+    "codes missing": "Missing key",
+    "steps": "steps must be >= 0, got -5",
+    "atoms averaged": r"dictionary\.atoms must be of norm 1, got 1 of other norms, such as 0\.5",
+    "atoms not finite": r"dictionary\.atoms must be of norm 1, got 1 of other norms, such as nan",
+    "codes negative": "dictionary.codes must be >= 0 and finite",
+    "codes not finite": "dictionary.codes must be >= 0 and finite",
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_STATES)
 def test_a_state_that_is_refused_changes_nothing(wrong):
     z, labels = unit_rows(30, 8), random_labels(30, 3)
     loss = vmcr2.VMCR2Loss(3, 8, atoms_per_class=2).double()
     state = loss_at(z, labels, 3, 2, structure="block" if wrong == "structure" else "shared").state_dict()
     if wrong == "steps":
         state["dictionary.steps"] = torch.tensor(-5)
-    elif wrong != "structure":
+    elif wrong.endswith("missing"):
         del state[f"dictionary.{wrong.split()[0]}"]
+    elif wrong == "atoms averaged":
+        state["dictionary.atoms"][:, 1] *= 0.5
+    elif wrong != "structure":
+        state[f"dictionary.{wrong.split()[0]}"][0, 1] = -1 if wrong.endswith("negative") else torch.nan
     state["dictionary.first_class"] = torch.zeros(1)  # which only a sharded dictionary has, and no state
     before = snapshot(loss)
-    with pytest.raises(
-        RuntimeError, match=r"size mismatch for dictionary.codes|Missing key|steps must be >= 0, got -5"
-    ):
+    with pytest.raises(RuntimeError, match=WRONG_STATES[wrong]):
         loss.load_state_dict(state)
     assert_unchanged(loss, before)
     with pytest.raises(vmcr2.NotLatchedError):
@@ -764,9 +778,7 @@ def test_a_dictionary_that_is_not_finite_is_a_numerical_error_in_eval_mode_too(s
     z, labels = unit_rows(30, 8), random_labels(30, 3)
     for s in (1, 2):
         loss = loss_at(z, labels, 3, s, structure=structure).eval()
-        state = snapshot(loss)
-        state[f"dictionary.{name}"][0, 0] = value
-        loss.load_state_dict(state)
+        loss.get_buffer(f"dictionary.{name}")[0, 0] = value
         calls = [lambda f=loss: f(z, labels), lambda f=loss: f.rates(z, labels)]
         if structure == "block":
             calls.append(lambda f=loss: f.nearest_class(z))

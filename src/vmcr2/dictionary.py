@@ -340,6 +340,21 @@ def _in_columns(by_class: Tensor) -> Tensor:
     return by_class if by_class.ndim == 1 else by_class.flatten(0, -2).T
 
 
+_NORM_TOLERANCE = 0.02  # what bfloat16 rounds away, several times over
+
+
+def _wrong_values(parts: dict[str, Tensor | None]) -> Iterator[str]:
+    """Yields what no dictionary can hold, such as the mean of several: the signs of its atoms differ."""
+    atoms, codes = parts.get("atoms"), parts.get("codes")
+    if atoms is not None and not atoms.is_meta:
+        norms = torch.linalg.vector_norm(atoms.float(), dim=0)
+        far = ~((norms - 1).abs() < _NORM_TOLERANCE)  # so that NaN is far
+        if far.any():
+            yield f"atoms must be of norm 1, got {int(far.sum())} of other norms, such as {norms[far][0].item():.3g}"
+    if codes is not None and not codes.is_meta and not bool(((codes >= 0) & codes.isfinite()).all()):
+        yield "codes must be >= 0 and finite"
+
+
 class Dictionary(nn.Module):
     """Γ and Ã as buffers: in `state_dict`, moved by `.to`, never changed in eval mode.
 
@@ -481,6 +496,7 @@ class Dictionary(nn.Module):
                 wrong.append(f"size mismatch for {prefix}{name}: it must be {of}, got {got}")
         if steps < 0:
             wrong.append(f"{prefix}steps must be >= 0, got {steps}")
+        wrong = wrong or [f"{prefix}{text}" for text in _wrong_values(parts)]
         absent = [f"{prefix}{name}" for name in ("atoms", "codes") if name not in loaded]
         if wrong or (strict and absent):  # load nothing: some buffers without the others make no dictionary
             error_msgs += wrong
