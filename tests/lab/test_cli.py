@@ -279,7 +279,15 @@ def test_a_folder_is_trained_on_by_itself(leaves, capsys):
     assert "chosen for leaves: 2 classes, 16 training samples, the smallest image train/ash/0.png; network mlp" in said
     assert "feature_dim 16, images scaled to 10" in said
     assert main(["train", "--resume", out]) == 0
-    assert "nothing to do" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "nothing to do" in said
+    assert "chosen for" not in said  # nothing was
+
+
+def test_versions_of_a_folder_are_recipes_of_their_own(leaves, tmp_path):
+    for name in ("leaves.v1", "leaves.v2"):
+        shutil.copytree(leaves / "leaves", tmp_path / name)
+        assert recipes.find(str(tmp_path / name)).name == name
 
 
 def test_a_folder_named_as_a_data_set_is_the_users_own(leaves, tmp_path, monkeypatch):
@@ -320,6 +328,8 @@ def test_a_run_goes_on_where_its_data_has_moved_to(leaves, tmp_path, capsys):
     assert main(["evaluate", out]) == 2
     said = capsys.readouterr().err
     assert f"got no file or folder {tmp_path / 'here'}; if it has moved, say so once: vmcr2 train --resume" in said
+    assert main(["train", "--resume", out, "--epochs", "3"]) == 2
+    assert "if it has moved, say so once: vmcr2 train --resume" in capsys.readouterr().err
     moved = ["train", "--resume", out, "--data.source", str(tmp_path / "there")]
     assert main(moved) == 0
     after = json.loads((tmp_path / "run" / "summary.json").read_text())
@@ -373,6 +383,51 @@ def test_a_pipe_that_is_closed_early_is_no_error(leaves, tmp_path):
     assert shut.wait() == 0
     assert len((tmp_path / "p.csv").read_text().splitlines()) == 4
     assert RunFolder.open(tmp_path / "run").is_complete()
+
+
+def test_closed_output_is_no_error(leaves, tmp_path):
+    train = f"train {leaves / 'leaves'} --epochs 1 --device cpu --out {tmp_path / 'run'}"
+    command = "import os, sys; os.close(1); sys.stdout = None\n" + COMMANDS
+    done = subprocess.run([sys.executable, "-c", command, train], check=False, stderr=subprocess.PIPE)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert RunFolder.open(tmp_path / "run").is_complete()
+
+
+def test_a_run_that_diverges_is_left_out_of_a_comparison(tmp_path, capsys):
+    out = tmp_path / "all"
+    command = ["compare", "digits", *QUICK, "--objectives", "vmcr2", "ce", "--vmcr2.lr", "1e20", "--out", str(out)]
+    assert main(command) == 0
+    said = capsys.readouterr()
+    assert f"{out / 'vmcr2-seed0'} is left out: training diverged in epoch 1" in said.err
+    assert "cross-entropy" in said.out
+    assert [each["objective"] for each in json.loads((out / "comparison.json").read_text())] == ["ce"]
+    right = [flag for flag in command if flag not in ("--vmcr2.lr", "1e20")]
+    assert main(right) == 2
+    assert "start a run in a folder of its own; this one has no epoch yet" in capsys.readouterr().err
+    assert main(["compare", "digits", *QUICK, "--vmcr2.lr", "1e20", "--objective", "vmcr2", "--out", str(out)]) == 3
+    assert "every run in" in capsys.readouterr().err
+
+
+def test_runs_of_different_length_are_marked_in_a_comparison():
+    summaries = [{"objective": name, "epochs": epochs} for name, epochs in (("ce", 3), ("ce", 3), ("mcr2", 4))]
+    keys = ("train_expansion", "train_compression", "train_reduction", "test_accuracy", "head_accuracy")
+    summaries = [one | dict.fromkeys((*keys, "seconds_per_epoch"), 1.0) for one in summaries]
+    assert [row[0] for row in sweep.rows(summaries)] == ["cross-entropy, 3 epochs", "MCR², 4 epochs"]
+    assert [row[0] for row in sweep.rows(summaries[:2])] == ["cross-entropy"]
+
+
+def test_a_name_with_a_tab_is_one_field(leaves, tmp_path, capsys):
+    shutil.copy(leaves / "leaves" / "test" / "ash" / "0.png", tmp_path / "a\tb\n.png")
+    assert main(["predict", str(leaves / "run"), str(tmp_path / "a\tb\n.png")]) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.split("\t")[0] == str(tmp_path / "a b .png")
+
+
+def test_a_run_that_cannot_be_written_to_is_refused_before_anything_is_measured(leaves, monkeypatch, capsys):
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    for command in ("evaluate", "audit"):
+        assert main([command, str(leaves / "run")]) == 2
+        assert "must be a folder that can be written to" in capsys.readouterr().err
 
 
 def test_predict_with_fewer_components_is_what_evaluate_measured(leaves, tmp_path, capsys):

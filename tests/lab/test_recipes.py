@@ -40,6 +40,7 @@ from vmcr2.lab.recipes import CESettings, Recipe, VMCR2Settings
         ("vmcr2.expand must be a finite number >= 0, got -1", {"vmcr2": {"expand": -1}}),
         ("vmcr2.expand_until must be a finite number > 0 and at most 1, got 0", {"vmcr2": {"expand_until": 0}}),
         ("ce.scale must be a finite number > 0, got -1", {"ce": {"scale": -1}}),
+        ("feature_dim must be an integer >= 2, got 1", {"feature_dim": 1}),
         (r"vmcr2.atoms_per_class must be at most 128 \(feature_dim\), got 500", {"vmcr2": {"atoms_per_class": 500}}),
     ],
 )

@@ -100,6 +100,13 @@ def test_figures_are_drawn_from_the_runs_of_the_table(small, tmp_path):
         assert (runs / name / "checkpoint.pt").stat().st_mtime_ns == time
 
 
+def test_a_run_is_no_folder_for_tables(small, tmp_path):
+    request = Request(rows=("mnist",), objectives=("ce",), train_size=200, epochs=1, out=tmp_path)
+    reproduce.table2(request, QUIET)
+    with pytest.raises(InputError, match="out must be a folder to hold runs, got .*which is a run itself"):
+        reproduce.noise(replace(request, rows=(), out=tmp_path / "mnist-first200" / "ce-seed0"), QUIET)
+
+
 def test_wrong_labels_have_a_table_and_a_figure(small, tmp_path):
     request = Request(rows=("mnist-noise0", "mnist-noise50"), objectives=("ce",), epochs=1, out=tmp_path)
     text, record, figure = reproduce.noise(request, QUIET)
@@ -120,6 +127,8 @@ def test_a_run_that_diverges_leaves_the_others(small, monkeypatch, tmp_path, cap
     assert "mnist, vmcr2, seed 0 is left out: training diverged" in capsys.readouterr().out
     with pytest.raises(NumericalError, match="every run of table2 diverged"):
         reproduce.table2(replace(request, objectives=("vmcr2",), out=tmp_path / "other"), QUIET)
+    with pytest.raises(NumericalError, match="every run of table2 diverged"):  # though there is a table to show
+        reproduce.table2(replace(request, objectives=("vmcr2",)), QUIET)
 
 
 def test_a_run_stands_when_the_settings_of_another_objective_change(small, monkeypatch, tmp_path):
@@ -177,6 +186,7 @@ def test_timings_are_kept_row_by_row(monkeypatch, tmp_path):
         (reproduce.table2, Request(seeds=()), "seeds must name at least one"),
         (reproduce.figure2, Request(seeds=(0, 1)), "seeds must name exactly one for figure2"),
         (reproduce.table1, Request(epochs=3, ours=True), "epochs, ours must be left out for table1"),
+        (reproduce.table1, Request(seeds=(3,)), "seeds must be left out for table1"),
     ],
 )
 def test_what_the_paper_does_not_have_is_refused(tmp_path, target, request_, said):

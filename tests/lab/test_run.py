@@ -285,7 +285,7 @@ def test_folders_that_are_taken(tmp_path):
         pass
     with pytest.raises(InputError, match="a run is there already; continue it with --resume"):
         train.start(SMALL, tmp_path / "run")
-    with pytest.raises(InputError, match=r"has no summary\.json: it is not complete"):
+    with pytest.raises(InputError, match=r"run is not complete; finish it with vmcr2 train --resume .*run"):
         RunFolder.open(tmp_path / "run").summary()
 
 
@@ -321,6 +321,74 @@ def test_a_second_run_in_a_folder_leaves_the_recipe_of_the_first(tmp_path, monke
     with pytest.raises(InputError, match="a run is there already"), RunFolder.created(run.path, other):
         pass
     assert run.recipe().seed == SMALL.seed
+
+
+def test_a_run_that_goes_on_drops_what_was_measured_of_the_shorter_one(tmp_path):
+    run = train.start(replace(SMALL, epochs=2), tmp_path / "run")
+    run.figures.mkdir()
+    measured = (run.evaluation_file, run.suspects_file, run.suspects_figure)
+    for file in measured:
+        file.write_text("of two epochs")
+
+    def interrupt(_):
+        raise KeyboardInterrupt
+
+    train.resume(run)  # a run that is left alone keeps them
+    assert all(file.exists() for file in measured)
+    with pytest.raises(KeyboardInterrupt):
+        train.resume(run, replace(SMALL, epochs=4), on_epoch=interrupt)
+    assert not any(file.exists() for file in measured)
+    with pytest.raises(InputError, match="is not complete; finish it with vmcr2 train --resume"):
+        figures.draw_run(run)  # with the features of one length and the rates of another
+    train.resume(run)
+    assert figures.draw_run(run)
+
+
+def test_features_that_are_lost_or_damaged_can_be_had_again_as_the_message_says(tmp_path):
+    run = train.start(replace(SMALL, epochs=2), tmp_path / "run")
+    before = run.features()
+    for spoil in (run.features_file.unlink, lambda: run.features_file.write_bytes(b"PK")):
+        spoil()
+        with pytest.raises(InputError, match=r"features\.npz is .*--resume .* writes it again.* summary\.json"):
+            figures.draw_run(run)
+        run.summary_file.unlink()
+        train.resume(run)
+        assert all((run.features()[name] == before[name]).all() for name in before)
+
+
+def test_ctrl_c_while_an_epoch_is_measured_keeps_that_epoch(tmp_path, monkeypatch):
+    recipe = replace(SMALL, checkpoint_seconds=0.0)  # so that every epoch before is on disk
+    real = train.extract
+
+    def measured(*given):
+        if RunFolder(tmp_path / "run").metrics()[-1:] and len(RunFolder(tmp_path / "run").metrics()) == 1:
+            signal.raise_signal(signal.SIGINT)
+        return real(*given)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(train, "extract", measured)
+        with pytest.raises(train.Interrupted):
+            train.start(recipe, tmp_path / "run")
+    run = RunFolder(tmp_path / "run")
+    assert run.load_checkpoint()["epoch"] == 2
+    unbroken = train.start(recipe, tmp_path / "unbroken")
+    assert without_times([train.resume(run).summary()]) == without_times([unbroken.summary()])
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs the device /dev/full, of Linux")
+def test_a_full_disk_ends_a_run_that_can_be_resumed(tmp_path, monkeypatch, capsys):
+    recipe = from_file(SMALL, tmp_path / "data.npz")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".checkpoint.part").symlink_to("/dev/full")
+    recipe_file = tmp_path / "recipe.json"
+    recipe_file.write_text(recipes.to_json(recipe))
+    assert main(["train", str(recipe_file), "--out", str(tmp_path / "run")]) == 2
+    said = capsys.readouterr().err
+    assert "run/checkpoint.pt: cannot be written: No space left on device; to continue: vmcr2 train --resume" in said
+    monkeypatch.setattr(figures, "draw_run", lambda run: [])
+    assert main(shlex.split(said.strip().rpartition("continue: ")[2])[1:]) == 0
+    unbroken = train.start(recipe, tmp_path / "unbroken")
+    assert without_times([RunFolder(tmp_path / "run").summary()]) == without_times([unbroken.summary()])
 
 
 def test_a_file_that_cannot_be_written_leaves_the_old_one_and_no_half(tmp_path):

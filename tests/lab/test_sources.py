@@ -116,6 +116,12 @@ def test_npz_of_images_and_of_embeddings(tmp_path):
     assert vectors.train_inputs.shape == (20, 7)
 
 
+def test_classes_without_a_training_sample_are_said(tmp_path):
+    path = write_npz(tmp_path / "gap.npz", class_names=np.array(["a", "b", "c", "d", "elm"]))
+    with pytest.warns(UserWarning, match=r"1 of the 5 classes of .*gap\.npz have no training sample, such as elm"):
+        assert sources.load(DataSettings(source=str(path))).num_classes == 5
+
+
 @pytest.mark.parametrize(
     ("message", "changed"),
     [

@@ -183,9 +183,21 @@ def test_an_export_that_fails_can_be_made_again(run, tmp_path, monkeypatch, name
         patched.setattr(trained, name, full)
         with pytest.raises(OSError, match="no space"):
             trained.export(loaded, tmp_path / "out")
-    assert not list((tmp_path / "out").iterdir())
+    assert not (tmp_path / "out").exists()
     trained.export(loaded, tmp_path / "out")
     vmcr2.load(tmp_path / "out")
+
+
+def test_an_export_to_a_full_disk_says_so(run, tmp_path, monkeypatch):
+    import safetensors.torch
+
+    def full(*_):
+        raise safetensors.SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(safetensors.torch, "save_model", full)
+    with pytest.raises(OSError, match=r"out cannot be written: .*No space left on device"):
+        trained.export(vmcr2.load(run), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_hubs_mixin_writes_and_reads_the_same_folder_offline(run, tmp_path):

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import vmcr2
 from vmcr2.lab import figures
 from vmcr2.lab.evaluate import extract
-from vmcr2.lab.files import write_csv
+from vmcr2.lab.files import check_writable, write_csv
 from vmcr2.lab.run import RunFolder
 from vmcr2.lab.trained import Checkpoint
 
@@ -53,6 +53,7 @@ def audit(run: RunFolder, data_root: str | Path | None = None) -> Audit:
         InputError: the run has no checkpoint, or its data is missing or has other classes (a ValueError).
     """
     checkpoint = Checkpoint.open(run)
+    check_writable(run.path)
     model, dataset, recipe = checkpoint.model().model, checkpoint.data(data_root), checkpoint.recipe
     features = extract(model, dataset, recipe.augmentation, recipe.batch_size, recipe.precision).train
     judged = vmcr2.label_quality(features, dataset.train_labels)
@@ -61,10 +62,10 @@ def audit(run: RunFolder, data_root: str | Path | None = None) -> Audit:
         Suspect(dataset.train_name(i), names[judged.labels[i]], names[judged.suggested[i]], float(judged.scores[i]))
         for i in judged.suspects.tolist()
     ]
-    written = [run.path / "suspects.csv"]
+    written = [run.suspects_file]
     lines = [(one.sample, one.given, one.suggested, f"{one.score:.4f}") for one in suspects]
     write_csv(written[0], [("sample", "given", "suggested", "score"), *lines])
+    run.suspects_figure.unlink(missing_ok=True)  # of an earlier audit
     if suspects and dataset.train_inputs.ndim == 4:
-        path = run.figures / "suspects.png"
-        written.append(figures.draw_suspects(dataset, judged, path, recipe.name))
+        written.append(figures.draw_suspects(dataset, judged, run.suspects_figure, recipe.name))
     return Audit(suspects, written, len(judged.scores))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import shlex
 import sys
 import warnings
@@ -19,7 +20,8 @@ from vmcr2.checks import did_you_mean
 from vmcr2.distributed import world_size
 from vmcr2.errors import InputError, NumericalError
 from vmcr2.lab import processes
-from vmcr2.lab.recipes import CHOSEN_FOR, OBJECTIVES, RECIPES, ObjectiveName, Recipe, find, named, to_json
+from vmcr2.lab.files import check_writable, describe_refusal
+from vmcr2.lab.recipes import OBJECTIVES, RECIPES, ObjectiveName, Recipe, find, is_data, named, to_json
 
 if TYPE_CHECKING:
     from vmcr2.lab.run import RunFolder
@@ -47,6 +49,7 @@ chosen (docs/data.md). Every field is a flag: vmcr2 train RECIPE --help shows th
 
 _Given = TypeVar("_Given")
 _READ_AT_ONCE = 256  # images
+_FIELD_ENDS = re.compile(r"[\t\r\n]")
 _Run = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
 
 
@@ -66,11 +69,9 @@ class _Options:
 
     Attributes:
         data_root: folder of named data sets; also $VMCR2_DATA_ROOT. By default ./data.
-        out: the folder to write to; by default runs/<recipe>-<objective>-seed<seed>, for compare runs/<recipe>.
     """
 
     data_root: Path | None = None
-    out: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -78,9 +79,11 @@ class _TrainOptions(_Options):
     """The options of train besides the recipe.
 
     Attributes:
+        out: the run folder to write to; by default runs/<recipe>-<objective>-seed<seed>.
         resume: the run folder to continue. With it only --epochs may change, and --data.source if the data has moved.
     """
 
+    out: Path | None = None
     resume: Path | None = None
 
 
@@ -89,10 +92,12 @@ class _CompareOptions(_Options):
     """The options of compare besides the recipe.
 
     Attributes:
+        out: the folder to write to; by default runs/<recipe>.
         objectives: which to run; --objective runs only that one.
         seeds: which to run each with; --seed runs only that one.
     """
 
+    out: Path | None = None
     objectives: tuple[ObjectiveName, ...] = tuple(OBJECTIVES)
     seeds: tuple[int, ...] = (0,)
 
@@ -109,7 +114,11 @@ def _train(arguments: list[str]) -> None:
     if processes.is_first():
         from vmcr2.lab import figures
 
-        figures.draw_run(run)
+        try:
+            figures.draw_run(run)
+        except KeyboardInterrupt:
+            _say(f"{run.path} is complete but for its figures: vmcr2 plot {run.path}")
+            raise
         summary = run.summary()
         _show(f"{summary['recipe']}, {summary['epochs']} epochs", [summary])
         _say(f"run folder: {run.path}")
@@ -130,6 +139,7 @@ def _to_train(arguments: list[str]) -> tuple[RunFolder | None, Recipe, _TrainOpt
         return run, recipe, options
     chosen = _recipe(name, "train", flags, deciding)
     recipe, options = _parse(f"train {name or chosen.name}", chosen, _TrainOptions, flags)
+    _say_what_was_chosen(name, recipe)
     out = options.out or Path("runs") / f"{recipe.name}-{recipe.objective}-seed{recipe.seed}"
     # torchrun --max-restarts starts the same command again, which then finds the run that it began.
     again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and RunFolder(out).is_begun()
@@ -142,6 +152,7 @@ def _compare(arguments: list[str]) -> None:
     name, flags, deciding = _split(arguments)
     chosen = _recipe(name, "compare", flags, deciding)
     recipe, options = _parse(f"compare {name or chosen.name}", chosen, _CompareOptions, flags)
+    _say_what_was_chosen(name, recipe)
     objectives = options.objectives if deciding.objective is None else (recipe.objective,)
     seeds = options.seeds if deciding.seed is None else (recipe.seed,)
     out = options.out or Path("runs") / recipe.name
@@ -167,6 +178,7 @@ def evaluate(run: _Run, data_root: Path | None = None, components: tuple[int, ..
     from vmcr2.subspaces import default_components
 
     checkpoint = Checkpoint.open(run)
+    check_writable(run)
     recipe = checkpoint.recipe
     for r in components:
         check_count("components", r, at_most=recipe.feature_dim, limit="feature_dim")
@@ -181,7 +193,7 @@ def evaluate(run: _Run, data_root: Path | None = None, components: tuple[int, ..
     names = {r: f"test_accuracy, {r} component{'s' * (r > 1)}" for r in by_components}
     shown += [(names[r], f"{value:.4f}") for r, value in by_components.items()]
     _console().print(table(f"{run}", ("measure", "value"), shown))
-    write_json(run / "evaluation.json", measured | {"accuracy_by_components": by_components})
+    write_json(checkpoint.run.evaluation_file, measured | {"accuracy_by_components": by_components})
 
 
 def plot(run: _Run) -> None:
@@ -244,7 +256,7 @@ def predict(
     if out is not None:
         write_csv(out, [("file", "class", "margin"), *rows])
     for row in rows:
-        print("\t".join(row))
+        print("\t".join(_FIELD_ENDS.sub(" ", field) for field in row))
     for each in unreadable[:-1]:
         print(f"vmcr2: {each}", file=sys.stderr)
     refuse_unreadable(unreadable[-1:])
@@ -474,12 +486,15 @@ def _parse(command: str, default: Recipe, kind: type[_Given], flags: list[str]) 
     ]
     both = dataclasses.make_dataclass("both", fields)
     parsed = tyro.cli(both, args=flags, prog=f"vmcr2 {command}")
-    chosen: Recipe = parsed.recipe
-    if chosen.about.startswith(CHOSEN_FOR):
-        split = f", {chosen.data.validation:.0%} of each class held out" if chosen.data.validation else ""
-        size = "" if chosen.data.image_size is None else f", images scaled to {chosen.data.image_size} a side"
-        _say(f"{chosen.about}{split}; network {chosen.network}, feature_dim {chosen.feature_dim}{size}")
-    return chosen, parsed.options
+    return parsed.recipe, parsed.options
+
+
+def _say_what_was_chosen(name: str | None, recipe: Recipe) -> None:
+    if name is None or not is_data(name):
+        return
+    split = f", {recipe.data.validation:.0%} of each class held out" if recipe.data.validation else ""
+    size = "" if recipe.data.image_size is None else f", images scaled to {recipe.data.image_size} a side"
+    _say(f"{recipe.about}{split}; network {recipe.network}, feature_dim {recipe.feature_dim}{size}")
 
 
 def _show(title: str, summaries: Sequence[dict]) -> None:
@@ -521,7 +536,7 @@ def _warner() -> Callable[..., None]:
 
 
 def _how_to_continue(error: BaseException, given: list[str]) -> str:
-    """Returns the command that continues what Ctrl-C or the loss of a process ended."""
+    """Returns the command that continues what Ctrl-C, a full disk or the loss of a process ended."""
     if given[0] in ("compare", "reproduce"):  # these continue what exists
         return shlex.join(["vmcr2", *given])
     run = getattr(error, "run", None)
@@ -542,6 +557,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Under torchrun the first process reads and writes for all, and the first one to fail says why.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # a service may have closed it
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (for as long as the process lives)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a Windows code page may have no Δ
             stream.reconfigure(errors="replace")
@@ -571,7 +589,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except BrokenPipeError:
             _drop_output()
         except (InputError, OSError) as error:
-            launch.last_words(f"vmcr2: {error}")
+            text = describe_refusal(error) if isinstance(error, OSError) else str(error)
+            command = _how_to_continue(error, given) if hasattr(error, "run") else ""
+            launch.last_words(f"vmcr2: {text}{f'; to continue: {command}' if command else ''}")
             return 2
         except NumericalError as error:
             launch.last_words(f"vmcr2: {error}")

@@ -7,7 +7,7 @@ import io
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -24,6 +24,7 @@ def replacing(path: Path, part: str | None = None) -> Iterator[IO[bytes]]:
 
     Raises:
         InputError: the folder may not be written to (a ValueError).
+        OSError: the system refuses to write, as when the disk is full; it names the path.
     """
     written = path.with_name(f".{path.name}.{os.getpid()}.part" if part is None else part)
     try:
@@ -36,9 +37,33 @@ def replacing(path: Path, part: str | None = None) -> Iterator[IO[bytes]]:
             file.flush()
             os.fsync(file.fileno())
         written.replace(path)
-    except BaseException:
-        written.unlink(missing_ok=True)
-        raise
+    except BaseException as error:
+        with suppress(OSError):  # where nothing can be written, nothing is left behind
+            written.unlink(missing_ok=True)
+        refusal = _refusal(error)
+        if refusal is None or refusal.errno is None:
+            raise
+        raise OSError(refusal.errno, f"cannot be written: {refusal.strerror}", str(path)) from error
+
+
+def _refusal(error: BaseException) -> OSError | None:
+    """Returns the system's error, which torch.save hides behind one of its own; None if there is none."""
+    if isinstance(error, OSError):
+        return error
+    hidden = error.__context__ if isinstance(error, RuntimeError) else None
+    return hidden if isinstance(hidden, OSError) else None
+
+
+def describe_refusal(error: OSError) -> str:
+    """Returns the system's error in words, with its file."""
+    text = error.strerror or str(error)
+    return text if error.filename is None else f"{error.filename}: {text}"
+
+
+def check_writable(folder: Path) -> None:
+    """Raises InputError if nothing can be written in a folder that exists."""
+    if not os.access(folder, os.W_OK):
+        raise InputError(f"{folder} must be a folder that can be written to, got one that cannot")
 
 
 def write_atomically(path: Path, content: bytes) -> None:

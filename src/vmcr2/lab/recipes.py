@@ -196,7 +196,8 @@ class Recipe:
         check_count("seed", self.seed, at_least=0, at_most=2**40)
         if not self.name or not self.name.replace("-", "").replace("_", "").replace(".", "").isalnum():
             raise InputError(f"name must be letters, digits, '-', '_' and '.', got {self.name!r}")
-        for name in ("epochs", "feature_dim", "evaluate_every"):
+        check_count("feature_dim", self.feature_dim, at_least=2)  # on one line, classes cannot be orthogonal
+        for name in ("epochs", "evaluate_every"):
             check_count(name, getattr(self, name))
         check_count("batch_size", self.batch_size, at_least=2)
         check_count("warmup_epochs", self.warmup_epochs, at_least=0, at_most=self.epochs, limit="epochs")
@@ -271,7 +272,6 @@ _OURS = (
         ce=CESettings(lr=2.0),
     ),
 )
-CHOSEN_FOR = "chosen for"  # how `about` begins if `for_data` made the recipe
 _LARGEST_SIDE = 64  # `for_data` scales a folder's images down to this
 RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in _OURS}
 
@@ -302,7 +302,7 @@ def find(name: str, image_size: int | None = None) -> Recipe:
         return known[name]
     if name.endswith(".json"):
         return from_json(Path(name))
-    if name.endswith(".npz") or Path(name).is_dir():
+    if is_data(name):
         return for_data(Path(name), image_size)
     if Path(name).name != name:
         raise InputError(f"recipe or data must be a file or folder that exists, got {name!r}")
@@ -311,6 +311,11 @@ def find(name: str, image_size: int | None = None) -> Recipe:
         f"recipe must be one of {', '.join(known)}, a .json file, or data: a .npz file or a folder of images by class; "
         f"got {name!r}{hint}"
     )
+
+
+def is_data(name: str) -> bool:
+    """Whether `find` takes the name for data, for which it chooses a recipe."""
+    return name not in named() and (name.endswith(".npz") or (not name.endswith(".json") and Path(name).is_dir()))
 
 
 def for_data(path: Path, image_size: int | None = None) -> Recipe:
@@ -325,7 +330,7 @@ def for_data(path: Path, image_size: int | None = None) -> Recipe:
     """
     found = sources.outline(path)
     k, shape = found.num_classes, found.shapes[0]
-    about = f"{CHOSEN_FOR} {path.name}: {k} classes, {found.samples} training samples"
+    about = f"chosen for {path.name}: {k} classes, {found.samples} training samples"
     if found.ignored:
         about += f" (ignored: {found.ignored})"
     if path.is_dir() and (len(found.shapes) > 1 or max(shape[1:]) > _LARGEST_SIDE) and image_size is None:
@@ -339,7 +344,8 @@ def for_data(path: Path, image_size: int | None = None) -> Recipe:
     crops = len(shape) == 3 and shape[1] == shape[2]
     side = min(shape[1:], default=0)
     network = "mlp" if side < 16 else "conv4" if side <= 48 else "resnet18"
-    name = re.sub(r"[^\w.-]", "-", path.resolve().stem, flags=re.ASCII).strip("-") or "data"
+    called = path.resolve().name if path.is_dir() else path.resolve().stem
+    name = re.sub(r"[^\w.-]", "-", called, flags=re.ASCII).strip("-") or "data"
     return Recipe(
         name=name,
         about=about,

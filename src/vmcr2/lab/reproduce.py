@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from vmcr2.lab.paper import FIGURE1, FIGURE2, TABLE2, TABLE3, Printed
 from vmcr2.lab.recipes import OBJECTIVES, ObjectiveName, Recipe
 from vmcr2.lab.run import RunFolder
 from vmcr2.lab.sources import load, resolved
-from vmcr2.lab.sweep import completed, measured_on, refuse_conflicts
+from vmcr2.lab.sweep import completed, measured_on, refuse_conflicts, refuse_run
 from vmcr2.lab.terminal import describe_device, markdown_table
 
 Rows = dict[str, dict[ObjectiveName, Printed]]
@@ -127,6 +127,7 @@ def _runs(
     """Yields the complete runs of every row and objective; the whole request is checked before anything runs."""
     if not request.seeds:
         raise InputError("seeds must name at least one")
+    refuse_run(request.out)
     if request.ours:
         rows = {row: cells for row, cells in rows.items() if f"{row.partition('-noise')[0]}-ours" in recipes.named()}
         name += " --ours"
@@ -184,7 +185,9 @@ def _mean(summaries: list[dict[str, Any]], key: str) -> float | None:
 def _table(request: Request, rows: Rows, name: str, console: Console) -> list[Path]:
     """Runs what is requested and writes the table of everything that this and earlier calls have run."""
     text, record = request.path(name, "md"), request.path(name, "json")
+    diverged = True
     for row, _, runs in _runs(request, rows, name, console):
+        diverged = False
         # After every run, so that an interruption loses nothing.
         sizes = {"train_size": request.train_size, "test_size": request.test_size}
         fresh = [{"row": row} | sizes | run.summary() for run in runs]
@@ -194,7 +197,7 @@ def _table(request: Request, rows: Rows, name: str, console: Console) -> list[Pa
         lines = sorted(known.values(), key=lambda line: (place[_identity(line)[:2]], line["seed"]))
         write_json(record, lines)
         write_atomically(text, _rendered(lines, rows, name, request.ours).encode())
-    if not text.is_file():
+    if diverged:
         raise NumericalError(f"every run of {name} diverged, there is nothing to show")
     console.print(text.read_text(encoding="utf-8"), highlight=False, soft_wrap=True)
     return [text, record]
@@ -235,7 +238,7 @@ def _rendered(records: list[dict[str, Any]], rows: Rows, name: str, ours: bool) 
             [
                 f"{row}, {OBJECTIVES[objective]}",
                 ", ".join(str(member["seed"]) for member in members),
-                ", ".join(sorted({str(member["epochs"]) for member in members})),
+                ", ".join(map(str, sorted({member["epochs"] for member in members}))),
                 _beside(_mean(members, "train_expansion"), None, 2),
                 _beside(_mean(members, "train_compression"), None, 2),
                 _beside(_mean(members, "train_reduction"), printed.reduction, 2),
@@ -274,12 +277,12 @@ _NOTES: dict[str, tuple[str, ...]] = {
 def table1(request: Request, console: Console) -> list[Path]:
     """Times an epoch of every row, once per device and version of torch."""
     unused = [
-        name for name in ("objectives", "epochs", "train_size", "test_size", "evaluate_every") if getattr(request, name)
+        each.name
+        for each in fields(request)
+        if each.name not in ("rows", "out") and getattr(request, each.name) != each.default
     ]
-    if unused or request.ours:
-        raise InputError(
-            f"{', '.join([*unused, *['ours'] * request.ours])} must be left out for table1, which times steps"
-        )
+    if unused:
+        raise InputError(f"{', '.join(unused)} must be left out for table1, which times steps")
     rows = request.chosen(dict.fromkeys(bench.WORKLOADS), "table1")
     device = train.chosen_device("auto")
     where = describe_device(device)

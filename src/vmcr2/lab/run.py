@@ -8,6 +8,7 @@ summary.json     the final numbers; exists once the run is complete
 evaluation.json  what `vmcr2 evaluate` measured
 suspects.csv     what `vmcr2 audit` found
 figures/*.png
+.lock.part       locked while a process writes
 """
 
 from __future__ import annotations
@@ -71,7 +72,10 @@ class RunFolder:
     previous_checkpoint_file = _Inside("checkpoint.previous.pt")
     features_file = _Inside("features.npz")
     summary_file = _Inside("summary.json")
+    evaluation_file = _Inside("evaluation.json")
+    suspects_file = _Inside("suspects.csv")
     figures = _Inside("figures")
+    suspects_figure = _Inside("figures/suspects.png")
 
     @classmethod
     @contextmanager
@@ -137,6 +141,12 @@ class RunFolder:
     def is_complete(self) -> bool:
         """Whether the run has reached its end."""
         return self.summary_file.is_file()
+
+    def drop_results(self) -> None:
+        """Deletes what was measured on a run that now goes on, the summary first."""
+        measured = (self.features_file, self.evaluation_file, self.suspects_file, self.suspects_figure)
+        for file in (self.summary_file, *measured):
+            file.unlink(missing_ok=True)
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -247,17 +257,25 @@ class RunFolder:
         """Returns the arrays of features.npz.
 
         Raises:
-            InputError: the run has not written it yet (a ValueError).
+            InputError: the run is not complete, or the file is damaged (a ValueError).
         """
+        self._check_complete()
         if not self.features_file.is_file():
-            raise InputError(
-                f"{self.path} has no {self.features_file.name}: it is not complete; finish it with vmcr2 train --resume"
-            )
+            raise InputError(f"{self.features_file} is missing; {self._renewed}")
         try:
             with np.load(self.features_file, allow_pickle=False) as file:
                 return {name: file[name] for name in file.files}
         except Exception as error:  # NumPy passes on any error from the zip, the header or the decompression
-            raise InputError(f"{self.features_file} is damaged: {error}") from error
+            raise InputError(f"{self.features_file} is damaged ({error}); {self._renewed}") from error
+
+    def _check_complete(self) -> None:
+        if not self.is_complete():
+            raise InputError(f"{self.path} is not complete; finish it with vmcr2 train --resume {self.path}")
+
+    @property
+    def _renewed(self) -> str:
+        resume = f"vmcr2 train --resume {self.path}"
+        return f"{resume} writes it again, with {self.summary_file.name}, once that file is deleted"
 
     def save_summary(self, summary: dict[str, Any]) -> None:
         """Writes summary.json."""
@@ -269,14 +287,11 @@ class RunFolder:
         Raises:
             InputError: the run is not complete, or the file is damaged (a ValueError).
         """
-        if not self.is_complete():
-            raise InputError(
-                f"{self.path} has no summary.json: it is not complete; finish it with vmcr2 train --resume"
-            )
+        self._check_complete()
         try:
             summary = json.loads(self.summary_file.read_text(encoding="utf-8"))
         except (ValueError, RecursionError) as error:
-            raise InputError(f"{self.summary_file} is damaged: {error}") from error
+            raise InputError(f"{self.summary_file} is damaged ({error}); {self._renewed}") from error
         if not isinstance(summary, dict) or not set(_SUMMARY) <= summary.keys():
-            raise InputError(f"{self.summary_file} is damaged: it must hold {', '.join(_SUMMARY)}")
+            raise InputError(f"{self.summary_file} is damaged (it must hold {', '.join(_SUMMARY)}); {self._renewed}")
         return summary

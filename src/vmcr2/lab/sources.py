@@ -158,6 +158,13 @@ def load(settings: DataSettings, data_root: str | Path | None = None) -> Dataset
     for part, labels in (("training", dataset.train_labels), ("test", dataset.test_labels)):
         if not len(labels):
             raise InputError(f"{settings.source} must have {part} samples of the classes chosen, it has none")
+    empty = (dataset.train_labels.bincount(minlength=dataset.num_classes) == 0).nonzero()[:, 0]
+    if len(empty):
+        warnings.warn(
+            f"{len(empty)} of the {dataset.num_classes} classes of {settings.source} have no training sample, such as "
+            f"{dataset.class_names[int(empty[0])]}",
+            stacklevel=2,
+        )
     return dataset
 
 
@@ -177,6 +184,15 @@ def without_place(settings: DataSettings) -> DataSettings:
 def is_gone(settings: DataSettings, data_root: str | Path | None = None) -> bool:
     """Whether the settings name a file or folder, and there is none."""
     return settings.source not in _NAMED and not _place(settings.source, data_root).exists()
+
+
+def refuse_gone(settings: DataSettings, data_root: str | Path | None, run: Path) -> None:
+    """Raises InputError if the file or folder of a run's data is gone; it says what to do."""
+    if is_gone(settings, data_root):
+        raise InputError(
+            f"the data of {run} must be where it was, got no file or folder {settings.source}; if it has moved, "
+            f"say so once: vmcr2 train --resume {run} --data.source PLACE"
+        )
 
 
 def has_moved(before: DataSettings, now: DataSettings, data_root: str | Path | None = None) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 from rich.console import Console
 
-from vmcr2.errors import InputError
+from vmcr2.errors import InputError, NumericalError
 from vmcr2.lab import figures, sources, terminal, train
 from vmcr2.lab.files import check_folder, is_free, write_atomically, write_json
 from vmcr2.lab.recipes import OBJECTIVES, ObjectiveName, Recipe
@@ -39,17 +40,17 @@ def compare(
         console: where progress is shown.
 
     Returns:
-        The run folders, complete.
+        The run folders, complete; runs that diverged are left out.
 
     Raises:
         InputError: the folder holds runs of another recipe; nothing was changed (a ValueError).
+        NumericalError: every run diverged.
     """
     for name, several in (("objectives", objectives), ("seeds", seeds)):
         if not several:
             raise InputError(f"{name} must name at least one, got none")
     out = Path(out)
-    if RunFolder(out).is_begun():
-        raise InputError(f"out must be a folder to hold runs, got {out}, which is a run itself")
+    refuse_run(out)
     recipe = replace(recipe, data=sources.resolved(recipe.data))
     planned = [
         (out / f"{objective}-seed{seed}", replace(recipe, objective=objective, seed=seed))
@@ -59,14 +60,26 @@ def compare(
     refuse_conflicts(planned, data_root)
     runs = []
     for path, one in planned:
-        runs.append(completed(path, one, data_root, console))
+        try:
+            runs.append(completed(path, one, data_root, console))
+        except NumericalError as error:  # the other runs do not depend on this one
+            warnings.warn(f"{path} is left out: {error}", stacklevel=2)
+            continue
         figures.draw_run(runs[-1])
+    if not runs:
+        raise NumericalError(f"every run in {out} diverged, there is nothing to compare")
     summaries = [run.summary() for run in runs]
     write_json(out / "comparison.json", summaries)
     text = f"{heading(summaries)}, {measured_on(summaries[0])}\n\n{markdown_table(COLUMNS, rows(summaries))}"
     write_atomically(out / "comparison.md", text.encode())
     figures.draw_comparison(runs, out / "figures")
     return runs
+
+
+def refuse_run(out: Path) -> None:
+    """Raises InputError if a folder that is to hold runs is one itself."""
+    if RunFolder(out).is_begun():
+        raise InputError(f"out must be a folder to hold runs, got {out}, which is a run itself")
 
 
 def refuse_conflicts(planned: Sequence[tuple[Path, Recipe]], data_root: str | Path | None = None) -> None:
@@ -115,11 +128,13 @@ def measured_on(summary: dict[str, Any]) -> str:
 
 
 def rows(summaries: Sequence[dict[str, Any]]) -> list[list[str]]:
-    """Returns the table's rows, one per objective: mean ± standard deviation over seeds."""
+    """Returns the table's rows, one per objective: mean ± standard deviation over seeds; lengths if they differ."""
     table = []
+    lengths = {summary["epochs"] for summary in summaries}
     for objective in dict.fromkeys(summary["objective"] for summary in summaries):
         members = [summary for summary in summaries if summary["objective"] == objective]
-        row = [OBJECTIVES[objective]]
+        epochs = " and ".join(map(str, dict.fromkeys(summary["epochs"] for summary in members)))
+        row = [OBJECTIVES[objective] + (f", {epochs} epochs" if len(lengths) > 1 else "")]
         for key, digits in (
             ("train_expansion", 2),
             ("train_compression", 2),

@@ -25,7 +25,7 @@ from vmcr2.errors import InputError, NumericalError
 from vmcr2.lab import networks, objectives, processes, recipes, sources, trained
 from vmcr2.lab.augmentation import augmented, plain, warn_of_lost_borders
 from vmcr2.lab.evaluate import Features, Measures, accuracy, extract, for_figures, measure, training_bases
-from vmcr2.lab.files import check_folder
+from vmcr2.lab.files import check_folder, describe_refusal
 from vmcr2.lab.objectives import Objective
 from vmcr2.lab.recipes import OBJECTIVES, Recipe
 from vmcr2.lab.run import RunFolder
@@ -255,6 +255,8 @@ def resume(
         return state
 
     def reopen() -> None:
+        if chosen.epochs > stored.epochs:
+            run.drop_results()
         if chosen != stored:
             run.summary_file.unlink(missing_ok=True)
             run.write_recipe(chosen)
@@ -277,6 +279,7 @@ def _planned(
     chosen = _with_others(chosen, stored)
     moved = sources.has_moved(stored.data, chosen.data, data_root)
     if not run.is_complete() or chosen.epochs > stored.epochs or moved:
+        sources.refuse_gone(chosen.data, data_root, run.path)
         return stored, chosen
     if console is not None:
         text = f"{run.path} is complete at {stored.epochs} epochs: nothing to do"
@@ -289,11 +292,11 @@ def refuse_other_recipe(run: RunFolder, stored: Recipe, recipe: Recipe, data_roo
     alike = replace(_with_others(recipe, stored), epochs=stored.epochs)
     if sources.has_moved(stored.data, recipe.data, data_root):  # the checkpoint will tell if the data is the same
         alike = replace(alike, data=replace(alike.data, source=stored.data.source))
-    differing = recipes.differences(stored, alike)
+    differing, trained = recipes.differences(stored, alike), run.checkpoint_file.exists()
     if differing:
         raise InputError(
             f"{run.path} belongs to another recipe (there, here): {'; '.join(differing)}. "
-            "Drop these flags, or start a run in a folder of its own"
+            f"Drop these flags, or start a run in a folder of its own{'' if trained else '; this one has no epoch yet'}"
         )
     if recipe.epochs < stored.epochs and not run.is_complete():
         raise InputError(f"epochs must be at least the {stored.epochs} planned for {run.path}, got {recipe.epochs}")
@@ -319,6 +322,18 @@ class Interrupted(KeyboardInterrupt):
 
     def __init__(self, run: Path) -> None:
         super().__init__(f"interrupted; {run} can be resumed")
+        self.run = run
+
+
+class StoppedError(OSError):
+    """The system refused to write, as on a full disk; the run can be resumed.
+
+    Attributes:
+        run: its folder.
+    """
+
+    def __init__(self, run: Path, why: OSError) -> None:
+        super().__init__(f"stopped: {describe_refusal(why)}")
         self.run = run
 
 
@@ -482,7 +497,10 @@ def _check_state(run: RunFolder, state: dict[str, Any], prepared: _Prepared) -> 
     run.check_recipe_of(state, prepared.recipe)
     classes = state["trained"].get("config", {}).get("classes")
     if state["data"] != prepared.fingerprint or classes != list(prepared.dataset.class_names):
-        raise InputError(f"{run.checkpoint_file} was trained on data that differs from the present data")
+        raise InputError(
+            f"{run.checkpoint_file} was trained on data that differs from what {prepared.recipe.data.source} holds "
+            "now: put it back as it was, or start a new run"
+        )
 
 
 @dataclass(frozen=True)
@@ -575,7 +593,7 @@ class _Run:
                 return line, stop
 
             def after(line: dict[str, Any]) -> None:
-                epoch = line["epoch"]
+                epoch = interrupt.done = line["epoch"]
                 if epoch % recipe.evaluate_every == 0 or epoch == recipe.epochs:
                     try:
                         line |= asdict(self.measure(epoch))
@@ -594,6 +612,8 @@ class _Run:
                 self.finish()
                 if processes.any_of(interrupt.asked):
                     raise Interrupted(folder.path)
+            except OSError as error:
+                raise StoppedError(folder.path, error) from error
             except BaseException as error:
                 if not processes.is_loss(error):
                     raise
@@ -669,7 +689,6 @@ class _Run:
         recipe, epoch = self.prepared.recipe, line["epoch"]
         self.seconds += line["seconds"]
         self.folder.add_metrics(line)
-        interrupt.done = epoch
         due = time.monotonic() - self.saved_at >= recipe.checkpoint_seconds
         if epoch == recipe.epochs or interrupt.asked or due:
             self.save(epoch)
@@ -721,10 +740,11 @@ def _warn_at_the_end(reduction: float, prepared: _Prepared) -> None:
     cure = "vmcr2 evaluate shows the accuracy of subspaces of fewer dimensions"
     warn_of_small_classes(sizes, usual, cure, stacklevel=2)
     lines = reduction_of_lines(sizes, recipe.feature_dim, recipe.eps_sq)
-    if recipe.objective != "ce" and reduction < _LITTLE * lines:
+    if recipe.objective != "ce" and reduction <= _LITTLE * lines:
         warnings.warn(
             f"the final ΔR of the training set is {reduction:.2g}, where classes on orthogonal lines would have "
-            f"{lines:.3g}: the network has learnt almost nothing. Train for more epochs, or at a lower learning rate",
+            f"{lines:.3g}: the network has learnt almost nothing. Train for more epochs, or at a lower learning rate, "
+            "and see that inputs differ and are not of extreme scale",
             stacklevel=2,
         )
 

@@ -390,11 +390,7 @@ class Checkpoint:
             InputError: the data is missing, or has other classes or sizes (a ValueError).
         """
         source, known = self.recipe.data.source, self.state["trained"]["config"]
-        if sources.is_gone(self.recipe.data, data_root):
-            raise InputError(
-                f"the data of {self.run.path} must be where it was, got no file or folder {source}; if it has moved, "
-                f"say so once: vmcr2 train --resume {self.run.path} --data.source PLACE"
-            )
+        sources.refuse_gone(self.recipe.data, data_root, self.run.path)
         dataset = sources.load(self.recipe.data, data_root)
         sizes = list(dataset.train_inputs.shape[1:])
         if list(dataset.class_names) != known["classes"] or sizes != known["image_shape"]:
@@ -420,21 +416,28 @@ def export(trained: TrainedModel, folder: str | Path) -> None:
 
     Raises:
         InputError: the folder is taken, or safetensors is not installed (a ValueError).
+        OSError: the system refuses to write, as when the disk is full.
     """
     folder = Path(folder)
     if not is_free(folder):
         raise InputError(f"the folder to export to must be new or empty, got {folder}")
     save_model = _safetensors().save_model
+    made = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     part = folder / ".model.safetensors.part"
     try:
-        save_model(trained, str(part))
+        try:
+            save_model(trained, str(part))
+        except Exception as error:  # safetensors has errors of its own
+            raise OSError(f"{folder} cannot be written: {error}") from error
         write_atomically(folder / "README.md", trained.card().encode(errors="surrogateescape"))
         write_json(folder / "config.json", trained.config)
         part.replace(folder / "model.safetensors")
     except BaseException:
         for name in (part.name, "README.md", "config.json"):
             (folder / name).unlink(missing_ok=True)
+        if made:
+            folder.rmdir()
         raise
 
 
