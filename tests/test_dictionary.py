@@ -4,6 +4,7 @@ import copy
 import io
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from conftest import (
@@ -23,6 +24,7 @@ from conftest import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.optimize import minimize_scalar
 from torch.autograd import grad
 from torch.nn.functional import one_hot
 
@@ -531,3 +533,47 @@ def test_codes_that_all_add_little_are_kept(eps_sq, energy, structure):
     assert (sums > 0).all()
     if energy is not None:
         torch.testing.assert_close(sums, torch.full_like(sums, energy), rtol=1e-5, atol=0)
+
+
+def test_codes_go_half_of_the_way_to_the_maximum_of_their_bound():
+    """With one atom a class the bound of R^v is w log(u/u₀), u = a + 1/β, and that of M its own quadratic."""
+    z, labels = unit_rows(40, 6), torch.arange(40) % 3
+    pi, dictionary = checked(z, labels, 3), random_dictionary(6, 3, 1, "block")
+    beta, mu = 6 / 0.5, 0.3
+    moved = ascending_step(z, pi, dictionary, mu=mu, eps_sq=0.5).dictionary
+    codes = dictionary.codes.clone().requires_grad_()
+    rates = objective(z, pi, moved.moved(codes=codes), mu=mu, eps_sq=0.5)
+    (rise,) = grad(rates.expansion, codes, retain_graph=True)
+    (fall,) = grad(rates.compression + rates.residual, codes)
+    for j in range(3):
+        at, up, down, n = (float(each[j]) for each in (dictionary.codes, rise, fall, pi.counts))
+
+        def bound(a, at=at, up=up, down=down, n=n):
+            u, u0 = a + 1 / beta, at + 1 / beta
+            return -(u0 * up * np.log(u / u0) - down * (a - at) - mu * n / 2 * (a - at) ** 2)
+
+        best = minimize_scalar(bound, bounds=(0, 3), method="bounded", options={"xatol": 1e-10}).x
+        assert float(moved.codes[j]) == pytest.approx((at + best) / 2, abs=1e-6)
+
+
+def test_a_simultaneous_step_in_block_structure_counts_the_classes_that_a_batch_lacks():
+    """L_A has the √k of all classes: with half of them the same step of the codes is √2 times as long."""
+    z, labels = unit_rows(40, 8), torch.arange(40) % 2
+    moved = []
+    for k in (2, 4):
+        loss = vmcr2.VMCR2Loss(k, 8, atoms_per_class=2, structure="block", step="simultaneous", mu=0.1, step_codes=0.1)
+        loss.double().latch(z, labels)
+        before = loss.dictionary.codes.clone()
+        loss(unit_rows(40, 8, seed=1), labels)
+        moved.append((loss.dictionary.codes - before)[:, :2])
+    torch.testing.assert_close(moved[0], 2**0.5 * moved[1])
+
+
+@pytest.mark.parametrize("step", ["paper", "simultaneous"])
+@pytest.mark.parametrize("structure", ["shared", "block"])
+def test_a_paper_step_that_would_take_a_class_all_its_codes_leaves_it_its_energy(structure, step):
+    """The samples are orthogonal to all atoms, and the step far too long."""
+    lines, labels = torch.eye(8).double(), torch.arange(40) % 4
+    loss = loss_at(lines[labels], labels, 4, 1, structure=structure, step=step, energy=1.0, mu=1.0, step_codes=1e3)
+    loss(lines[4 + labels], labels)
+    torch.testing.assert_close(loss.dictionary.codes.sum(0), torch.ones(4).double())

@@ -649,3 +649,33 @@ def test_without_processes_nothing_is_gathered():
     assert rows is z
     assert pi is labels
     assert world_size() == 1
+
+
+def trained_in_groups(rank):
+    groups = [dist.new_group([0, 2]), dist.new_group([1, 3])]
+    share = SHARES[rank // 2]
+    z, labels = (each[share] for each in (unit_rows(M, D, seed=rank % 2), random_labels(M, K, seed=rank % 2)))
+    found = []
+    for settings in ({}, {"structure": "block", "sharded": True}):
+        loss = vmcr2.VMCR2Loss(K, D, atoms_per_class=2, process_group=groups[rank % 2], **settings).double()
+        loss.latch_from(torch.nn.Identity(), [(z, labels)])
+        features = z.clone().requires_grad_()
+        loss(features, labels).backward()
+        found.append(features.grad)
+    return [*found, loss.nearest_class(z)]
+
+
+def test_in_a_group_latching_gradients_and_predictions_are_those_of_its_ranks_alone(ranks):
+    results = ranks(4, trained_in_groups)
+    for group in range(2):
+        z, labels = unit_rows(M, D, seed=group), random_labels(M, K, seed=group)
+        expected = []
+        for structure in ("shared", "block"):
+            loss = losses_of(structure)
+            loss.latch_from(torch.nn.Identity(), [(z, labels)])
+            features = z.clone().requires_grad_()
+            loss(features, labels).backward()
+            expected.append(2 * features.grad)  # which DistributedDataParallel's mean over two ranks halves
+        expected.append(loss.nearest_class(z))
+        for ours, theirs in zip(zip(*results[group::2], strict=True), expected, strict=True):
+            torch.testing.assert_close(torch.cat(ours), theirs)

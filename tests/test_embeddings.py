@@ -447,3 +447,15 @@ def test_tables_of_mixed_columns_are_read():
     frame = pd.DataFrame(z).astype({0: "Float64"}).assign(flag=labels == 1)
     expected = vmcr2.report(np.column_stack([z, labels == 1]), labels)
     assert vmcr2.report(frame, labels).as_dict() == expected.as_dict()
+
+
+def test_the_mean_overlap_is_that_of_pairs_of_different_classes():
+    z = np.array([[1.0, 0], [1, 0], [0.6, 0.8]])
+    found = vmcr2.report(z, np.arange(3))  # overlaps are squared cosines
+    assert found.mean_overlap == pytest.approx((1 + 0.36 + 0.36) / 3)
+
+
+def test_suspects_come_the_most_suspect_first():
+    found = vmcr2.LabelQuality(np.array([0.3, 0.9, 0.1, 0.2]), np.array([1, 0, 1, 0]), np.array([0, 0, 0, 0]))
+    assert found.suspects.tolist() == [2, 0]
+    assert found.order.tolist() == [2, 3, 0, 1]

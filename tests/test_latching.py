@@ -472,3 +472,11 @@ def test_a_last_batch_of_one_sample_is_named():
         vmcr2.VMCR2Loss(4, 16).latch_from(
             lambda x: torch.nn.functional.normalize(model(x), dim=1), zip(z.split(10), labels.split(10), strict=True)
         )
+
+
+def test_a_lazy_norm_layer_without_weights_takes_its_shapes_too():
+    model = nn.Sequential(nn.Linear(5, 8), nn.LazyBatchNorm1d(affine=False), Normalize())
+    inputs, labels = normal(40, 5).float(), torch.arange(40) % 2
+    vmcr2.VMCR2Loss(2, 8).latch_from(model, [(inputs, labels)])
+    assert (model[1].running_mean == 0).all()
+    assert model(inputs).isfinite().all()

@@ -27,7 +27,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import vmcr2
+from vmcr2.collapse import CollapseWatch
 from vmcr2.dictionary import ascending_step
+from vmcr2.losses import SETTING_CHECKS
 
 each_structure = pytest.mark.parametrize("structure", STRUCTURES)
 
@@ -964,3 +966,57 @@ def test_a_dip_that_comes_back_does_not_warn_and_one_that_stays_does():
 
     assert not said(120)
     assert said(300)
+
+
+@pytest.mark.parametrize("eps_sq", [1e-5, 0.5])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_exact_losses_have_the_dtype_of_their_features_also_where_they_are_computed_in_float64(dtype, eps_sq):
+    z, labels = unit_rows(20, 8).to(dtype), torch.arange(20) % 2
+    for value in (vmcr2.MCR2Loss(2, eps_sq=eps_sq)(z, labels), vmcr2.TotalCodingRateLoss(eps_sq)(z)):
+        assert value.dtype == torch.promote_types(dtype, torch.float32)
+
+
+OTHER = {"mu": 0.3, "reduction": "sum", "step": "simultaneous", "pull": 0.7}
+
+
+@pytest.mark.parametrize("name", sorted(SETTING_CHECKS.keys() - {"structure"}))
+def test_ranks_compare_every_setting(name):
+    loss = vmcr2.VMCR2Loss(3, 6, step="paper")
+    before = loss._settings()
+    setattr(loss, name, OTHER.get(name, 7.0))
+    assert loss._settings() != before
+
+
+def test_reset_parameters_forgets_the_steps_too():
+    z, labels = unit_rows(30, 6), random_labels(30, 3)
+    loss = loss_at(z, labels, 3, 2)
+    loss(z, labels)
+    loss.dictionary.reset_parameters()
+    assert_unchanged(loss, vmcr2.VMCR2Loss(3, 6, atoms_per_class=2).double().state_dict())
+
+
+@pytest.mark.parametrize(("spread", "looks"), [(1.0, 10), (1e-3, 3)])
+def test_a_collapse_is_warned_of_at_the_tenth_look_or_the_third_if_it_is_deep(spread, looks):
+    watch, labels, z = CollapseWatch(), torch.arange(40) % 4, unit_rows(40, 8, seed=1)
+    alike = torch.nn.functional.normalize(1 + spread * z, dim=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for each in [z] + [alike] * (looks - 1) + [z] + [alike] * (looks - 1):  # only in a row
+            watch.look(each, labels, 0.5, "")
+    with pytest.warns(UserWarning, match="collapsed"):
+        watch.look(alike, labels, 0.5, "")
+
+
+def test_the_reduction_is_looked_at_in_the_first_step_and_every_twentieth_from_there():
+    watch = CollapseWatch()
+    assert [taken for taken in range(50) if watch.is_due(taken)] == [0, 20, 40]
+
+
+def test_of_soft_rows_the_watch_takes_the_largest_entry():
+    z, labels = unit_rows(40, 8, seed=1), torch.arange(40) % 4
+    z[:, :4] += 3 * rows_of(labels, 4)
+    z = torch.nn.functional.normalize(z, dim=1)
+    hard, soft = CollapseWatch(), CollapseWatch()
+    hard.look(z, labels, 0.5, "")
+    soft.look(z, 0.8 * rows_of(labels, 4) + 0.05, 0.5, "")
+    assert soft.best == hard.best

@@ -292,3 +292,11 @@ def test_a_feature_far_from_its_class_is_pulled_as_hard_as_a_near_one_only_with_
 
     ratio = force(0.1) / force(0.7)
     assert ratio < 0.25 if pull == 1 else 0.9 < ratio < 1.1
+
+
+@each_structure
+def test_a_mismatch_that_is_worked_out_again_has_its_pull_too(structure):
+    """On the lines of their classes, features have nothing but what `pull` adds: u = 1 + 1/d of the formula."""
+    z, labels = torch.eye(8)[torch.arange(40) % 4].requires_grad_(), torch.arange(40) % 4
+    loss = loss_at(z.detach(), labels, 4, 1, structure=structure, pull=0.3, energy=1.0)
+    assert loss(z, labels).item() == pytest.approx((1 - 1.125**0.3) / 0.3 - (1 - 1.125), rel=1e-5)

@@ -222,3 +222,13 @@ def test_wrong_arguments_are_named(message, arguments):
     given_ = {"labels": LABELS, "samples_per_class": 2} | arguments
     with pytest.raises(vmcr2.InputError, match=message):
         ClassBalancedBatchSampler(given_.pop("labels"), given_.pop("samples_per_class"), **given_)
+
+
+def test_epochs_of_different_seeds_differ_whatever_their_numbers():
+    seen = set()
+    for seed in range(4):
+        for number in range(4):
+            sampler = ClassBalancedBatchSampler(torch.arange(40) % 4, 2, seed=seed)
+            sampler.set_epoch(number)
+            seen.add(str(list(sampler)))
+    assert len(seen) == 16

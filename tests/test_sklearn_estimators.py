@@ -9,7 +9,7 @@ import joblib
 import numpy as np
 import pytest
 import torch
-from conftest import random_labels, unit_rows
+from conftest import normal, random_labels, unit_rows
 from sklearn.base import clone
 from sklearn.datasets import load_digits
 from sklearn.metrics import log_loss, roc_auc_score
@@ -606,3 +606,84 @@ def test_masked_arrays_are_refused(estimator):
     for method in (estimator.fit, estimator.partial_fit):
         with pytest.raises(vmcr2.InputError, match="y must have no masked entries, got 10"):
             method(z, np.ma.masked_equal(y, 1))
+
+
+def small(monkeypatch=None, **settings):
+    z, labels = normal(41, 4).numpy(), np.arange(41) % 2
+    options = {"hidden": 8, "batch_size": 20, "epochs": 3, "random_state": 0} | settings
+    return vmcr2.CodingRateClassifier(8, **options).fit(z, labels), z, labels
+
+
+def test_the_networks_settings_reach_the_network_and_its_optimizer():
+    found, _, _ = small(hidden=24, weight_decay=0.3)
+    assert [layer.out_features for layer in found.network_ if isinstance(layer, torch.nn.Linear)] == [24, 24, 8]
+    assert [group["weight_decay"] for group in found._optimizer.param_groups] == [0.3]
+    exact, _, _ = small(objective="mcr2", eps_sq=0.3)
+    assert exact.loss_.eps_sq == 0.3
+
+
+def test_the_learning_rate_falls_along_a_half_cosine_in_fit_and_is_constant_in_partial_fit(monkeypatch):
+    rates, step = [], torch.optim.AdamW.step
+
+    def noted(self, *given):
+        rates.append(self.param_groups[0]["lr"])
+        return step(self, *given)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", noted)
+    found, z, labels = small(learning_rate=2e-3)
+    assert rates == pytest.approx([1e-3 * (1 + np.cos(np.pi * (i + 0.5) / 9)) for i in range(9)])
+    rates.clear()
+    found.set_params(learning_rate=5e-4).partial_fit(z, labels)
+    assert rates == pytest.approx([5e-4] * 3)
+
+
+def test_the_loss_is_latched_in_the_first_epoch_and_every_so_many(monkeypatch):
+    epochs, latch_from = [], vmcr2.VMCR2Loss.latch_from
+
+    def noted(self, *given):
+        epochs.append(self.dictionary.steps_taken / 3)
+        latch_from(self, *given)
+
+    monkeypatch.setattr(vmcr2.VMCR2Loss, "latch_from", noted)
+    small(epochs=5, latch_every=2)
+    assert epochs == [0, 2, 4]
+
+
+def test_history_is_the_mean_over_samples_whatever_the_batches(monkeypatch):
+    seen, forward = [], vmcr2.MCR2Loss.forward
+
+    def noted(self, features, labels):
+        value = forward(self, features, labels)
+        seen.append((value.item(), len(labels)))
+        return value
+
+    monkeypatch.setattr(vmcr2.MCR2Loss, "forward", noted)
+    found, _, _ = small(objective="mcr2", epochs=1)
+    values, sizes = map(np.array, zip(*seen, strict=True))
+    assert len(set(sizes.tolist())) == 2
+    assert found.history_ == pytest.approx([values @ sizes / 41])
+
+
+def test_running_statistics_after_fit_are_those_of_all_samples_and_go_on_moving():
+    found, z, _ = small(batch_size=41)
+    hidden, norm = found.network_[0], found.network_[1]
+    with torch.no_grad():
+        outputs = hidden(torch.from_numpy(found._inputs(z)))
+    torch.testing.assert_close(norm.running_mean, outputs.mean(0), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(norm.running_var, outputs.var(0), rtol=1e-4, atol=1e-5)
+    assert norm.momentum == 0.1
+
+
+def test_columns_keep_their_proportions():
+    z, labels = normal(40, 3).numpy() * [1, 10, 100] + 5, np.arange(40) % 2
+    found = vmcr2.CodingRateTransformer(4, hidden=8, epochs=1, random_state=0).fit(z, labels)
+    inputs = found._inputs(z)
+    np.testing.assert_allclose(inputs.mean(0), 0, atol=1e-5)
+    np.testing.assert_allclose(inputs.std(0) / inputs.std(0)[0], z.std(0) / z.std(0)[0], rtol=1e-4)
+    assert inputs.var(0).mean() == pytest.approx(1, rel=1e-5)
+
+
+def test_of_many_classes_partial_fit_remembers_a_few_samples_each(monkeypatch):
+    monkeypatch.setattr("vmcr2.sklearn._KEPT", 8)
+    found, _, _ = small()
+    assert np.bincount(found._kept[1]).tolist() == [16, 16]

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import normal, random_labels, random_rotation, rows_of, unit_rows
+from conftest import loss_at, normal, random_labels, random_rotation, rows_of, unit_rows
 
 from vmcr2.subspaces import (
     class_subspaces,
@@ -111,3 +111,13 @@ def test_small_directions_of_float32_features_count():
     bases = class_subspaces(torch.cat([one, two]), labels, 2, 2)
     torch.testing.assert_close(bases.square().sum(1), torch.ones(2, 2, dtype=torch.float64))
     assert torch.equal(nearest_subspace(torch.cat([one, two]), bases), labels)
+
+
+def test_many_classes_are_searched_for_the_nearest_a_few_at_a_time(monkeypatch):
+    z, labels = unit_rows(60, 6), torch.arange(60) % 12
+    loss = loss_at(z, labels, 12, 2, structure="block")
+    loss.dictionary.codes[:, 0] = 0  # a class without a subspace, and the first
+    whole = loss.nearest_class(unit_rows(30, 6, seed=1))
+    monkeypatch.setattr("vmcr2.subspaces._SCORES", 70)  # two classes
+    assert torch.equal(loss.nearest_class(unit_rows(30, 6, seed=1)), whole)
+    assert (whole > 1).any()
