@@ -136,6 +136,8 @@ def test_a_class_of_hardly_any_weight_is_absent():
     pi = checked(unit_rows(2, 3), rows, 2)
     assert pi.counts.tolist() == [2.0, 0.0]
     assert pi.present.tolist() == [0]
+    little = torch.tensor([[1.0, 1e-12], [1.0, 1e-12]]).double()  # which float64 still tells from nothing
+    assert checked(unit_rows(2, 3), little, 2).present.tolist() == [0, 1]
 
 
 def test_detach_and_to_keep_the_rest():

@@ -584,8 +584,6 @@ class VMCR2Loss(_OverRanks):
             here, checked = part_of(gathered, rows_or_labels, dictionary.shards.own)
         elif gathered is not features:
             checked, confined = self._check(gathered, rows_or_labels, watched=True)
-        # With soft rows a class may have a share of samples so small that block structure would pass it over.
-        confined = confined and (checked.soft is None or len(checked.present) == self.num_classes)
         dictionary.changed = dictionary.changed and not several  # ranks may join later
         return _Batch(
             here.to(dtype),
