@@ -987,6 +987,14 @@ def test_ranks_compare_every_setting(name):
     assert loss._settings() != before
 
 
+def test_a_state_is_loaded_among_fake_tensors():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        loss = vmcr2.VMCR2Loss(3, 6)
+        loss.load_state_dict(loss.state_dict())
+
+
 def test_reset_parameters_forgets_the_steps_too():
     z, labels = unit_rows(30, 6), random_labels(30, 3)
     loss = loss_at(z, labels, 3, 2)

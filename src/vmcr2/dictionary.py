@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from vmcr2.distributed import Shards, full_tensor, part_of_another_rank
-from vmcr2.linalg import one_for_zero
+from vmcr2.linalg import one_for_zero, wide_dtype
 from vmcr2.membership import Membership
 from vmcr2.mismatch import BlockCodes, Codes, SharedCodes, code_gradient, squared_moment_norms
 from vmcr2.variational import (
@@ -343,15 +343,19 @@ def _in_columns(by_class: Tensor) -> Tensor:
 _NORM_TOLERANCE = 0.02  # what bfloat16 rounds away, several times over
 
 
-def _wrong_values(parts: dict[str, Tensor | None]) -> Iterator[str]:
-    """Yields what no dictionary can hold, such as the mean of several: the signs of its atoms differ."""
-    atoms, codes = parts.get("atoms"), parts.get("codes")
-    if atoms is not None and not atoms.is_meta:
-        norms = torch.linalg.vector_norm(atoms.float(), dim=0)
+def _wrong_values(state: dict[str, Tensor], by_class: bool) -> Iterator[str]:
+    """Yields what no dictionary can hold, such as the mean of several, whose atoms cancel where their signs differ.
+
+    Only of plain tensors, which each rank has whole, so that all ranks refuse the same.
+    """
+    held = {name: value for name, value in state.items() if type(value) is Tensor and not value.is_meta}
+    atoms, codes = held.get("atoms"), held.get("codes")
+    if atoms is not None and atoms.is_floating_point():
+        norms = torch.linalg.vector_norm(atoms, dim=-1 if by_class else 0, dtype=wide_dtype(atoms))
         far = ~((norms - 1).abs() < _NORM_TOLERANCE)  # so that NaN is far
         if far.any():
             yield f"atoms must be of norm 1, got {int(far.sum())} of other norms, such as {norms[far][0].item():.3g}"
-    if codes is not None and not codes.is_meta and not bool(((codes >= 0) & codes.isfinite()).all()):
+    if codes is not None and not bool(((codes >= 0) & codes.isfinite()).all()):
         yield "codes must be >= 0 and finite"
 
 
@@ -496,7 +500,7 @@ class Dictionary(nn.Module):
                 wrong.append(f"size mismatch for {prefix}{name}: it must be {of}, got {got}")
         if steps < 0:
             wrong.append(f"{prefix}steps must be >= 0, got {steps}")
-        wrong = wrong or [f"{prefix}{text}" for text in _wrong_values(parts)]
+        wrong = wrong or [f"{prefix}{text}" for text in _wrong_values(loaded, by_class)]
         absent = [f"{prefix}{name}" for name in ("atoms", "codes") if name not in loaded]
         if wrong or (strict and absent):  # load nothing: some buffers without the others make no dictionary
             error_msgs += wrong

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import pickle
 import shlex
 import signal
 import subprocess
@@ -327,6 +328,7 @@ def test_a_run_that_goes_on_drops_what_was_measured_of_the_shorter_one(tmp_path)
     run = train.start(replace(SMALL, epochs=2), tmp_path / "run")
     run.figures.mkdir()
     measured = (run.evaluation_file, run.suspects_file, run.suspects_figure)
+    previous = run.path / "suspects.previous.csv"
     for file in measured:
         file.write_text("of two epochs")
 
@@ -338,10 +340,13 @@ def test_a_run_that_goes_on_drops_what_was_measured_of_the_shorter_one(tmp_path)
     with pytest.raises(KeyboardInterrupt):
         train.resume(run, replace(SMALL, epochs=4), on_epoch=interrupt)
     assert not any(file.exists() for file in measured)
+    assert previous.read_text() == "of two epochs"  # perhaps somebody's notes
+    run.evaluation_file.write_text("of three epochs")
     with pytest.raises(InputError, match="is not complete; finish it with vmcr2 train --resume"):
         figures.draw_run(run)  # with the features of one length and the rates of another
     train.resume(run)
     assert figures.draw_run(run)
+    assert not run.evaluation_file.exists()
 
 
 def test_features_that_are_lost_or_damaged_can_be_had_again_as_the_message_says(tmp_path):
@@ -349,7 +354,7 @@ def test_features_that_are_lost_or_damaged_can_be_had_again_as_the_message_says(
     before = run.features()
     for spoil in (run.features_file.unlink, lambda: run.features_file.write_bytes(b"PK")):
         spoil()
-        with pytest.raises(InputError, match=r"features\.npz is .*--resume .* writes it again.* summary\.json"):
+        with pytest.raises(InputError, match=r"features\.npz is .*delete .*summary\.json and run vmcr2 train --resume"):
             figures.draw_run(run)
         run.summary_file.unlink()
         train.resume(run)
@@ -361,7 +366,7 @@ def test_ctrl_c_while_an_epoch_is_measured_keeps_that_epoch(tmp_path, monkeypatc
     real = train.extract
 
     def measured(*given):
-        if RunFolder(tmp_path / "run").metrics()[-1:] and len(RunFolder(tmp_path / "run").metrics()) == 1:
+        if len(RunFolder(tmp_path / "run").metrics()) == 1:
             signal.raise_signal(signal.SIGINT)
         return real(*given)
 
@@ -404,6 +409,32 @@ def test_a_file_that_cannot_be_written_leaves_the_old_one_and_no_half(tmp_path):
         write()
     assert [each.name for each in tmp_path.iterdir()] == ["file"]
     assert path.read_bytes() == b"old"
+
+
+def test_what_the_system_refuses_is_told_from_other_errors(tmp_path):
+    def write(error):
+        with files.replacing(tmp_path / "file"):
+            try:
+                raise error
+            except OSError:
+                raise RuntimeError("unexpected pos") from None  # as torch.save does
+
+    with pytest.raises(OSError, match="cannot be written: No space left on device") as caught:
+        write(OSError(28, "No space left on device"))
+    assert (caught.value.errno, caught.value.filename) == (28, str(tmp_path / "file"))
+    with pytest.raises(RuntimeError, match="unexpected pos"):
+        write(FileNotFoundError(2, "No such file", "another"))
+    stopped = train.StoppedError(tmp_path, 28, "No space left on device", "file")
+    copied = pickle.loads(pickle.dumps(stopped))  # as between processes
+    assert (copied.run, copied.errno, str(copied)) == (tmp_path, 28, str(stopped))
+
+
+def test_an_error_of_a_callers_own_is_not_taken_for_ours(tmp_path):
+    def report(_):
+        raise ConnectionResetError(104, "reset by peer")
+
+    with pytest.raises(ConnectionResetError):
+        train.start(SMALL, tmp_path / "run", on_epoch=report)
 
 
 def test_a_folder_without_the_right_to_write_is_named(tmp_path, monkeypatch):

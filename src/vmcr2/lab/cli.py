@@ -9,6 +9,7 @@ import shlex
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
@@ -20,7 +21,7 @@ from vmcr2.checks import did_you_mean
 from vmcr2.distributed import world_size
 from vmcr2.errors import InputError, NumericalError
 from vmcr2.lab import processes
-from vmcr2.lab.files import check_writable, describe_refusal
+from vmcr2.lab.files import describe_refusal
 from vmcr2.lab.recipes import OBJECTIVES, RECIPES, ObjectiveName, Recipe, find, is_data, named, to_json
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ chosen (docs/data.md). Every field is a flag: vmcr2 train RECIPE --help shows th
 
 _Given = TypeVar("_Given")
 _READ_AT_ONCE = 256  # images
+_GOING_ON = ("compare", "reproduce")  # the same command continues what exists
 _FIELD_ENDS = re.compile(r"[\t\r\n]")
 _Run = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
 
@@ -178,7 +180,6 @@ def evaluate(run: _Run, data_root: Path | None = None, components: tuple[int, ..
     from vmcr2.subspaces import default_components
 
     checkpoint = Checkpoint.open(run)
-    check_writable(run)
     recipe = checkpoint.recipe
     for r in components:
         check_count("components", r, at_most=recipe.feature_dim, limit="feature_dim")
@@ -530,14 +531,15 @@ def _warner() -> Callable[..., None]:
     def warn(message: Warning | str, *_: Any, **__: Any) -> None:
         if processes.is_first() and str(message) not in said:
             said.add(str(message))
-            print(f"vmcr2: {message}", file=sys.stderr)
+            with suppress(BrokenPipeError):
+                print(f"vmcr2: {message}", file=sys.stderr)
 
     return warn
 
 
 def _how_to_continue(error: BaseException, given: list[str]) -> str:
     """Returns the command that continues what Ctrl-C, a full disk or the loss of a process ended."""
-    if given[0] in ("compare", "reproduce"):  # these continue what exists
+    if given[0] in _GOING_ON:
         return shlex.join(["vmcr2", *given])
     run = getattr(error, "run", None)
     if run is None:
@@ -552,7 +554,8 @@ def _how_to_continue(error: BaseException, given: list[str]) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit code.
 
-    The code is 0, or 2 for wrong input, 3 for diverged training, 130 for Ctrl-C, 1 if another process was lost.
+    The code is 0, or 2 for wrong input or a full disk, 3 for diverged training (in a comparison, of all runs), 130 for
+    Ctrl-C, 1 if another process was lost.
 
     Under torchrun the first process reads and writes for all, and the first one to fail says why.
     """
@@ -590,7 +593,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _drop_output()
         except (InputError, OSError) as error:
             text = describe_refusal(error) if isinstance(error, OSError) else str(error)
-            command = _how_to_continue(error, given) if hasattr(error, "run") else ""
+            goes_on = hasattr(error, "run") or (isinstance(error, OSError) and given[0] in _GOING_ON)
+            command = _how_to_continue(error, given) if goes_on else ""
             launch.last_words(f"vmcr2: {text}{f'; to continue: {command}' if command else ''}")
             return 2
         except NumericalError as error:

@@ -41,7 +41,7 @@ def replacing(path: Path, part: str | None = None) -> Iterator[IO[bytes]]:
         with suppress(OSError):  # where nothing can be written, nothing is left behind
             written.unlink(missing_ok=True)
         refusal = _refusal(error)
-        if refusal is None or refusal.errno is None:
+        if refusal is None or refusal.errno is None or refusal.filename not in (None, *map(str, (written, path))):
             raise
         raise OSError(refusal.errno, f"cannot be written: {refusal.strerror}", str(path)) from error
 
@@ -51,7 +51,7 @@ def _refusal(error: BaseException) -> OSError | None:
     if isinstance(error, OSError):
         return error
     hidden = error.__context__ if isinstance(error, RuntimeError) else None
-    return hidden if isinstance(hidden, OSError) else None
+    return hidden if isinstance(hidden, OSError) and hidden.filename is None else None
 
 
 def describe_refusal(error: OSError) -> str:
@@ -61,7 +61,7 @@ def describe_refusal(error: OSError) -> str:
 
 
 def check_writable(folder: Path) -> None:
-    """Raises InputError if nothing can be written in a folder that exists."""
+    """Raises InputError if nothing can be written in a folder that exists; Windows says that it can in any."""
     if not os.access(folder, os.W_OK):
         raise InputError(f"{folder} must be a folder that can be written to, got one that cannot")
 

@@ -12,6 +12,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Any, NoReturn, TypeVar
 
@@ -192,7 +193,8 @@ class Launch:
             except RuntimeError:  # the launcher, and the store with it, is gone
                 if not is_first():
                     return
-        print(text, file=sys.stderr, flush=True)
+        with suppress(BrokenPipeError):
+            print(text, file=sys.stderr, flush=True)
 
 
 def _terminate(number: int, frame: FrameType | None) -> NoReturn:

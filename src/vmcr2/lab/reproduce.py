@@ -279,10 +279,11 @@ def table1(request: Request, console: Console) -> list[Path]:
     unused = [
         each.name
         for each in fields(request)
-        if each.name not in ("rows", "out") and getattr(request, each.name) != each.default
+        if each.name not in ("rows", "out", "data_root") and getattr(request, each.name) != each.default
     ]
     if unused:
         raise InputError(f"{', '.join(unused)} must be left out for table1, which times steps")
+    refuse_run(request.out)
     rows = request.chosen(dict.fromkeys(bench.WORKLOADS), "table1")
     device = train.chosen_device("auto")
     where = describe_device(device)

@@ -6,7 +6,7 @@ checkpoint.pt    the latest state, tensors and primitives only; checkpoint.previ
 features.npz     features for the figures
 summary.json     the final numbers; exists once the run is complete
 evaluation.json  what `vmcr2 evaluate` measured
-suspects.csv     what `vmcr2 audit` found
+suspects.csv     what `vmcr2 audit` found; suspects.previous.csv before the run went on
 figures/*.png
 .lock.part       locked while a process writes
 """
@@ -142,11 +142,12 @@ class RunFolder:
         """Whether the run has reached its end."""
         return self.summary_file.is_file()
 
-    def drop_results(self) -> None:
-        """Deletes what was measured on a run that now goes on, the summary first."""
-        measured = (self.features_file, self.evaluation_file, self.suspects_file, self.suspects_figure)
-        for file in (self.summary_file, *measured):
+    def drop_measured(self) -> None:
+        """Deletes what was measured on a run that now goes on; suspects.csv, which people edit, gets another name."""
+        for file in (self.features_file, self.evaluation_file, self.suspects_figure):
             file.unlink(missing_ok=True)
+        if self.suspects_file.exists():
+            self.suspects_file.replace(self.path / "suspects.previous.csv")
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -274,8 +275,7 @@ class RunFolder:
 
     @property
     def _renewed(self) -> str:
-        resume = f"vmcr2 train --resume {self.path}"
-        return f"{resume} writes it again, with {self.summary_file.name}, once that file is deleted"
+        return f"delete {self.summary_file} and run vmcr2 train --resume {self.path}, which writes it again"
 
     def save_summary(self, summary: dict[str, Any]) -> None:
         """Writes summary.json."""

@@ -58,19 +58,22 @@ def compare(
         for objective in dict.fromkeys(objectives)
     ]
     refuse_conflicts(planned, data_root)
-    runs = []
+    runs, diverged = [], []
     for path, one in planned:
         try:
             runs.append(completed(path, one, data_root, console))
         except NumericalError as error:  # the other runs do not depend on this one
             warnings.warn(f"{path} is left out: {error}", stacklevel=2)
+            diverged.append(path.name)
             continue
         figures.draw_run(runs[-1])
     if not runs:
-        raise NumericalError(f"every run in {out} diverged, there is nothing to compare")
+        raise NumericalError(f"every run asked for diverged, there is nothing to compare in {out}")
     summaries = [run.summary() for run in runs]
     write_json(out / "comparison.json", summaries)
     text = f"{heading(summaries)}, {measured_on(summaries[0])}\n\n{markdown_table(COLUMNS, rows(summaries))}"
+    if diverged:
+        text += f"\nLeft out, since they diverged: {', '.join(diverged)}.\n"
     write_atomically(out / "comparison.md", text.encode())
     figures.draw_comparison(runs, out / "figures")
     return runs

@@ -9,7 +9,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -25,7 +25,7 @@ from vmcr2.errors import InputError, NumericalError
 from vmcr2.lab import networks, objectives, processes, recipes, sources, trained
 from vmcr2.lab.augmentation import augmented, plain, warn_of_lost_borders
 from vmcr2.lab.evaluate import Features, Measures, accuracy, extract, for_figures, measure, training_bases
-from vmcr2.lab.files import check_folder, describe_refusal
+from vmcr2.lab.files import check_folder
 from vmcr2.lab.objectives import Objective
 from vmcr2.lab.recipes import OBJECTIVES, Recipe
 from vmcr2.lab.run import RunFolder
@@ -255,11 +255,11 @@ def resume(
         return state
 
     def reopen() -> None:
-        if chosen.epochs > stored.epochs:
-            run.drop_results()
         if chosen != stored:
             run.summary_file.unlink(missing_ok=True)
             run.write_recipe(chosen)
+        if ready.done < chosen.epochs:
+            run.drop_measured()
 
     with ExitStack() as stack:
         processes.first(lambda: stack.enter_context(run.held()))
@@ -292,11 +292,12 @@ def refuse_other_recipe(run: RunFolder, stored: Recipe, recipe: Recipe, data_roo
     alike = replace(_with_others(recipe, stored), epochs=stored.epochs)
     if sources.has_moved(stored.data, recipe.data, data_root):  # the checkpoint will tell if the data is the same
         alike = replace(alike, data=replace(alike.data, source=stored.data.source))
-    differing, trained = recipes.differences(stored, alike), run.checkpoint_file.exists()
+    differing = recipes.differences(stored, alike)
     if differing:
+        lost = "" if run.checkpoint_file.exists() else "; this one has no checkpoint yet: it can be deleted"
         raise InputError(
             f"{run.path} belongs to another recipe (there, here): {'; '.join(differing)}. "
-            f"Drop these flags, or start a run in a folder of its own{'' if trained else '; this one has no epoch yet'}"
+            f"Drop these flags, or start a run in a folder of its own{lost}"
         )
     if recipe.epochs < stored.epochs and not run.is_complete():
         raise InputError(f"epochs must be at least the {stored.epochs} planned for {run.path}, got {recipe.epochs}")
@@ -326,15 +327,27 @@ class Interrupted(KeyboardInterrupt):
 
 
 class StoppedError(OSError):
-    """The system refused to write, as on a full disk; the run can be resumed.
+    """The system refused to write a run's results, as on a full disk; the run can be resumed.
 
     Attributes:
         run: its folder.
     """
 
-    def __init__(self, run: Path, why: OSError) -> None:
-        super().__init__(f"stopped: {describe_refusal(why)}")
+    def __init__(self, run: Path, number: int | None, why: str, file: str) -> None:
+        super().__init__(number, why, file)
         self.run = run
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.run, self.errno, self.strerror, self.filename)
+
+
+@contextmanager
+def _writing(run: RunFolder) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        file = str(run.path if error.filename is None else error.filename)
+        raise StoppedError(run.path, error.errno, error.strerror or str(error), file) from error
 
 
 class LostProcessError(processes.PeerError):
@@ -586,8 +599,9 @@ class _Run:
 
             def note(line: dict[str, Any]) -> tuple[dict[str, Any], bool]:
                 """Writes and shows the results of an epoch; returns them, and whether to stop."""
-                stop = self.record(line, interrupt)
-                progress.update(line["epoch"], _figures(line))
+                with _writing(folder):
+                    stop = self.record(line, interrupt)
+                    progress.update(line["epoch"], _figures(line))
                 if on_epoch is not None:
                     on_epoch(line)
                 return line, stop
@@ -612,8 +626,6 @@ class _Run:
                 self.finish()
                 if processes.any_of(interrupt.asked):
                     raise Interrupted(folder.path)
-            except OSError as error:
-                raise StoppedError(folder.path, error) from error
             except BaseException as error:
                 if not processes.is_loss(error):
                     raise
@@ -626,7 +638,8 @@ class _Run:
         prepared, folder, done, recipe = self.prepared, self.folder, self.done, self.prepared.recipe
 
         def history() -> list[dict[str, Any]]:
-            folder.truncate_metrics(done)
+            with _writing(folder):
+                folder.truncate_metrics(done)
             lines = folder.metrics()
             if len(lines) < done:
                 warnings.warn(
@@ -707,29 +720,29 @@ class _Run:
         objective = self.prepared.objective
         dataset = self.prepared.dataset
         arrays = for_figures(features, dataset, bases)
-        self.folder.save_features(arrays | objective.arrays())
         ranks = effective_rank(torch.from_numpy(arrays["spectra"]))
         first = nearest_subspace(features.test, bases[..., :1])  # bases start with the strongest direction
-        self.folder.save_summary(
-            {
-                "recipe": recipe.name,
-                "objective": recipe.objective,
-                "seed": recipe.seed,
-                "epochs": recipe.epochs,
-                **objective.describe(),
-                **asdict(measures),
-                "test_accuracy_one_component": accuracy(first, dataset.test_labels),
-                "class_rank": float(ranks.nanmedian()),
-                "evaluated_on": "validation" if recipe.data.validation else "test",
-                "seconds_per_epoch": self.seconds / recipe.epochs,
-                "device": device_name(self.prepared.device),
-                "processes": world_size(),
-                "threads": torch.get_num_threads(),
-                "precision": recipe.precision,
-                "torch": torch.__version__,
-                "python": platform.python_version(),
-            }
-        )
+        summary = {
+            "recipe": recipe.name,
+            "objective": recipe.objective,
+            "seed": recipe.seed,
+            "epochs": recipe.epochs,
+            **objective.describe(),
+            **asdict(measures),
+            "test_accuracy_one_component": accuracy(first, dataset.test_labels),
+            "class_rank": float(ranks.nanmedian()),
+            "evaluated_on": "validation" if recipe.data.validation else "test",
+            "seconds_per_epoch": self.seconds / recipe.epochs,
+            "device": device_name(self.prepared.device),
+            "processes": world_size(),
+            "threads": torch.get_num_threads(),
+            "precision": recipe.precision,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        }
+        with _writing(self.folder):
+            self.folder.save_features(arrays | objective.arrays())
+            self.folder.save_summary(summary)
 
 
 def _warn_at_the_end(reduction: float, prepared: _Prepared) -> None:

@@ -14,6 +14,7 @@ import json
 import os
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -422,22 +423,25 @@ def export(trained: TrainedModel, folder: str | Path) -> None:
     if not is_free(folder):
         raise InputError(f"the folder to export to must be new or empty, got {folder}")
     save_model = _safetensors().save_model
+    from safetensors import SafetensorError
+
     made = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     part = folder / ".model.safetensors.part"
     try:
         try:
             save_model(trained, str(part))
-        except Exception as error:  # safetensors has errors of its own
+        except SafetensorError as error:
             raise OSError(f"{folder} cannot be written: {error}") from error
         write_atomically(folder / "README.md", trained.card().encode(errors="surrogateescape"))
         write_json(folder / "config.json", trained.config)
         part.replace(folder / "model.safetensors")
     except BaseException:
-        for name in (part.name, "README.md", "config.json"):
-            (folder / name).unlink(missing_ok=True)
-        if made:
-            folder.rmdir()
+        with suppress(OSError):
+            for name in (part.name, "README.md", "config.json"):
+                (folder / name).unlink(missing_ok=True)
+            if made:
+                folder.rmdir()
         raise
 
 
