@@ -204,6 +204,7 @@ def start(
         InputError: the data or the folder is not as required; nothing was written (a ValueError).
         NumericalError: training diverged; earlier checkpoints are kept.
         Interrupted: Ctrl-C was pressed; the run can be resumed.
+        StoppedError: results could not be written, as on a full disk; the run can be resumed (an OSError).
         LostProcessError: another process of the run has ended; the run can be resumed.
     """
     processes.first(lambda: check_folder("out", Path(out)))
@@ -241,6 +242,7 @@ def resume(
         InputError: the folder belongs to another recipe, or its checkpoint is damaged (a ValueError).
         NumericalError: training diverged; earlier checkpoints are kept.
         Interrupted: Ctrl-C was pressed; the run can be resumed.
+        StoppedError: results could not be written, as on a full disk; the run can be resumed (an OSError).
         LostProcessError: another process of the run has ended; the run can be resumed.
     """
     stored, chosen = processes.first(lambda: _planned(run, recipe, data_root, console))
@@ -343,6 +345,7 @@ class StoppedError(OSError):
 
 @contextmanager
 def _writing(run: RunFolder) -> Iterator[None]:
+    """Turns an error of the system into a StoppedError; only around our own writing, not a caller's `on_epoch`."""
     try:
         yield
     except OSError as error:
