@@ -593,7 +593,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _drop_output()
         except (InputError, OSError) as error:
             text = describe_refusal(error) if isinstance(error, OSError) else str(error)
-            goes_on = hasattr(error, "run") or (isinstance(error, OSError) and given[0] in _GOING_ON)
+            goes_on = hasattr(error, "run") or (isinstance(error, OSError) and given[:1] and given[0] in _GOING_ON)
             command = _how_to_continue(error, given) if goes_on else ""
             launch.last_words(f"vmcr2: {text}{f'; to continue: {command}' if command else ''}")
             return 2
