@@ -9,7 +9,6 @@ Omniglot through a small convolutional network that `vmcr2.lab` has trained on o
 from __future__ import annotations
 
 import argparse
-import platform
 import time
 import warnings
 from collections.abc import Callable
@@ -33,6 +32,7 @@ import vmcr2
 from vmcr2 import embeddings
 from vmcr2.lab import networks, sources
 from vmcr2.lab.objectives import CrossEntropyHead, Objective
+from vmcr2.lab.terminal import describe_device
 from vmcr2.lab.train import fit
 
 RESULTS = Path(__file__).parents[1] / "results" / "estimators.md"
@@ -214,7 +214,7 @@ def main() -> None:
         "# Estimators on embeddings",
         "",
         f"`python benchmarks/estimators.py --folds {options.folds} --seeds {options.seeds}`; "
-        f"torch {torch.__version__}, scikit-learn {sklearn.__version__}, one thread, {platform.machine()}.",
+        f"{describe_device(torch.device('cpu'))}, scikit-learn {sklearn.__version__}.",
         "",
         f"Accuracy is mean ± standard deviation over {options.folds} folds; under *wrong labels*, {WRONG:.0%} of the",
         "training labels were those of another class. Our estimators are at their defaults. The strength of logistic",

@@ -176,6 +176,18 @@ def test_help_and_lists(capsys):
         assert flag in printed
 
 
+@pytest.mark.parametrize(
+    ("error", "code", "said"), [(OSError(28, "disk full"), 2, "disk full"), (KeyboardInterrupt(), 130, "interrupted")]
+)
+def test_usage_that_cannot_be_written_says_why(error, code, said, monkeypatch, capsys):
+    def fails(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(sys.stdout, "write", fails)
+    assert main([]) == code
+    assert said in capsys.readouterr().err
+
+
 def test_resume_without_a_folder_says_so(capsys):
     with pytest.raises(SystemExit) as stopped:
         main(["train", "--resume"])

@@ -559,7 +559,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Under torchrun the first process reads and writes for all, and the first one to fail says why.
     """
-    given = list(sys.argv[1:] if arguments is None else arguments)
+    given = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # a service may have closed it
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (for as long as the process lives)
@@ -571,7 +571,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             with launch:
                 warnings.showwarning = _warner()
-                if not given or given[0] in ("-h", "--help"):
+                if given[0] in ("-h", "--help"):
                     print(USAGE)
                 elif given[0] == "--version":
                     from vmcr2 import __version__
@@ -593,7 +593,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _drop_output()
         except (InputError, OSError) as error:
             text = describe_refusal(error) if isinstance(error, OSError) else str(error)
-            goes_on = hasattr(error, "run") or (isinstance(error, OSError) and given[:1] and given[0] in _GOING_ON)
+            goes_on = hasattr(error, "run") or (isinstance(error, OSError) and given[0] in _GOING_ON)
             command = _how_to_continue(error, given) if goes_on else ""
             launch.last_words(f"vmcr2: {text}{f'; to continue: {command}' if command else ''}")
             return 2
