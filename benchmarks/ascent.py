@@ -183,7 +183,7 @@ def main() -> None:
         "value at any of 300 of the paper's steps with ν = 0.1, 1 or 5, most of which do not ascend.\n\n"
         + markdown_table(columns, rows)
     )  # fmt: skip
-    (RESULTS / "ascent.md").write_text(text)
+    (RESULTS / "ascent.md").write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -148,7 +148,7 @@ def table() -> None:
         if rows:
             text += f"\n## {data}, d = {d}, {epochs} epochs\n\n"
             text += markdown_table(["network, optimiser, batch", "V-MCR²", "MCR²", "cross-entropy"], rows)
-    (RESULTS / "defaults.md").write_text(text)
+    (RESULTS / "defaults.md").write_text(text, encoding="utf-8")
     print(text)
 
 

@@ -89,7 +89,7 @@ def main() -> None:
         "AUROC of the confirmed errors against all other labels, and how many of them are among the 50, 100 and 200 "
         "most suspect labels. The candidates that people were shown had been found by cross-entropy.\n\n"
     ) + markdown_table(["trained on", "score", "confirmed", "AUROC", *(f"of {n}" for n in BUDGETS)], rows)
-    (RESULTS / "label_errors.md").write_text(text)
+    (RESULTS / "label_errors.md").write_text(text, encoding="utf-8")
     print(text)
 
 

@@ -59,7 +59,7 @@ def main() -> None:
         f"of {ROUNDS}. `vmcr2` trains with both changes: a convolution whose outputs see the whole map is one "
         "matrix product, and glibc is told to keep freed memory.\n\n"
     ) + markdown_table(["network", "nn.Conv2d, s", "WholeMapConv2d, s", "and freed memory kept, s", "ratio"], rows)
-    (Path(__file__).parent.parent / "results" / "network.md").write_text(text)
+    (Path(__file__).parent.parent / "results" / "network.md").write_text(text, encoding="utf-8")
     print(text)
 
 

@@ -34,14 +34,14 @@ from vmcr2.lab import sources, train
 from vmcr2.lab.augmentation import Augmentation, plain
 from vmcr2.lab.evaluate import Features, accuracy, extract, training_bases
 from vmcr2.lab.objectives import Objective, Variational
-from vmcr2.lab.processes import keep_freed_memory
+from vmcr2.lab.processes import chosen_device, keep_freed_memory
 from vmcr2.lab.recipes import RECIPES, Recipe
 from vmcr2.lab.sources import Dataset
 from vmcr2.lab.terminal import markdown_table, mean_and_spread
 from vmcr2.subspaces import class_subspaces, nearest_subspace, subspace_energies
 
 RESULTS = Path(__file__).parent.parent / "results"
-DEVICE = train.chosen_device("auto")
+DEVICE = chosen_device("auto")
 RUNS = Runs(RESULTS / "noise.jsonl", ("data", "method", "share", "kind", "seed", "lr", "held"), DEVICE)
 LEVELS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)
 CHOSEN_AT = 0.3
@@ -524,7 +524,7 @@ def table() -> None:
             text += markdown_table(["", "lr", "predictor", "seeds", *shares, "similar"], rows)
             text += "\nFinding the 30 % wrong training labels: AUROC and precision at their true number, by score:\n\n"
             text += markdown_table(["features of", *_SCORES], found_rows)
-    (RESULTS / "noise.md").write_text(text)
+    (RESULTS / "noise.md").write_text(text, encoding="utf-8")
     print(text)
     _draw(curves)
 

@@ -399,7 +399,7 @@ def write(known: dict) -> None:
         parts.append(
             "\n## Precision of float32 against float64 (bar: 1e-5)\n\n" + markdown_table(["what", "error"], rows)
         )
-    (RESULTS / "speed.md").write_text("".join(parts))
+    (RESULTS / "speed.md").write_text("".join(parts), encoding="utf-8")
 
 
 def main() -> None:

@@ -239,7 +239,7 @@ def table() -> None:
         + "\n## Novelty: AUROC of samples of seen classes (five drawers unseen) against those of unseen classes\n\n"
         + markdown_table(["features of", *_NOVELTY], novel)
     )
-    (RESULTS / "retrieval.md").write_text(text)
+    (RESULTS / "retrieval.md").write_text(text, encoding="utf-8")
     print(text)
 
 

@@ -224,7 +224,7 @@ def table() -> None:
                 continue  # runs of this length are still to be made
         if finals:
             text += f"\nOn the test set:\n\n{markdown_table(COLUMNS, finals)}"
-    (RESULTS / "variety.md").write_text(text)
+    (RESULTS / "variety.md").write_text(text, encoding="utf-8")
     print(text)
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import threading
 
 import pytest
 import torch
@@ -346,6 +347,28 @@ def test_the_model_is_as_it_was_after_it_has_failed_itself(wrapped):
     assert_unchanged(model, before)
     assert all(module.training for module in model.modules())
     assert model.norm.running_mean is not None
+
+
+def test_modules_that_another_thread_trains_are_left_alone():
+    other = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Dropout(0.5))
+    modes = []
+
+    def trains(*_):
+        modes.append((other[1].training, other[1].running_mean is not None, other[2].training))
+
+    other.register_forward_pre_hook(trains)
+    model = nn.Linear(4, 4)
+
+    def embed(inputs):
+        thread = threading.Thread(target=other, args=(inputs,))
+        thread.start()
+        thread.join()
+        return normalize(model(inputs), dim=1)
+
+    labels = torch.arange(8) % 2
+    vmcr2.VMCR2Loss(2, 4).latch_from(embed, [(torch.randn(8, 4), labels)] * 2)
+    assert modes == [(True, True, True)] * 3  # the first batch runs twice
+    assert other[1].num_batches_tracked == 3
 
 
 def test_latch_from_needs_a_batch():

@@ -76,9 +76,16 @@ def test_rows_that_16_bits_hold_may_sum_to_1_as_nearly_as_those_can(dtype):
     rows = torch.softmax(3 * normal(50, 10), dim=1).to(dtype)
     off = (rows.double().sum(1) - 1).abs().max()
     assert off > 1e-4
-    assert float(checked(unit_rows(50, 4), rows, 10).counts.sum()) == pytest.approx(50, rel=1e-2)
-    with pytest.raises(vmcr2.InputError, match="divide rows that were computed in 16 bits by their sums"):
+    assert float(checked(unit_rows(50, 4), rows, 10).counts.sum()) == pytest.approx(50, rel=1e-6)
+    with pytest.raises(vmcr2.InputError, match="divide the rows by their sums"):
         checked(unit_rows(50, 4), rows.double(), 10)
+
+
+def test_rows_rounded_to_16_bits_give_no_negative_rate_reduction():
+    z, rows = unit_rows(300, 6).float(), torch.full((300, 3), 1 / 3, dtype=torch.bfloat16)
+    assert rows.double().sum(1).max() > 1.001
+    assert vmcr2.rate_reduction(z, rows).reduction == pytest.approx(0, abs=1e-5)
+    assert vmcr2.MCR2Loss(3)(z, rows) == pytest.approx(0, abs=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["labels", "confident"])

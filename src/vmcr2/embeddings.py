@@ -578,7 +578,8 @@ def sorted_classes(
         missing = sum(isinstance(label, float) and math.isnan(label) for label in listed)
     if missing:
         raise InputError(f"{name} must not be missing, but {missing} of {m} are")
-    if array.dtype.kind == "f" and not (np.isfinite(array).all() and (array == np.round(array)).all()):
+    whole = array.dtype.kind != "f" or (np.isfinite(array).all() and (array == np.round(array)).all())
+    if array.dtype.kind == "c" or not whole:
         raise InputError(f"{name} must name classes, got numbers that are not integers")
     if len({isinstance(label, str) for label in listed}) < 2:
         with suppress(TypeError):  # labels that cannot be sorted

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -202,8 +203,8 @@ def batch_statistics(model: Callable[[Tensor], Tensor]) -> Iterator[Callable[[Te
     Normalisation layers that would use batch statistics in training use them here and leave their running ones alone; a
     frozen one (in eval mode while another part of the model is in training mode) stays frozen. Everything else, such as
     dropout, is in eval mode. If `model` is a Module or a method of one, its submodules are known. Those that any other
-    function calls are found by running the first batch once in eval mode; that batch then runs again for its features.
-    The same is done if a lazy module has yet to infer its shapes.
+    function calls, in this thread, are found by running the first batch once in eval mode; that batch then runs again
+    for its features. The same is done if a lazy module has yet to infer its shapes.
 
     Args:
         model: a Module, or any function that calls Modules, however they are wrapped.
@@ -211,6 +212,7 @@ def batch_statistics(model: Callable[[Tensor], Tensor]) -> Iterator[Callable[[Te
     modes: dict[nn.Module, bool] = {}
     lent: list[tuple[dict[str, Any], dict[str, Any]]] = []
     settled = False
+    thread = threading.get_ident()
 
     def lend(attributes: dict[str, Any], **values: Any) -> None:
         lent.append((attributes, {name: attributes[name] for name in values}))
@@ -223,6 +225,8 @@ def batch_statistics(model: Callable[[Tensor], Tensor]) -> Iterator[Callable[[Te
             lend(module.__dict__, track_running_stats=False)
 
     def enter(module: nn.Module, _: Any = None) -> None:
+        if threading.get_ident() != thread:  # the hook sees every thread's modules, and others may be training
+            return
         new = [inner for inner in module.modules() if inner not in modes]
         modes.update({inner: inner.training for inner in new})  # read all first: a compiled module passes its mode on
         for inner in new:

@@ -76,7 +76,8 @@ _SPOILT = (
 class _OverRanks(nn.Module):
     """A loss of the batch of all ranks in a process group; copies of the loss share the group.
 
-    Settings are checked whenever they are assigned, so a schedule may change them between steps.
+    Settings are checked whenever they are assigned, so a schedule may change them between steps; whether ε² suits d is
+    checked in each step.
     """
 
     _checks: ClassVar[dict[str, Callable[[str, Any], Any]]] = {"eps_sq": check_number}
@@ -429,7 +430,7 @@ class VMCR2Loss(_OverRanks):
         step_atoms: ν_Γ > 0, in units of the inverse Lipschitz bound; not used by "ascent".
         step_codes: ν_A > 0, likewise.
         sharded: whether each rank holds the atoms, codes and latched flags of its own range of classes only; requires
-            structure "block". The same loss, gradients and steps, in a W-th of the memory on W ranks. Ranks hold
+            structure "block". The same loss, gradients and steps, in 1/W of the memory on W ranks. Ranks hold
             `torch.chunk`'s ranges; the last may hold fewer classes, or none.
         process_group: the ranks whose batches form one; None for all.
 

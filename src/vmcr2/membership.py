@@ -376,11 +376,14 @@ def _from_rows(
     beside: Tensor | None,
     name: str,
 ) -> tuple[Membership, Tensor | None]:
+    hint = "; labels have shape (m,), not (m, 1)" if rows.shape[1] == 1 else ""
     if rows.shape[1] == 0 or (num_classes is not None and rows.shape[1] != num_classes):
         raise InputError(
             f"{name} rows must have num_classes = {num_classes or 'at least 1'} entries, got shape {tuple(rows.shape)}"
+            + hint
         )
-    tolerance = _TOLERANCE_16_BITS if rows.is_floating_point() and torch.finfo(rows.dtype).bits == 16 else 1e-4
+    coarse = rows.is_floating_point() and torch.finfo(rows.dtype).bits == 16
+    tolerance = _TOLERANCE_16_BITS if coarse else 1e-4
     rows = rows.to(dtype)
     detached = rows.detach()
     sums = detached.sum(1)
@@ -395,16 +398,18 @@ def _from_rows(
             (sums - 1).abs().max() > tolerance,
             f"{name} rows must sum to 1",
             lambda: (
-                f"sums from {float(sums.min()):.3g} to {float(sums.max()):.3g}"
-                + ("; labels have shape (m,), not (m, 1)" if rows.shape[1] == 1 else "")
+                f"sums from {float(sums.min()):.6g} to {float(sums.max()):.6g}"
+                + hint
                 + (
-                    "; divide rows that were computed in 16 bits by their sums"
+                    "; divide the rows by their sums, as is needed if they were computed in 16 bits"
                     if bool(((sums - 1).abs() <= _TOLERANCE_16_BITS).all())
                     else ""
                 )
             ),
         ),
     ]
+    if coarse:  # their rounding would make ΔR negative
+        rows = rows / sums[:, None]
     counts, sizes = _counted(rows)
     on_host, beside = _read_sizes(conditions, sizes, beside)
     # Under vmap nothing can be read: every class may then have every sample.

@@ -143,7 +143,7 @@ class ClassBalancedBatchSampler(Sampler[list[int]]):
 def batch_count(m: int, batch_size: int) -> int:
     """Returns into how many batches of nearly equal size to split m ≥ 2 samples: at least 2 in each, for BatchNorm.
 
-    So a batch may have one sample more than `batch_size`. For a single sample the result is 0.
+    So if `batch_size` is 2 and m odd, one batch has 3 samples. For a single sample the result is 0.
 
     Args:
         m: the samples of an epoch.
@@ -186,7 +186,7 @@ def _int64(labels: Any) -> Int[Tensor, " m"]:
         labels = np.asarray(labels)  # works for a pandas Series too, whatever its index
         integers = labels.dtype.kind in "iu"
     if labels.ndim != 1 or len(labels) == 0 or not integers:
-        raise InputError(f"labels must be integers of shape (m,), got {labels.dtype} {tuple(labels.shape)}")
+        raise InputError(f"labels must be integers of shape (m,), m >= 1, got {labels.dtype} {tuple(labels.shape)}")
     return labels.long().cpu() if isinstance(labels, Tensor) else torch.from_numpy(labels.astype(np.int64))
 
 

@@ -238,8 +238,8 @@ class CodingRateTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
             to (m, d), in float32; None means two hidden layers with BatchNorm and ReLU.
         hidden: the width of the default network's layers.
         epochs: passes over the samples in `fit`; None means 20, or more to make 120 steps. `partial_fit` makes one.
-        batch_size: the most samples per step, at least 2. A sample that would be left alone joins another batch, since
-            BatchNorm needs more than one.
+        batch_size: the largest number of samples per step, at least 2; batches are as equal as possible. With 2, and an
+            odd number of samples, one batch has 3: BatchNorm does not accept a single one.
         learning_rate: of AdamW. In `fit` it falls to 0 along a half cosine.
         weight_decay: of AdamW.
         eps_sq: the squared precision ε² > 0.

@@ -296,6 +296,26 @@ def test_a_folder_is_trained_on_by_itself(leaves, capsys):
     assert "chosen for" not in said  # nothing was
 
 
+def test_a_folder_without_letters_is_called_data(leaves, tmp_path):
+    shutil.copytree(leaves / "leaves", tmp_path / "_")
+    assert recipes.find(str(tmp_path / "_")).name == "data"
+
+
+def test_what_is_measured_on_held_out_samples_says_so(leaves, tmp_path, capsys):
+    shutil.copytree(leaves / "leaves" / "train", tmp_path / "leaves" / "train")
+    out = str(tmp_path / "runs")
+    given = ["--epochs", "1", "--device", "cpu", "--seeds", "0", "--objectives", "ce", "--out", out]
+    assert main(["compare", str(tmp_path / "leaves"), *given]) == 0
+    run = tmp_path / "runs" / "ce-seed0"
+    capsys.readouterr()
+    for evaluated in (run, leaves / "run"):
+        assert main(["evaluate", str(evaluated)]) == 0
+        held_out = evaluated == run
+        assert ("measured on a validation share" in " ".join(capsys.readouterr().out.split())) == held_out
+        written = json.loads((evaluated / "evaluation.json").read_text())
+        assert written["evaluated_on"] == ("validation" if held_out else "test")
+
+
 def test_versions_of_a_folder_are_recipes_of_their_own(leaves, tmp_path):
     for name in ("leaves.v1", "leaves.v2"):
         shutil.copytree(leaves / "leaves", tmp_path / name)

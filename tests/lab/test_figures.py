@@ -1,5 +1,6 @@
 """Figures that a stranger can read: names in full, classes counted, errors shown."""
 
+import matplotlib as mpl
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
@@ -66,3 +67,9 @@ def test_a_run_measured_once_shows_all_its_rates_in_figure_1(tmp_path, monkeypat
     lines = [line for line in drawn[0].axes[0].lines if len(line.get_xdata())]
     assert [line.get_marker() for line in lines] == ["o", "$R$", "$R_c$", "None", "None", "None"]
     assert [list(line.get_ydata()) for line in lines[:3]] == [[2.0], [9.0], [7.0]]
+
+
+def test_figures_are_png_whatever_the_users_matplotlib_saves(tmp_path):
+    with mpl.rc_context({"savefig.format": "pdf"}):
+        path = figures._save(Figure(), tmp_path / "a.png", "a note")
+    assert path.read_bytes().startswith(b"\x89PNG")

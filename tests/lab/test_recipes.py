@@ -34,7 +34,7 @@ from vmcr2.lab.recipes import CESettings, Recipe, VMCR2Settings
         (r"vmcr2.lr must be at most 0.05 with optimizer adamw \(begin with 1e-3\), got 0.5", {"optimizer": "adamw"}),
         ("lr_drops must be empty with schedule cosine", {"schedule": "cosine", "lr_drops": [0.5]}),
         (r"warmup_epochs must be at most 100 \(epochs\), got 200", {"warmup_epochs": 200}),
-        ("data.test_size cannot be combined with data.validation", {"data": {"validation": 0.2, "test_size": 9}}),
+        ("data.test_size must be left out with data.validation", {"data": {"validation": 0.2, "test_size": 9}}),
         (r"mse not in literal.*\$\.objective", {"objective": "mse"}),
         ("vmcr2.pull must be a finite number > 0 and at most 1, got 2", {"vmcr2": {"pull": 2}}),
         ("vmcr2.expand must be a finite number >= 0, got -1", {"vmcr2": {"expand": -1}}),
@@ -83,7 +83,7 @@ def test_choices_are_checked_without_json_too():
     ("message", "make"),
     [
         ("sync_batchnorm must be True or False, got 'no'", lambda: replace(SMALL, sync_batchnorm="no")),
-        ("channels_last must be True or False, got 3", lambda: replace(SMALL, channels_last=3)),
+        ("sync_batchnorm must be True or False, got 3", lambda: replace(SMALL, sync_batchnorm=3)),
         ("vmcr2.stop_on_collapse must be True or False", lambda: replace(SMALL.vmcr2, stop_on_collapse="no")),
         ("augmentation.flip must be True or False, got 'no'", lambda: Augmentation(flip="no")),
     ],
@@ -100,7 +100,7 @@ def test_numbers_from_numpy_are_written_as_json():
         seed=seed,
         eps_sq=number,
         lr_drops=np.array([0.5, 0.75]),
-        channels_last=np.bool_(True),
+        sync_batchnorm=np.bool_(True),
         vmcr2=replace(SMALL.vmcr2, pull=number),
         data=replace(SMALL.data, train_size=np.int64(50)),
     )
@@ -110,7 +110,7 @@ def test_numbers_from_numpy_are_written_as_json():
         seed=3,
         eps_sq=0.5,
         lr_drops=(0.5, 0.75),
-        channels_last=True,
+        sync_batchnorm=True,
         vmcr2=replace(SMALL.vmcr2, pull=0.5),
         data=replace(SMALL.data, train_size=50),
     )

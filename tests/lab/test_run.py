@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from small import SMALL, from_file, without_times
 
 from vmcr2.errors import InputError
@@ -427,6 +428,24 @@ def test_what_the_system_refuses_is_told_from_other_errors(tmp_path):
     stopped = train.StoppedError(tmp_path, 28, "No space left on device", "file")
     copied = pickle.loads(pickle.dumps(stopped))  # as between processes
     assert (copied.run, copied.errno, str(copied)) == (tmp_path, 28, str(stopped))
+
+
+@pytest.mark.parametrize("kind", [train.Interrupted, train.LostProcessError])
+def test_what_ends_a_run_is_the_same_in_another_process(kind, tmp_path):
+    error = kind(tmp_path)
+    copied = pickle.loads(pickle.dumps(error))
+    assert (copied.run, str(copied)) == (tmp_path, str(error))
+
+
+def test_a_console_that_cannot_be_written_is_not_taken_for_the_run_folder(tmp_path):
+    class Full(io.StringIO):
+        def write(self, text):
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(train.StoppedError, match="'the console'") as caught:
+        train.start(replace(SMALL, epochs=1), tmp_path / "run", console=Console(file=Full()))
+    assert caught.value.run == tmp_path / "run"
+    assert train.resume(tmp_path / "run").is_complete()
 
 
 def test_an_error_of_a_callers_own_is_not_taken_for_ours(tmp_path):

@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 import vmcr2
 from vmcr2.lab import figures
-from vmcr2.lab.evaluate import extract
 from vmcr2.lab.files import check_writable, write_csv
 from vmcr2.lab.run import RunFolder
 from vmcr2.lab.trained import Checkpoint
@@ -54,9 +53,8 @@ def audit(run: RunFolder, data_root: str | Path | None = None) -> Audit:
     """
     checkpoint = Checkpoint.open(run)
     check_writable(run.path)
-    model, dataset, recipe = checkpoint.model().model, checkpoint.data(data_root), checkpoint.recipe
-    features = extract(model, dataset, recipe.augmentation, recipe.batch_size, recipe.precision).train
-    judged = vmcr2.label_quality(features, dataset.train_labels)
+    dataset, features = checkpoint.features(data_root)
+    judged = vmcr2.label_quality(features.train, dataset.train_labels)
     names = dataset.class_names
     suspects = [
         Suspect(dataset.train_name(i), names[judged.labels[i]], names[judged.suggested[i]], float(judged.scores[i]))
@@ -67,5 +65,5 @@ def audit(run: RunFolder, data_root: str | Path | None = None) -> Audit:
     write_csv(written[0], [("sample", "given", "suggested", "score"), *lines])
     run.suspects_figure.unlink(missing_ok=True)  # of an earlier audit
     if suspects and dataset.train_inputs.ndim == 4:
-        written.append(figures.draw_suspects(dataset, judged, run.suspects_figure, recipe.name))
+        written.append(figures.draw_suspects(dataset, judged, run.suspects_figure, checkpoint.recipe.name))
     return Audit(suspects, written, len(judged.scores))

@@ -40,7 +40,7 @@ vmcr2: maximal coding rate reduction by variational forms
   vmcr2 audit RUN                  list the training samples whose label looks wrong
   vmcr2 export RUN DIR             write the model as safetensors with a model card
   vmcr2 report FILE.npz            say what embeddings are like, by their coding rates
-  vmcr2 reproduce TABLE [flags]    table1 … table3, figure1, figure2 of the paper, or label noise
+  vmcr2 reproduce TABLE [flags]    table1, table2, table3, figure1, figure2 of the paper, or noise
   vmcr2 bench                      time the objectives, as the paper's Table 1
   vmcr2 recipes [RECIPE]           list the recipes, or show one
 
@@ -173,8 +173,9 @@ def evaluate(run: _Run, data_root: Path | None = None, components: tuple[int, ..
         components: dimensions of the subspaces to try; by default 1, 2, 4, … and ⌊d/k⌋.
     """
     from vmcr2.checks import check_count
-    from vmcr2.lab.evaluate import accuracy_by_components, extract, measure, training_bases
+    from vmcr2.lab.evaluate import accuracy_by_components, measure, training_bases
     from vmcr2.lab.files import write_json
+    from vmcr2.lab.sweep import held_out
     from vmcr2.lab.terminal import table
     from vmcr2.lab.trained import Checkpoint
     from vmcr2.subspaces import default_components
@@ -183,8 +184,7 @@ def evaluate(run: _Run, data_root: Path | None = None, components: tuple[int, ..
     recipe = checkpoint.recipe
     for r in components:
         check_count("components", r, at_most=recipe.feature_dim, limit="feature_dim")
-    model, dataset = checkpoint.model().model, checkpoint.data(data_root)
-    features = extract(model, dataset, recipe.augmentation, recipe.batch_size, recipe.precision)
+    dataset, features = checkpoint.features(data_root)
     predict = checkpoint.objective().predict
     measured = asdict(measure(features, dataset, training_bases(features, dataset), recipe.eps_sq, predict))
     usual = default_components(recipe.feature_dim, dataset.num_classes)
@@ -193,8 +193,9 @@ def evaluate(run: _Run, data_root: Path | None = None, components: tuple[int, ..
     shown = [(key, "–" if value is None else f"{value:.4f}") for key, value in measured.items()]
     names = {r: f"test_accuracy, {r} component{'s' * (r > 1)}" for r in by_components}
     shown += [(names[r], f"{value:.4f}") for r, value in by_components.items()]
-    _console().print(table(f"{run}", ("measure", "value"), shown))
-    write_json(checkpoint.run.evaluation_file, measured | {"accuracy_by_components": by_components})
+    _console().print(table(f"{run}{held_out(recipe.evaluated_on)}", ("measure", "value"), shown))
+    about = {"evaluated_on": recipe.evaluated_on, "accuracy_by_components": by_components}
+    write_json(checkpoint.run.evaluation_file, measured | about)
 
 
 def plot(run: _Run) -> None:
@@ -373,7 +374,7 @@ def report(
     stem.parent.mkdir(parents=True, exist_ok=True)
     write_json(stem.with_name(f"{stem.name}.json"), made.as_dict())
     with replacing(stem.with_name(f"{stem.name}.png")) as picture:
-        made.figure().savefig(picture, dpi=150)
+        made.figure().savefig(picture, dpi=150, format="png")
     _say(f"written: {stem}.json, {stem}.png")
 
 
@@ -394,8 +395,8 @@ def bench(
     from vmcr2.checks import check_number
     from vmcr2.lab import bench
     from vmcr2.lab.files import check_file, write_json
+    from vmcr2.lab.processes import chosen_device
     from vmcr2.lab.terminal import describe_device, table
-    from vmcr2.lab.train import chosen_device
 
     check_number("seconds", seconds)
     if out is not None:

@@ -37,23 +37,24 @@ def extract(
     With several processes each sends its share of the samples through the network, and all receive all features.
 
     Args:
-        model: the network, on the same device.
+        model: the network, on any device.
         dataset: its inputs.
         augmentation: its crop size is cut from the middle.
         batch_size: inputs at once, in all processes together.
         precision: of the network: float32 or bf16.
     """
     world = world_size()
+    device = next(model.parameters(), dataset.train_inputs).device
 
     def features(inputs: Tensor) -> Tensor:
         parts = inputs.tensor_split(world)
         own = parts[process_rank()]
         # Not every network accepts an empty batch.
         batches = own.split(max(1, batch_size // world)) if len(own) else [inputs[:1]]
-        found = torch.cat([model(plain(batch, augmentation)) for batch in batches])[: len(own)]
-        return gather_rows(found, shares=[len(part) for part in parts])[0]
+        found = torch.cat([model(plain(batch.to(device), augmentation)) for batch in batches])[: len(own)]
+        return gather_rows(found, shares=[len(part) for part in parts])[0].to(inputs.device)
 
-    with evaluating(model), autocast(dataset.train_inputs.device, precision):
+    with evaluating(model), autocast(device, precision):
         return Features(features(dataset.train_inputs), features(dataset.test_inputs))
 
 

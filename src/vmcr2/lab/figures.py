@@ -194,7 +194,7 @@ def draw_run(run: RunFolder) -> list[Path]:
     """
     recipe, arrays, metrics = run.recipe(), run.features(), run.metrics()
     name = f"{recipe.name}, {OBJECTIVES[recipe.objective]}, seed {recipe.seed}"
-    names, part = arrays["class_names"], "validation" if recipe.data.validation else "test"
+    names, part = arrays["class_names"], recipe.evaluated_on
     k = len(names)
     drawn = []
     with mpl.rc_context(_STYLE):
@@ -303,7 +303,7 @@ def draw_comparison(runs: Sequence[RunFolder], folder: Path) -> list[Path]:
         panels = figure.subplots(1, 2)
         for axes, key, label in (
             (panels[0], "train_reduction", "ΔR of the training set (nats)"),
-            (panels[1], "test_accuracy", "test accuracy, nearest subspace"),
+            (panels[1], "test_accuracy", f"{runs[0].recipe().evaluated_on} accuracy, nearest subspace"),
         ):
             for objective, members in by_objective.items():
                 _draw_seeds(axes, [run.metrics() for run in members], key, objective)
@@ -468,7 +468,7 @@ def _save(figure: Figure, path: Path, note: str) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     with warnings.catch_warnings(record=True) as caught, replacing(path) as file:
         warnings.simplefilter("always")
-        figure.savefig(file)
+        figure.savefig(file, format=path.suffix[1:])
     glyphs = [one for one in caught if "missing from font" in str(one.message)]
     for one in caught:
         if one not in glyphs:

@@ -338,6 +338,14 @@ def share_statistics(model: nn.Module) -> None:
             dist.broadcast(buffer, 0)
 
 
+def channels_last(model: nn.Module) -> nn.Module:
+    """Stores the weights of a network's convolutions with channels last, which is faster on CPUs and GPUs."""
+    for parameter in model.parameters():
+        if parameter.ndim == 4:  # convolutions follow the layout of their weights
+            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+    return model
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Sets a network to eval mode, and afterwards each of its layers to the mode that it had."""

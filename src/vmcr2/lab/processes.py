@@ -24,11 +24,11 @@ from vmcr2.errors import InputError, NumericalError
 
 _Made = TypeVar("_Made")
 _ENVIRONMENT = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun tells each process
-_MALLOC_OPTIONS = {  # for mallopt(3): number and value
-    "M_TRIM_THRESHOLD": (-1, 2**31 - 1),
-    "M_TOP_PAD": (-2, 2**28),
-    "M_MMAP_MAX": (-4, 0),
-}
+_MALLOC_OPTIONS = (  # for mallopt(3): number and value
+    (-1, 2**31 - 1),  # M_TRIM_THRESHOLD
+    (-2, 2**28),  # M_TOP_PAD
+    (-4, 0),  # M_MMAP_MAX
+)
 
 
 class PeerError(RuntimeError):
@@ -45,7 +45,7 @@ def keep_freed_memory() -> None:
     On a CPU that takes up to a third of a step (`benchmarks/network.py`). Other C libraries are left as they are.
     """
     if platform.libc_ver()[0] == "glibc":
-        for option, value in _MALLOC_OPTIONS.values():
+        for option, value in _MALLOC_OPTIONS:
             ctypes.CDLL(None).mallopt(option, value)
 
 
@@ -54,6 +54,29 @@ def share(count: int, rank: int, processes: int) -> slice:
     size, over = divmod(count, processes)
     start = rank * size + min(rank, over)
     return slice(start, start + size + (rank < over))
+
+
+def chosen_device(name: str) -> torch.device:
+    """Returns the device for auto, cuda or cpu; auto skips accelerators without float64.
+
+    If there are several processes on a machine, each gets a CUDA device of its own.
+
+    Raises:
+        InputError: cuda is requested and there is none, or there are fewer devices than processes (a ValueError).
+    """
+    there = torch.cuda.is_available()
+    if name == "cuda" and not there:
+        raise InputError("device must be cpu or auto here, got cuda: torch sees no CUDA device")
+    if name == "cpu" or not there:
+        return torch.device("cpu")
+    if world_size() == 1:
+        return torch.device("cuda")
+    if local_rank() >= torch.cuda.device_count():
+        raise InputError(
+            f"the processes on a machine must be at most its {torch.cuda.device_count()} CUDA devices, got local rank "
+            f"{local_rank()}: start fewer (--nproc-per-node), or set device to cpu"
+        )
+    return torch.device("cuda", local_rank())
 
 
 def local_rank() -> int:

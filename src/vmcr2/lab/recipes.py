@@ -56,10 +56,10 @@ class VMCR2Settings:
         step_codes: ν_A, likewise.
         latch_every: epochs between latchings; the first is before the first epoch.
         gradient_clip: the largest norm a step's gradient may have, None for any. 0.02 keeps networks without BatchNorm,
-            whose first gradients are long, from collapsing.
+            whose first gradients are large, from collapsing.
         stop_on_collapse: stop, with a reason, once ΔR of the batches has been below a fifth of its value after the
             first epoch for ten epochs, or that of the training set below a tenth of its first value in five
-            measurements. A later latching may slowly restore it.
+            measurements, but not before the eleventh epoch. Without this, a later latching may slowly restore ΔR.
     """
 
     lr: float = 0.5
@@ -138,12 +138,12 @@ class Recipe:
         seed: for the initial weights, the order of the data, augmentation and dropout.
         epochs: passes over the training set. A run may be extended later, unless a schedule sets the learning rate or
             `vmcr2.expand_until` ends the expansion.
-        batch_size: the most samples per step, of all processes together; an epoch's batches are as equal as possible.
-            One more if a single sample would be left over, which BatchNorm does not accept.
+        batch_size: the largest number of samples per step, of all processes together; an epoch's batches are as equal
+            as possible. With 2, and an odd number of samples, one batch has 3: BatchNorm does not accept a single one.
         network: mlp, conv4, cnn, resnet18, preact_resnet18, or timm:NAME for one from the package timm.
-        feature_dim: d.
+        feature_dim: d, the dimension of the features.
         eps_sq: the squared precision ε² of the coding rates.
-        optimizer: sgd, to which the learning rates' defaults below belong, or adamw, which needs rates near 1e-3.
+        optimizer: sgd, for which the default learning rates below are meant, or adamw, which needs rates near 1e-3.
         momentum: of SGD.
         weight_decay: added to the gradient by SGD, subtracted from the weights themselves by AdamW.
         schedule: constant, or cosine, which falls to 0 over the epochs after the warm-up.
@@ -155,7 +155,6 @@ class Recipe:
         precision: of the network: float32, or bf16 by autocast; rates are at least float32.
         sync_batchnorm: with several processes, BatchNorm uses the statistics of the whole batch, as one process would,
             rather than those of each process's share.
-        channels_last: store the weights of convolutions with channels last, which is faster on CPUs and GPUs.
         data: what to train on.
         augmentation: what is done to its images.
         vmcr2: settings of V-MCR².
@@ -183,7 +182,6 @@ class Recipe:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["float32", "bf16"] = "float32"
     sync_batchnorm: bool = False
-    channels_last: bool = True
     data: DataSettings = field(default_factory=DataSettings)
     augmentation: Augmentation = field(default_factory=Augmentation)
     vmcr2: VMCR2Settings = field(default_factory=VMCR2Settings)
@@ -227,6 +225,11 @@ class Recipe:
         """The highest learning rate of this recipe's objective."""
         settings: VMCR2Settings | MCR2Settings | CESettings = getattr(self, self.objective)
         return settings.lr
+
+    @property
+    def evaluated_on(self) -> Literal["validation", "test"]:
+        """Which samples accuracy is measured on: those held out from training, or the data's own test set."""
+        return "validation" if self.data.validation else "test"
 
     @property
     def expand_epochs(self) -> int | None:
@@ -345,7 +348,9 @@ def for_data(path: Path, image_size: int | None = None) -> Recipe:
     side = min(shape[1:], default=0)
     network = "mlp" if side < 16 else "conv4" if side <= 48 else "resnet18"
     called = path.resolve().name if path.is_dir() else path.resolve().stem
-    name = re.sub(r"[^\w.-]", "-", called, flags=re.ASCII).strip("-") or "data"
+    name = re.sub(r"[^\w.-]", "-", called, flags=re.ASCII).strip("-")
+    if not re.search(r"[^\W_]", name):
+        name = "data"
     return Recipe(
         name=name,
         about=about,

@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 
 from vmcr2.errors import InputError, NumericalError
-from vmcr2.lab import bench, figures, recipes, train
+from vmcr2.lab import bench, figures, processes, recipes
 from vmcr2.lab.files import write_atomically, write_json
 from vmcr2.lab.paper import FIGURE1, FIGURE2, TABLE2, TABLE3, Printed
 from vmcr2.lab.recipes import OBJECTIVES, ObjectiveName, Recipe
@@ -285,7 +285,7 @@ def table1(request: Request, console: Console) -> list[Path]:
         raise InputError(f"{', '.join(unused)} must be left out for table1, which times steps")
     refuse_run(request.out)
     rows = request.chosen(dict.fromkeys(bench.WORKLOADS), "table1")
-    device = train.chosen_device("auto")
+    device = processes.chosen_device("auto")
     where = describe_device(device)
     stored = request.out / "table1.json"
     everywhere = {record["where"]: record["rows"] for record in _records(stored, ("where", "rows"))}

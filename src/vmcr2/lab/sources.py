@@ -78,8 +78,8 @@ class DataSettings:
                 raise InputError(f"data.{name} must be a share below 1, got {getattr(self, name)}")
         if self.validation and self.test_size is not None:
             raise InputError(
-                f"data.test_size cannot be combined with data.validation, which replaces the test set (and is 0.2 "
-                f"where the data has none), got {self.test_size} beside {self.validation}"
+                "data.test_size must be left out with data.validation, which replaces the test set (0.2 by default "
+                f"where the data has none), got test_size {self.test_size} and validation {self.validation}"
             )
 
 
@@ -139,7 +139,10 @@ def load(settings: DataSettings, data_root: str | Path | None = None) -> Dataset
     root = _root(data_root)
     path = _place(settings.source, data_root)
     if settings.image_size is not None and (settings.source in _NAMED or path.suffix == ".npz"):
-        raise InputError(f"data.image_size scales a folder's images; those of {settings.source} keep theirs")
+        raise InputError(
+            f"data.image_size must be left out for {settings.source} (only a folder's images are scaled), got "
+            f"{settings.image_size}"
+        )
     if settings.source in _NAMED:
         dataset = _NAMED[settings.source](root)
     elif path.suffix == ".npz":
@@ -262,7 +265,9 @@ def _held_out(dataset: Dataset, share: float) -> Dataset:
     inputs, labels = dataset.train_inputs, dataset.train_labels
     single = int((labels.bincount(minlength=dataset.num_classes) == 1).sum())
     if not chosen.any():
-        raise InputError(f"data.validation ({share:g}) needs a class of two samples or more, every class has one")
+        raise InputError(
+            f"data.validation ({share:g}) needs a class of at least two samples, got a single sample in each"
+        )
     if single:
         warnings.warn(
             f"{single} of {dataset.num_classes} classes have a single sample, which data.validation cannot hold out",

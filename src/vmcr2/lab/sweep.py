@@ -126,8 +126,13 @@ def heading(summaries: Sequence[dict[str, Any]]) -> str:
 
 def measured_on(summary: dict[str, Any]) -> str:
     """Returns what a run ran on, in words, and what it was measured on if not the test set."""
-    held_out = ", measured on a validation share" if summary.get("evaluated_on") == "validation" else ""
-    return terminal.hardware(summary["device"], summary["threads"], summary["torch"]) + held_out
+    hardware = terminal.hardware(summary["device"], summary["threads"], summary["torch"])
+    return hardware + held_out(summary.get("evaluated_on", "test"))
+
+
+def held_out(evaluated_on: str) -> str:
+    """Returns words to add to the title of measures if these are not of the test set."""
+    return ", measured on a validation share" if evaluated_on == "validation" else ""
 
 
 def rows(summaries: Sequence[dict[str, Any]]) -> list[list[str]]:

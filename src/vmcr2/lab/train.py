@@ -220,7 +220,7 @@ def start(
 
 
 def resume(
-    run: RunFolder,
+    run: RunFolder | str | Path,
     recipe: Recipe | None = None,
     data_root: str | Path | None = None,
     console: Console | None = None,
@@ -232,7 +232,7 @@ def resume(
     processes may differ from before.
 
     Args:
-        run: the run folder.
+        run: the run folder, or its path.
         recipe: must be the run's own except for `epochs`, which may be more than the run has; None means the run's own.
         data_root: the folder of named data sets.
         console: where progress is shown.
@@ -245,30 +245,31 @@ def resume(
         StoppedError: results could not be written, as on a full disk; the run can be resumed (an OSError).
         LostProcessError: another process of the run has ended; the run can be resumed.
     """
-    stored, chosen = processes.first(lambda: _planned(run, recipe, data_root, console))
+    folder = processes.first(lambda: run if isinstance(run, RunFolder) else RunFolder.open(run))
+    stored, chosen = processes.first(lambda: _planned(folder, recipe, data_root, console))
     if chosen is None:
-        return run
+        return folder
     prepared = _prepare(chosen, data_root)
 
     def load() -> dict[str, Any] | None:
-        state = run.load_checkpoint()
+        state = folder.load_checkpoint()
         if state is not None:
-            _check_state(run, state, prepared)
+            _check_state(folder, state, prepared)
         return state
 
     def reopen() -> None:
         if chosen != stored:
-            run.summary_file.unlink(missing_ok=True)
-            run.write_recipe(chosen)
+            folder.summary_file.unlink(missing_ok=True)
+            folder.write_recipe(chosen)
         if ready.done < chosen.epochs:
-            run.drop_measured()
+            folder.drop_measured()
 
     with ExitStack() as stack:
-        processes.first(lambda: stack.enter_context(run.held()))
-        ready = _Run(prepared, run, processes.first(load))
+        processes.first(lambda: stack.enter_context(folder.held()))
+        ready = _Run(prepared, folder, processes.first(load))
         processes.first(reopen)  # only after the state has been loaded
         ready.train(console, on_epoch)
-    return run
+    return folder
 
 
 def _planned(
@@ -327,6 +328,9 @@ class Interrupted(KeyboardInterrupt):
         super().__init__(f"interrupted; {run} can be resumed")
         self.run = run
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.run,)
+
 
 class StoppedError(OSError):
     """The system refused to write a run's results, as on a full disk; the run can be resumed.
@@ -344,12 +348,17 @@ class StoppedError(OSError):
 
 
 @contextmanager
-def _writing(run: RunFolder) -> Iterator[None]:
-    """Turns an error of the system into a StoppedError; only around our own writing, not a caller's `on_epoch`."""
+def _writing(run: RunFolder, what: str | None = None) -> Iterator[None]:
+    """Turns an error of the system into a StoppedError; only around our own writing, not a caller's `on_epoch`.
+
+    Args:
+        run: what the error ends.
+        what: is written, if the error names no file; the run folder by default.
+    """
     try:
         yield
     except OSError as error:
-        file = str(run.path if error.filename is None else error.filename)
+        file = str(error.filename or what or run.path)
         raise StoppedError(run.path, error.errno, error.strerror or str(error), file) from error
 
 
@@ -363,6 +372,9 @@ class LostProcessError(processes.PeerError):
     def __init__(self, run: Path) -> None:
         super().__init__(f"stopped, since another process of the run has ended; {run} can be resumed")
         self.run = run
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.run,)
 
 
 class _Interrupt:
@@ -387,7 +399,7 @@ class _Interrupt:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, self.before)
+            signal.signal(signal.SIGINT, signal.default_int_handler if self.before is None else self.before)
 
     def _note(self, *_: object) -> None:
         if self.asked or (processes.is_first() and self.done == self.saved):
@@ -407,29 +419,6 @@ class _Prepared:
     device: torch.device
     model: nn.Module
     objective: Objective
-
-
-def chosen_device(name: str) -> torch.device:
-    """Returns the device for auto, cuda or cpu; auto skips accelerators without float64.
-
-    If there are several processes on a machine, each gets a CUDA device of its own.
-
-    Raises:
-        InputError: cuda is requested and there is none, or there are fewer devices than processes (a ValueError).
-    """
-    there = torch.cuda.is_available()
-    if name == "cuda" and not there:
-        raise InputError("device must be cpu or auto here, got cuda: torch sees no CUDA device")
-    if name == "cpu" or not there:
-        return torch.device("cpu")
-    if world_size() == 1:
-        return torch.device("cuda")
-    if processes.local_rank() >= torch.cuda.device_count():
-        raise InputError(
-            f"the processes on a machine must be at most its {torch.cuda.device_count()} CUDA devices, got local rank "
-            f"{processes.local_rank()}: start fewer (--nproc-per-node), or set device to cpu"
-        )
-    return torch.device("cuda", processes.local_rank())
 
 
 def _prepare(recipe: Recipe, data_root: str | Path | None) -> _Prepared:
@@ -454,13 +443,13 @@ def _prepared_here(recipe: Recipe, dataset: Dataset) -> _Prepared:
     example = plain(dataset.train_inputs[:2], recipe.augmentation)
     if example.ndim == 4:
         warn_of_lost_borders((dataset.train_inputs.shape[2], dataset.train_inputs.shape[3]), recipe.augmentation)
-    device = chosen_device(recipe.device)
+    device = processes.chosen_device(recipe.device)
     model, objective = build(recipe, tuple(example.shape[1:]), dataset.num_classes)
     try:
         with torch.no_grad():
             model.eval()(example)
     except RuntimeError as error:
-        shape = tuple(dataset.train_inputs.shape[1:])
+        shape = tuple(example.shape[1:])
         raise InputError(f"network {recipe.network} cannot take inputs of shape {shape}: {error}") from error
     if world_size() > 1:
         if recipe.sync_batchnorm:
@@ -469,10 +458,7 @@ def _prepared_here(recipe: Recipe, dataset: Dataset) -> _Prepared:
         _check_shares(recipe, m, 2 if networks.has_batchnorm(model) else 1)
         if device.type == "cuda":
             torch.cuda.set_device(device)
-    if recipe.channels_last:
-        for parameter in model.parameters():
-            if parameter.ndim == 4:  # convolutions follow the layout of their weights
-                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+    networks.channels_last(model)
     objective.criterion.to(device)
     return _Prepared(recipe, dataset.to(device), digest, device, model.train().to(device), objective)
 
@@ -604,6 +590,7 @@ class _Run:
                 """Writes and shows the results of an epoch; returns them, and whether to stop."""
                 with _writing(folder):
                     stop = self.record(line, interrupt)
+                with _writing(folder, "the console"):
                     progress.update(line["epoch"], _figures(line))
                 if on_epoch is not None:
                     on_epoch(line)
@@ -734,7 +721,7 @@ class _Run:
             **asdict(measures),
             "test_accuracy_one_component": accuracy(first, dataset.test_labels),
             "class_rank": float(ranks.nanmedian()),
-            "evaluated_on": "validation" if recipe.data.validation else "test",
+            "evaluated_on": recipe.evaluated_on,
             "seconds_per_epoch": self.seconds / recipe.epochs,
             "device": device_name(self.prepared.device),
             "processes": world_size(),

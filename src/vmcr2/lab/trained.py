@@ -36,8 +36,10 @@ from vmcr2.checks import (
 from vmcr2.errors import InputError, NumericalError
 from vmcr2.lab import networks, objectives, sources
 from vmcr2.lab.augmentation import Augmentation, plain
+from vmcr2.lab.evaluate import Features, extract
 from vmcr2.lab.files import is_free, write_atomically, write_json
 from vmcr2.lab.objectives import Objective
+from vmcr2.lab.processes import chosen_device
 from vmcr2.lab.recipes import OBJECTIVES, Recipe
 from vmcr2.lab.run import RunFolder
 from vmcr2.lab.sources import Dataset, decode
@@ -399,6 +401,19 @@ class Checkpoint:
         if self.state["data"] != sources.fingerprint(dataset):
             warnings.warn(f"{source} has changed since {self.run.path} was trained on it", stacklevel=2)
         return dataset
+
+    def features(self, data_root: str | Path | None = None) -> tuple[Dataset, Features]:
+        """Returns the data and its features, on the CPU; the network runs on a GPU, unless the recipe wants the CPU.
+
+        Args:
+            data_root: as for `data`.
+
+        Raises:
+            InputError: as for `model` and `data`.
+        """
+        recipe, model, dataset = self.recipe, self.model().model, self.data(data_root)
+        model.to(chosen_device("cpu" if recipe.device == "cpu" else "auto"))
+        return dataset, extract(model, dataset, recipe.augmentation, recipe.batch_size, recipe.precision)
 
 
 def _refuse_spoilt(trained: TrainedModel, path: Path) -> None:
