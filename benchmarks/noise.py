@@ -1,12 +1,12 @@
-"""Wrong training labels: V-MCR² beside cross-entropy, its robust kin and SupCon; and who finds the wrong labels.
+"""Wrong training labels: V-MCR² beside cross-entropy, its robust variants and SupCon; and who finds the wrong labels.
 
     python benchmarks/noise.py run [--data-root DIR] [--only omniglot100 ...] [--methods ...]    runs what is missing
     python benchmarks/noise.py cleanlab [--only ...]              cleanlab's scores of out-of-sample probabilities
     python benchmarks/noise.py table                               results/noise.md and noise.png from the lines
-    python benchmarks/noise.py influence                           results/influence.png: what a wrong label pulls with
+    python benchmarks/noise.py influence                           results/influence.png: how hard a wrong label pulls
 
 Nobody sees a clean label but the test set. Each method's learning rate is the one with the best accuracy on a
-validation split whose labels are as wrong as the others, at 30 % wrong and seed 0; a rate at the end of the range makes
+validation split with the same share of wrong labels, at 30 % and seed 0; a rate at the end of the range makes
 the range longer. What predicts (its own head, or the nearest subspace of one or of ⌊d/k⌋ components) is chosen on
 that split too. The final runs train on everything; `ce-stopped` keeps the split, and the epoch that did best on it.
 `--lr` takes another rate for them, which the table shows in a row of its own.
@@ -38,7 +38,7 @@ from vmcr2.lab.processes import chosen_device, keep_freed_memory
 from vmcr2.lab.recipes import RECIPES, Recipe
 from vmcr2.lab.sources import Dataset
 from vmcr2.lab.terminal import markdown_table, mean_and_spread
-from vmcr2.subspaces import class_subspaces, nearest_subspace, subspace_energies
+from vmcr2.subspaces import class_subspaces, nearest_subspace, places_in_class, subspace_energies
 
 RESULTS = Path(__file__).parent.parent / "results"
 DEVICE = chosen_device("auto")
@@ -240,11 +240,7 @@ def prepared(setting: Setting, root: Path | None) -> tuple[Recipe, Dataset, Tens
     recipe = replace(base, seed=setting.seed, evaluate_every=1)
     whole = sources.load(recipe.data, root)
     given = noisy(whole.train_labels, whole.train_inputs, whole.num_classes, setting.share, setting.kind, setting.seed)
-    places = torch.zeros(len(given), dtype=torch.long)
-    for j in range(whole.num_classes):
-        own_rows = (whole.train_labels == j).nonzero()[:, 0]
-        places[own_rows] = torch.arange(len(own_rows))
-    aside = places % HELD_OUT == 3
+    aside = places_in_class(whole.train_labels) % HELD_OUT == 3
     kept = ~aside if setting.held else torch.ones_like(aside)
     wrong = (given != whole.train_labels)[kept]
     dataset = replace(

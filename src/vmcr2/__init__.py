@@ -1,7 +1,7 @@
 """Efficient Maximal Coding Rate Reduction by Variational Forms (V-MCR², CVPR 2022).
 
 loss = vmcr2.VMCR2Loss(num_classes=100, feature_dim=200)
-loss.latch_from(model, batches)              # and again from time to time
+loss.latch_from(model, batches)              # the model returns rows of norm 1; again from time to time
 loss(model(inputs), labels).backward()       # like any criterion
 """
 

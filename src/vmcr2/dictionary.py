@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from vmcr2.checks import UNIT_NORM_TOLERANCE
 from vmcr2.distributed import Shards, full_tensor, part_of_another_rank
 from vmcr2.linalg import one_for_zero, wide_dtype
 from vmcr2.membership import Membership
@@ -31,7 +32,7 @@ from vmcr2.variational import (
 )
 
 Structure = Literal["shared", "block"]
-BLOCK_CLASSES = 200  # from so many on, estimators and recipes for one's own data take block structure
+_BLOCK_CLASSES = 200
 
 # How far a step moves the codes towards the maximum of its bound. Stopping halfway gives the atoms time to turn away
 # from each other before competing codes are pressed to zero. With soft membership this ends at a higher eq. (7);
@@ -43,6 +44,11 @@ _COPIED = 2**22  # entries of the atoms written at once
 _NEWTON_STEPS = 12  # for the multiplier that keeps a class's energy; it converges quadratically, from one side
 
 
+def default_structure(num_classes: int) -> Structure:
+    """Returns the structure that estimators, and recipes for one's own data, take for so many classes."""
+    return "shared" if num_classes < _BLOCK_CLASSES else "block"
+
+
 class Ascent(NamedTuple):
     """The result of a step, with what has been computed there.
 
@@ -51,7 +57,7 @@ class Ascent(NamedTuple):
         projections: `Codes.project` of the features, differentiable in them.
         energies: `Codes.energies` of the projections, likewise.
         overlap: ΓᵀΓ as `Codes.overlap` returns it.
-        confined: whether no class would gain by a code on an atom of another class, where all such codes are 0.
+        confined: whether all codes on atoms of other classes are 0 and no class would gain by raising one.
     """
 
     dictionary: Codes
@@ -71,7 +77,7 @@ def ascending_step(
     energy: float | None = None,
     others: Float[Tensor, "r d"] | None = None,
 ) -> Ascent:
-    """Returns Γ and Ã after a step on eq. (7), which never falls, whatever µ, the features and the dictionary are.
+    """Returns Γ and Ã after a step that never lowers eq. (7), whatever µ, the features and the dictionary are.
 
     First the atoms move, then, at the moved atoms, the codes: each towards the maximum of a lower bound of eq. (7) that
     touches it at the present value (minorise and maximise). Classes without a sample, and codes that are 0 and would
@@ -340,11 +346,8 @@ def _in_columns(by_class: Tensor) -> Tensor:
     return by_class if by_class.ndim == 1 else by_class.flatten(0, -2).T
 
 
-_NORM_TOLERANCE = 0.02  # what bfloat16 rounds away, several times over
-
-
 def _wrong_values(state: dict[str, Tensor], by_class: bool) -> Iterator[str]:
-    """Yields what no dictionary can hold, such as the mean of several, whose atoms cancel where their signs differ.
+    """Yields what no dictionary can hold, such as a mean of dictionaries, whose atoms cancel where signs differ.
 
     Only of plain tensors, which each rank has whole, so that all ranks refuse the same.
     """
@@ -352,7 +355,7 @@ def _wrong_values(state: dict[str, Tensor], by_class: bool) -> Iterator[str]:
     atoms, codes = held.get("atoms"), held.get("codes")
     if atoms is not None and atoms.is_floating_point():
         norms = torch.linalg.vector_norm(atoms, dim=-1 if by_class else 0, dtype=wide_dtype(atoms))
-        far = ~((norms - 1).abs() < _NORM_TOLERANCE)  # so that NaN is far
+        far = ~((norms - 1).abs() < UNIT_NORM_TOLERANCE)  # so that NaN is far
         if far.any():
             yield f"atoms must be of norm 1, got {int(far.sum())} of other norms, such as {norms[far][0].item():.3g}"
     if codes is not None and not bool(((codes >= 0) & codes.isfinite()).all()):

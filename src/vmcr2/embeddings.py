@@ -216,7 +216,8 @@ class Report:
         figure.colorbar(image, ax=axes, label="overlap", shrink=0.8)
         some = "" if len(chosen) == len(self.class_names) else f" ({len(chosen)} of {len(self.class_names)}, the worst)"
         axes.set_title(
-            f"Which classes coincide{some}\nGood: bright off the diagonal; dark cells are confused", fontsize=10
+            f"Which classes coincide{some}\nGood: bright off the diagonal. Dark: subspaces confuse the two classes",
+            fontsize=10,
         )
 
     def _draw_ranks(self, axes: Any) -> None:
@@ -444,7 +445,7 @@ class LabelQuality:
             )
         if 2 * len(self.suspects) > len(self.scores):
             lines.append(
-                "more than half: these features hardly tell the classes apart, so the suggestions are no better"
+                "more than half: these features hardly tell the classes apart, so do not rely on the suggestions"
             )
         return "\n".join(lines)
 

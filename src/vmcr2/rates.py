@@ -199,7 +199,7 @@ def reduction_of_lines(sizes: Int[Tensor, " k"], feature_dim: int, eps_sq: float
 
 
 def _worth(scaled: Any) -> Any:
-    """Returns twice what a dimension more adds to R; `scaled` is β times the energy in each direction of its class."""
+    """Returns twice what one more dimension adds to R; `scaled` is β times the energy in a direction of its class."""
     return np.log1p(scaled) - scaled / (1 + scaled)
 
 
@@ -213,8 +213,8 @@ def largest_reduction(feature_dim: int, class_counts: Int[np.ndarray, " k"], eps
 
     Class j has r_j directions of equal energy, r_j real and from 1 to n_j. If d dimensions are enough for all, they are
     orthogonal (Yu et al., 2020, Theorem 1). If not, classes so small that a direction of their own would hold less
-    energy than the others' give theirs up: each is a line, and together these lines spread evenly over the remaining
-    dimensions. ΔR is then
+    energy than those of the other classes have none: each is a line, and together these lines spread evenly over the
+    remaining dimensions. ΔR is then
 
     Σ_j r_j/2 [log(1 + β γ_j/r_j) − γ_j log(1 + β/r_j)] + D/2 log(1 + β γ_s/D) − γ_s/2 log(1 + β)
 

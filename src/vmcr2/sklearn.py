@@ -28,7 +28,7 @@ except ModuleNotFoundError as error:
 from torch import Tensor, nn
 
 from vmcr2.checks import check_choice, check_count, check_number, refuse_masked, tensor_of
-from vmcr2.dictionary import BLOCK_CLASSES
+from vmcr2.dictionary import default_structure
 from vmcr2.embeddings import LabelQuality, label_quality, sorted_classes
 from vmcr2.errors import InputError, NumericalError
 from vmcr2.latching import MomentStream
@@ -433,7 +433,6 @@ class CodingRateTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
         if self.objective == "mcr2":
             loss = MCR2Loss(k, eps_sq=self.eps_sq)
         else:
-            structure = "shared" if k < BLOCK_CLASSES else "block"
             with torch.device("cpu"):
                 loss = VMCR2Loss(
                     k,
@@ -443,7 +442,7 @@ class CodingRateTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
                     energy=self.energy,
                     pull=self.pull,
                     expand=self.expand,
-                    structure=structure,
+                    structure=default_structure(k),
                 )
         self.loss_ = loss.to(device)
         self._optimizer = torch.optim.AdamW(network.parameters(), lr=self.learning_rate, weight_decay=self.weight_decay)

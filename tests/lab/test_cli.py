@@ -96,7 +96,7 @@ def test_compare_goes_on_where_it_was(undrawn, tmp_path, capsys):
     # One run of the folder, longer than the others, and once although it is named twice.
     assert main([*command, "--epochs", "3", "--objectives", "ce", "--seeds", "0", "0"]) == 0
     said = " ".join(capsys.readouterr().out.split())
-    assert "digits, 3 epochs, seeds 0, " in said
+    assert "digits, 3 epochs, seed 0, " in said
     assert "±" not in said
     assert [run.path.name for run in sweep.compared(tmp_path)] == ["ce-seed0"]
     both = [RunFolder.open(tmp_path / f"ce-seed{seed}") for seed in (0, 1)]
@@ -117,7 +117,7 @@ def test_compare_goes_on_where_it_was(undrawn, tmp_path, capsys):
             "command must be one of train, compare, evaluate, plot, predict, audit, export, report, reproduce, bench, "
             "recipes, got 'trian'; did you mean train?",
         ),
-        (["train"], "takes a recipe first"),
+        (["train"], "must be followed by a recipe"),
         (["train", "digit"], "did you mean digits?"),
         (["train", "--resume", "nowhere"], "there is no run folder nowhere"),
         (["evaluate", "nowhere"], "there is no run folder nowhere"),

@@ -476,7 +476,9 @@ def _recipe(name: str | None, command: str, flags: list[str], deciding: _Decidin
         return find(name, int(size) if size.isdecimal() else None)
     if {"-h", "--help"} & set(flags):
         return RECIPES["digits"]
-    raise InputError(f"vmcr2 {command} takes a recipe first: one of {', '.join(named())}, a .json file, or your data")
+    raise InputError(
+        f"vmcr2 {command} must be followed by a recipe ({', '.join(named())}, or a .json file) or your data"
+    )
 
 
 def _parse(command: str, default: Recipe, kind: type[_Given], flags: list[str]) -> tuple[Recipe, _Given]:

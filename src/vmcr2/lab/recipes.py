@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from vmcr2.checks import check_count, check_fields, check_number, did_you_mean, iterator_of
-from vmcr2.dictionary import BLOCK_CLASSES, Structure
+from vmcr2.dictionary import Structure, default_structure
 from vmcr2.errors import InputError
 from vmcr2.lab import sources
 from vmcr2.lab.augmentation import Augmentation
@@ -359,7 +359,7 @@ def for_data(path: Path, image_size: int | None = None) -> Recipe:
         batch_size=min(500, max(2, found.samples // 3)),
         data=DataSettings(source=str(path.resolve()), image_size=image_size, validation=0.0 if found.has_test else 0.2),
         augmentation=Augmentation(crop=side, padding=max(1, side // 14)) if crops else Augmentation(),
-        vmcr2=VMCR2Settings(structure="shared" if k < BLOCK_CLASSES else "block"),
+        vmcr2=VMCR2Settings(structure=default_structure(k)),
     )
 
 

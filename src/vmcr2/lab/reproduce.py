@@ -255,14 +255,14 @@ def _rendered(records: list[dict[str, Any]], rows: Rows, name: str, ours: bool) 
     where = "; ".join(dict.fromkeys(measured_on(record) for record in records))
     columns = ["row", "seeds", "epochs", "R", "R_c", "ΔR", "test accuracy", "one component", "own head"]
     columns += ["class rank", "s/epoch"]
-    notes = " ".join([_COLUMNS, *_NOTES.get(name, ())])
+    notes = " ".join([_LEGEND, *_NOTES.get(name, ())])
     title = f"{name}, {settings}" + (f" ({', '.join(sizes)})" if sizes else "")
     return f"## {title}\n\n{notes} {where}.\n\n{markdown_table(columns, lines)}"
 
 
-_COLUMNS = (
+_LEGEND = (
     "The paper's numbers, where it has some, in brackets. Test accuracy: nearest subspace of ⌊d/k⌋ components, "
-    "beside it of one. Class rank: the effective rank of the median class."
+    "beside it of one. Class rank: the effective rank of the median class (of two, the lower)."
 )
 _NOTES: dict[str, tuple[str, ...]] = {
     "table2": ("The paper's MCR² on Tiny ImageNet had 200 epochs.",),

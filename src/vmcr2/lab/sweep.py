@@ -121,7 +121,8 @@ def compared(out: Path) -> list[RunFolder]:
 def heading(summaries: Sequence[dict[str, Any]]) -> str:
     """Returns what was compared: the recipe, for how many epochs, with which seeds."""
     epochs, seeds = (dict.fromkeys(summary[key] for summary in summaries) for key in ("epochs", "seed"))
-    return f"{summaries[0]['recipe']}, {' and '.join(map(str, epochs))} epochs, seeds {', '.join(map(str, seeds))}"
+    counted = f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
+    return f"{summaries[0]['recipe']}, {' and '.join(map(str, epochs))} epochs, {counted}"
 
 
 def measured_on(summary: dict[str, Any]) -> str:

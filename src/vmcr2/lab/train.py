@@ -72,13 +72,13 @@ def fit(
         lr_at: the learning rate at a moment (1.5 is halfway through the second epoch), set before every step; the
             batches must then have a length, which a generator lacks. None leaves the optimizer's.
         precision: of the network: "float32", or "bf16" by autocast.
-        on_epoch: called after every epoch with its line of figures, to which it may add.
+        on_epoch: called after every epoch with its dict of figures, to which it may add.
         done: how many epochs have been trained before; training continues after them.
         history: the lines of those epochs.
 
     Raises:
-        InputError: epochs or the objective is not one; there is no batch, one is not a pair, the batches have no length
-            although lr_at is given, or the objective refuses the first one (a ValueError).
+        InputError: epochs is no integer >= 1, objective is not an Objective, there is no batch, one is not a pair, the
+            batches have no length although lr_at is given, or the objective refuses the first one (a ValueError).
         NumericalError: training diverged, or the objective saw no point in continuing.
     """
     check_count("epochs", epochs)
