@@ -20,6 +20,7 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 import vmcr2
+from vmcr2.sklearn import _of_trained_features
 
 SMALL = {"hidden": 32, "epochs": 3, "random_state": 0}
 
@@ -84,6 +85,15 @@ def test_probabilities_of_hard_new_samples_are_better_than_none(digits):
     assert log_loss(expected, found.predict_proba(test)) < np.log(10)
     found.partial_fit(train[:64], labels[:64])
     assert log_loss(expected, found.predict_proba(test)) < np.log(10)
+
+
+@pytest.mark.parametrize("k", [2, 10, 100])
+def test_the_temperature_of_trained_features_is_not_0_where_all_are_told_apart(k):
+    """One label in a hundred counts as drawn from all classes: a right one then has the chance 0.99 + 0.01/k."""
+    labels = np.repeat(np.arange(k), 4)
+    found = _of_trained_features(1).fit(np.eye(k)[labels], labels)
+    np.testing.assert_allclose(found.predict_proba(np.eye(k)).diagonal(), 0.99 + 0.01 / k, rtol=1e-3)
+    assert vmcr2.NearestSubspaceClassifier(1).fit(np.eye(k)[labels], labels).predict_proba(np.eye(k)).min() < 1e-9
 
 
 def test_temperature_makes_probabilities_honest(digits):

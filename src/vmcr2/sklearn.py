@@ -57,9 +57,10 @@ _KEPT = 4096  # samples that partial_fit remembers, approximately
 _KEPT_A_CLASS = 16  # and at least this many per class
 _GENERATORS = threading.RLock()  # held while torch's global random generators are seeded
 _SAY_SECONDS = 10.0
-# Of features that the network was trained on, which it has pulled apart: cross-validation would find a temperature near
-# 0, and probabilities of 1 for wrong predictions. Also taken, as a share of the energy, where nothing can be judged.
-_LEAST_TEMPERATURE = 0.1
+_DEFAULT_TEMPERATURE = 0.1  # as a share of the energy, where nothing can be judged
+# In the temperature of features that the network was trained on, the share of labels that count as drawn from all
+# classes alike. It has pulled the features apart: the likeliest temperature may be 0, and wrong predictions then certain.
+_DOUBT = 0.01
 _LARGEST_RATE = 1e30  # float32 holds it
 _LARGEST = 1e150  # squares of larger entries overflow float64; squares of entries below its inverse underflow
 
@@ -88,6 +89,8 @@ class NearestSubspaceClassifier(ClassifierMixin, BaseEstimator):
         n_features_in_: d.
     """
 
+    _doubt = 0.0  # as `_temperature` takes it
+
     def __init__(self, n_components: int | None = None) -> None:
         self.n_components = n_components
 
@@ -111,7 +114,8 @@ class NearestSubspaceClassifier(ClassifierMixin, BaseEstimator):
             self._set_components(X.shape[1])
             features = tensor_of(_in_range(X))
             self.components_ = class_subspaces(features, torch.from_numpy(labels), k, self.n_components_).numpy()
-            self.temperature_ = _temperature(features, *_fold_energies(features, labels, k, self.n_components_))
+            judged = _fold_energies(features, labels, k, self.n_components_)
+            self.temperature_ = _temperature(features, *judged, self._doubt)
             self.class_count_ = np.bincount(labels, minlength=k)
         if self.n_components is None:
             _warn_of_small_classes(self, stacklevel=2)
@@ -150,7 +154,7 @@ class NearestSubspaceClassifier(ClassifierMixin, BaseEstimator):
             most = min(_RECENT, max(1, _LIKELIHOODS // k))
             if self._recent is None:
                 energies, owners = _fold_energies(features, labels, k, self.n_components_)
-                self.temperature_ = _temperature(features, energies, owners)
+                self.temperature_ = _temperature(features, energies, owners, self._doubt)
                 spread = slice(None, None, max(1, -(-len(owners) // most)))  # the table is in the order of folds
                 self._recent = energies[spread], owners[spread]
             else:
@@ -158,7 +162,7 @@ class NearestSubspaceClassifier(ClassifierMixin, BaseEstimator):
                 judged = subspace_energies(features[part], tensor_of(self.components_)), places[part]
                 energies, owners = (torch.cat(parts)[-most:] for parts in zip(self._recent, judged, strict=True))
                 self._recent = energies, owners
-                self.temperature_ = _temperature(features, energies, owners)
+                self.temperature_ = _temperature(features, energies, owners, self._doubt)
             checked = as_membership(features, places, k)
             self._stream.add(features, checked)
             blocks, energies = self._stream.blocks(self.n_components_)
@@ -658,10 +662,9 @@ class CodingRateClassifier(ClassifierMixin, CodingRateTransformer):
         super()._fit(X, labels)
         self._keep(X, labels)
         components = self.n_components or default_components(self.feature_dim_, len(self.classes_))
-        self.subspaces_ = NearestSubspaceClassifier(components).fit(self._embed(self._inputs(X)), labels)
+        self.subspaces_ = _of_trained_features(components).fit(self._embed(self._inputs(X)), labels)
         if self.n_components is None:
             _warn_of_small_classes(self.subspaces_, stacklevel=3)
-        self._soften()
 
     def _partial_fit(self, X: np.ndarray, labels: np.ndarray) -> None:
         self._check_components()
@@ -670,10 +673,6 @@ class CodingRateClassifier(ClassifierMixin, CodingRateTransformer):
         features = tensor_of(self._embed(self._inputs(X)))
         before = getattr(self, "subspaces_", None)
         self.subspaces_ = _of_all_classes(features, labels, len(self.classes_), self.n_components, before)
-        self._soften()
-
-    def _soften(self) -> None:
-        self.subspaces_.temperature_ = max(self.subspaces_.temperature_, _LEAST_TEMPERATURE)
 
     def _keep(self, X: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Returns some samples of each class, from those kept before and these, and keeps them.
@@ -702,8 +701,9 @@ class CodingRateClassifier(ClassifierMixin, CodingRateTransformer):
     def predict_proba(self, X: Any) -> np.ndarray:
         """Returns how likely each class is, (m, k).
 
-        The temperature is found on the training set, which the network has seen, and is at least 0.1. Probabilities of
-        hard new samples may still be too confident; `sklearn.calibration.CalibratedClassifierCV` corrects that.
+        The temperature is found on the training set, which the network has seen, as if one label in a hundred were
+        another class's. Probabilities of hard new samples may still be too confident;
+        `sklearn.calibration.CalibratedClassifierCV` corrects that.
         """
         features = self._transformed(X)
         return self.subspaces_.predict_proba(features)
@@ -814,33 +814,41 @@ def _spread(m: int, k: int) -> slice:
     return slice(None, None, max(1, m * k // _LIKELIHOODS))
 
 
-def _temperature(features: Tensor, energies: Tensor, labels: Tensor) -> float:
+def _temperature(features: Tensor, energies: Tensor, labels: Tensor, doubt: float) -> float:
     """Returns the τ at which the labels are likeliest, p_j ∝ exp(‖V^(j)ᵀ z‖²/τ); log-likelihood is concave in 1/τ.
 
     Args:
         features: (m, d); their scale is used if nothing could be judged.
         energies: ‖V^(j)ᵀ z‖² of the judged samples, (n, k).
         labels: their labels, (n,).
+        doubt: the share of the labels, in [0, 1), that counts as drawn from all classes alike.
     """
     known = energies.gather(1, labels[:, None])[:, 0] > 0  # the others' class has no subspace yet
     if not known.any():
-        return _LEAST_TEMPERATURE * (float(features.double().square().sum(1).mean()) or 1.0)
+        return _DEFAULT_TEMPERATURE * (float(features.double().square().sum(1).mean()) or 1.0)
     scale = float(energies[known].amax(1).mean())
     table, own = energies[known].double() / scale, labels[known, None]
     gains = table - table.gather(1, own)
 
     def falls(exponent: float) -> bool:
         """Whether the likelihood falls from 1/τ = 10**exponent onwards."""
-        return not (torch.softmax(10**exponent * gains, 1) * gains).sum(1).mean() < 0
+        expected = (torch.softmax(10**exponent * gains, 1) * gains).sum(1)
+        return not (expected - doubt * gains.mean(1)).mean() < 0
 
     return scale / 10 ** float(bisected(falls, -2.0, 5.0, 30)[1])
+
+
+def _of_trained_features(n_components: int | None) -> NearestSubspaceClassifier:
+    classifier = NearestSubspaceClassifier(n_components)
+    classifier._doubt = _DOUBT
+    return classifier
 
 
 def _of_all_classes(
     features: Tensor, labels: np.ndarray, k: int, n_components: int | None, before: NearestSubspaceClassifier | None
 ) -> NearestSubspaceClassifier:
     """Returns the classifier of k classes; those without a sample keep what they had before."""
-    classifier = NearestSubspaceClassifier(n_components).partial_fit(features.numpy(), labels, np.arange(k))
+    classifier = _of_trained_features(n_components).partial_fit(features.numpy(), labels, np.arange(k))
     classifier._stream = classifier._recent = None
     if before is not None:
         absent = np.bincount(labels, minlength=k) == 0
