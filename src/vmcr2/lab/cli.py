@@ -477,7 +477,8 @@ def _recipe(name: str | None, command: str, flags: list[str], deciding: _Decidin
     if {"-h", "--help"} & set(flags):
         return RECIPES["digits"]
     raise InputError(
-        f"vmcr2 {command} must be followed by a recipe ({', '.join(named())}, or a .json file) or your data"
+        f"vmcr2 {command} must be followed by a recipe ({', '.join(named())}, or a .json file) or your data, "
+        "before any flag"
     )
 
 
