@@ -2,7 +2,8 @@
 
 import copy
 import functools
-import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -349,26 +350,44 @@ def test_the_model_is_as_it_was_after_it_has_failed_itself(wrapped):
     assert model.norm.running_mean is not None
 
 
-def test_modules_that_another_thread_trains_are_left_alone():
-    other = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Dropout(0.5))
-    modes = []
+def noting(modes):
+    """Returns a network that notes in which modes it runs, and whether with running statistics."""
+    network = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Dropout(0.5))
+    network.register_forward_pre_hook(
+        lambda *_: modes.append((network[1].training, network[1].running_mean is not None, network[2].training))
+    )
+    return network
 
-    def trains(*_):
-        modes.append((other[1].training, other[1].running_mean is not None, other[2].training))
 
-    other.register_forward_pre_hook(trains)
-    model = nn.Linear(4, 4)
+@pytest.mark.parametrize("alone", [False, True])
+def test_modules_that_another_thread_trains_are_left_alone(alone):
+    modes, model = [], nn.Linear(4, 4)
+    other = noting(modes)
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(int).result()  # which starts its thread
 
-    def embed(inputs):
-        thread = threading.Thread(target=other, args=(inputs,))
-        thread.start()
-        thread.join()
-        return normalize(model(inputs), dim=1)
+        def embed(inputs):
+            trained = pool.submit(other, inputs).result()
+            return normalize(8 + (trained if alone else model(inputs)), dim=1)  # dropout may leave zeros
 
-    labels = torch.arange(8) % 2
-    vmcr2.VMCR2Loss(2, 4).latch_from(embed, [(torch.randn(8, 4), labels)] * 2)
+        with pytest.warns(UserWarning, match="no module ran in this thread") if alone else nullcontext():
+            vmcr2.VMCR2Loss(2, 4).latch_from(embed, [(torch.randn(8, 4), torch.arange(8) % 2)] * 2)
     assert modes == [(True, True, True)] * 3  # the first batch runs twice
     assert other[1].num_batches_tracked == 3
+
+
+def test_a_function_may_run_the_model_in_threads_that_it_starts():
+    modes = []
+    model = noting(modes)
+
+    def embed(inputs):
+        with ThreadPoolExecutor(2) as pool:
+            return normalize(torch.cat(list(pool.map(model, inputs.chunk(2)))), dim=1)
+
+    vmcr2.VMCR2Loss(2, 4).latch_from(embed, [(torch.randn(8, 4), torch.arange(8) % 2)] * 2)
+    assert modes[:2] == [(False, True, False)] * 2  # to find the modules
+    assert modes[2:] == [(False, False, False)] * 4
+    assert model[1].num_batches_tracked == 0
 
 
 def test_latch_from_needs_a_batch():

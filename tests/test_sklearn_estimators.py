@@ -96,6 +96,12 @@ def test_the_temperature_of_trained_features_is_not_0_where_all_are_told_apart(k
     assert vmcr2.NearestSubspaceClassifier(1).fit(np.eye(k)[labels], labels).predict_proba(np.eye(k)).min() < 1e-9
 
 
+def test_classes_that_are_still_to_come_do_not_change_the_temperature(digits):
+    train, _, labels, _ = digits
+    few, many = (_of_trained_features(3).partial_fit(train, labels, classes=range(k)) for k in (10, 500))
+    assert many.temperature_ == pytest.approx(few.temperature_, rel=1e-3)
+
+
 def test_temperature_makes_probabilities_honest(digits):
     """Where subspaces overlap, a chance of 0.8 is right in about 8 of 10 cases."""
     train, test, labels, expected = digits

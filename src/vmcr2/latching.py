@@ -203,16 +203,16 @@ def batch_statistics(model: Callable[[Tensor], Tensor]) -> Iterator[Callable[[Te
     Normalisation layers that would use batch statistics in training use them here and leave their running ones alone; a
     frozen one (in eval mode while another part of the model is in training mode) stays frozen. Everything else, such as
     dropout, is in eval mode. If `model` is a Module or a method of one, its submodules are known. Those that any other
-    function calls, in this thread, are found by running the first batch once in eval mode; that batch then runs again
-    for its features. The same is done if a lazy module has yet to infer its shapes.
+    function calls, in this thread or in threads that it starts, are found by running the first batch once in eval mode;
+    that batch then runs again for its features. The same is done if a lazy module has yet to infer its shapes.
 
     Args:
         model: a Module, or any function that calls Modules, however they are wrapped.
     """
     modes: dict[nn.Module, bool] = {}
     lent: list[tuple[dict[str, Any], dict[str, Any]]] = []
-    settled = False
-    thread = threading.get_ident()
+    settled, elsewhere = False, False
+    others = {thread.ident for thread in threading.enumerate()} - {threading.get_ident()}
 
     def lend(attributes: dict[str, Any], **values: Any) -> None:
         lent.append((attributes, {name: attributes[name] for name in values}))
@@ -225,7 +225,9 @@ def batch_statistics(model: Callable[[Tensor], Tensor]) -> Iterator[Callable[[Te
             lend(module.__dict__, track_running_stats=False)
 
     def enter(module: nn.Module, _: Any = None) -> None:
-        if threading.get_ident() != thread:  # the hook sees every thread's modules, and others may be training
+        nonlocal elsewhere
+        if threading.get_ident() in others:  # the hook sees every thread's modules, and these may be training
+            elsewhere = True
             return
         new = [inner for inner in module.modules() if inner not in modes]
         modes.update({inner: inner.training for inner in new})  # read all first: a compiled module passes its mode on
@@ -243,6 +245,12 @@ def batch_statistics(model: Callable[[Tensor], Tensor]) -> Iterator[Callable[[Te
             if not settled:
                 if handle is not None or any(_is_unfinished(module) for module in modes):
                     model(inputs)
+                if elsewhere and not modes:
+                    warnings.warn(
+                        "no module ran in this thread, but some did in threads that were there before: if the model "
+                        "runs in such threads, pass the Module itself, otherwise it keeps its modes and statistics",
+                        stacklevel=2,
+                    )
                 settled = True
                 for module in list(modes):
                     settle(module)

@@ -798,10 +798,11 @@ class VMCR2Loss(_OverRanks):
 
         The model runs as in training: normalisation layers use the batch's own statistics (unless they are frozen) and
         leave the running ones alone, since until these have settled the network in eval mode is a different one;
-        dropout is off. (This is so for PyTorch's layers and subclasses of them, not within TorchScript or in layers of
-        another make.) So the batches should be shuffled, un-augmented, and of about the training batch size. All modes
-        are restored. Under torch.distributed each rank passes its own share, of any number of batches, even none (the
-        same number on every rank if the model gathers its weights as it runs, as with FSDP). From a DataLoader with a
+        dropout is off. (This is so for PyTorch's layers and subclasses of them, not within TorchScript, in layers of
+        another make, or for a function that runs the layers in threads that were there before the call.) So the batches
+        should be shuffled, un-augmented, and of about the training batch size. All modes are restored. Under
+        torch.distributed each rank passes its own share, of any number of batches, even none (the same number on every
+        rank if the model gathers its weights as it runs, as with FSDP). From a DataLoader with a
         `ClassBalancedBatchSampler` a whole epoch is read, and the sampler's position is restored.
 
         Args:

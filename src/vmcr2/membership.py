@@ -408,8 +408,8 @@ def _from_rows(
             ),
         ),
     ]
-    if coarse:  # their rounding would make ΔR negative
-        rows = rows / sums[:, None]
+    if coarse:  # their rounding would make ΔR negative; a gradient sees a constant here, as of rows that need none
+        rows = rows / one_for_zero(sums)[:, None]
     counts, sizes = _counted(rows)
     on_host, beside = _read_sizes(conditions, sizes, beside)
     # Under vmap nothing can be read: every class may then have every sample.

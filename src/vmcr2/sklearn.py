@@ -702,7 +702,7 @@ class CodingRateClassifier(ClassifierMixin, CodingRateTransformer):
         """Returns how likely each class is, (m, k).
 
         The temperature is found on the training set, which the network has seen, as if one label in a hundred were
-        another class's. Probabilities of hard new samples may still be too confident;
+        drawn from all classes alike. Probabilities of hard new samples may still be too confident;
         `sklearn.calibration.CalibratedClassifierCV` corrects that.
         """
         features = self._transformed(X)
@@ -828,7 +828,7 @@ def _temperature(features: Tensor, energies: Tensor, labels: Tensor, doubt: floa
         return _DEFAULT_TEMPERATURE * (float(features.double().square().sum(1).mean()) or 1.0)
     scale = float(energies[known].amax(1).mean())
     table, own = energies[known].double() / scale, labels[known, None]
-    gains = table - table.gather(1, own)
+    gains = (table - table.gather(1, own))[:, (table > 0).any(0)]  # of the classes that have a subspace
 
     def falls(exponent: float) -> bool:
         """Whether the likelihood falls from 1/τ = 10**exponent onwards."""

@@ -93,6 +93,11 @@ def test_flags_are_checked_without_json_too(message, make):
         make()
 
 
+def test_a_recipe_of_an_earlier_version_is_read():
+    fields = json.loads(recipes.to_json(SMALL)) | {"channels_last": True}
+    assert recipes.from_text(json.dumps(fields), "recipe.json") == SMALL
+
+
 def test_numbers_from_numpy_are_written_as_json():
     seed, number = np.arange(4)[3], np.float32(0.5)
     recipe = replace(

@@ -437,6 +437,14 @@ def test_what_ends_a_run_is_the_same_in_another_process(kind, tmp_path):
     assert (copied.run, str(copied)) == (tmp_path, str(error))
 
 
+def test_ctrl_c_is_pythons_own_again_where_its_handler_was_not_set_from_python(tmp_path, monkeypatch):
+    set_to = []
+    monkeypatch.setattr(signal, "signal", lambda number, handler: set_to.append(handler))  # which returns None then
+    with train._Interrupt(RunFolder(tmp_path), 0, None):
+        pass
+    assert set_to[1] is signal.default_int_handler
+
+
 def test_a_console_that_cannot_be_written_is_not_taken_for_the_run_folder(tmp_path):
     class Full(io.StringIO):
         def write(self, text):

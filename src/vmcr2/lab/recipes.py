@@ -275,6 +275,7 @@ _OURS = (
         ce=CESettings(lr=2.0),
     ),
 )
+_RETIRED = ("channels_last",)  # settings in the recipes of earlier versions, without which a run is the same
 _LARGEST_SIDE = 64  # `for_data` scales a folder's images down to this
 RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in _OURS}
 
@@ -418,6 +419,7 @@ def _structured(fields: Any, name: str) -> Recipe:
 
     if not isinstance(fields, dict):
         raise InputError(f"{name} is not a valid recipe: it must hold an object, got {fields!r}")
+    fields = {key: value for key, value in fields.items() if key not in _RETIRED}
     converter = cattrs.Converter(forbid_extra_keys=True)
     for kind, accepted in ((int, (int,)), (float, (int, float)), (bool, (bool,)), (str, (str,))):
         converter.register_structure_hook(kind, exactly(*accepted))

@@ -409,7 +409,7 @@ class Checkpoint:
             data_root: as for `data`.
 
         Raises:
-            InputError: as for `model` and `data`.
+            InputError: as for `model` and `data`, or a GPU is lacking for a process (a ValueError).
         """
         recipe, model, dataset = self.recipe, self.model().model, self.data(data_root)
         model.to(chosen_device("cpu" if recipe.device == "cpu" else "auto"))
