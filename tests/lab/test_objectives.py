@@ -23,7 +23,7 @@ def test_cross_entropy_is_of_scaled_features():
     logits = 10 * z.numpy() @ weight.T + bias
     shares = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
     expected = -np.log(shares[np.arange(7), y.numpy()]).mean()
-    assert float(head(z, y)) == pytest.approx(expected, rel=1e-12)
+    assert head(z, y).item() == pytest.approx(expected, rel=1e-12)
     assert head.predict(z).tolist() == logits.argmax(1).tolist()
 
 
