@@ -1,8 +1,10 @@
 """Efficient Maximal Coding Rate Reduction by Variational Forms (V-MCR², CVPR 2022).
 
-loss = vmcr2.VMCR2Loss(num_classes=100, feature_dim=200)
-loss.latch_from(model, batches)              # the model returns rows of norm 1; again from time to time
-loss(model(inputs), labels).backward()       # like any criterion
+In a training loop, with a model that returns rows of norm 1:
+
+    loss = vmcr2.VMCR2Loss(num_classes=100, feature_dim=200)
+    loss.latch_from(model, batches)              # and again from time to time
+    loss(model(inputs), labels).backward()       # like any criterion
 """
 
 from __future__ import annotations
