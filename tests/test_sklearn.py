@@ -83,7 +83,6 @@ def test_the_nearest_class_is_found_without_the_table_of_all_samples_by_all_clas
     train, labels, test = unit_rows(60, 8).numpy(), np.arange(60) % 20, unit_rows(500, 8, seed=1)
     estimator = NearestSubspaceClassifier(2).fit(train, labels)
     expected, energies = estimator.predict(test), estimator.decision_function(test).max(1)
-    monkeypatch.setattr("vmcr2.sklearn._SCORES", 600)
     monkeypatch.setattr("vmcr2.subspaces._ENERGIES", 600)
     monkeypatch.setattr("vmcr2.subspaces._CACHED", 2400)
     with LargestTensor() as largest:

@@ -45,7 +45,7 @@ _NEWTON_STEPS = 12  # for the multiplier that keeps a class's energy; it converg
 
 
 def default_structure(num_classes: int) -> Structure:
-    """Returns the structure that estimators, and recipes for one's own data, take for so many classes."""
+    """Returns the structure that estimators, and recipes for one's own data, take for k ≥ 1 classes."""
     return "shared" if num_classes < _BLOCK_CLASSES else "block"
 
 

@@ -41,6 +41,7 @@ from vmcr2.subspaces import (
     class_subspaces,
     default_components,
     held_out_energies,
+    nearest,
     places_in_class,
     spanned,
     subspace_energies,
@@ -48,7 +49,6 @@ from vmcr2.subspaces import (
 )
 
 _FLOATS = [np.float64, np.float32]
-_SCORES = 2**23  # entries of the table of samples by classes held at once, where only the nearest class is asked for
 _LIKELIHOODS = 2**20  # about how many entries the table of samples by classes, which sets the temperature, may have
 _RECENT = 1000  # samples from which a stream's temperature is found, if the table holds as many
 _EMBEDDED = 4096  # samples embedded at once
@@ -187,10 +187,8 @@ class NearestSubspaceClassifier(ClassifierMixin, BaseEstimator):
         return energies.masked_fill_(torch.from_numpy(self.class_count_ == 0), -torch.inf)
 
     def _nearest(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the largest of the energies, and whose it is, without the whole table of samples by classes."""
-        parts = rows.split(max(1, _SCORES // len(self.classes_)))
-        best, owners = zip(*(self._energies(part).max(1) for part in parts), strict=True)
-        return torch.cat(best), torch.cat(owners)
+        """Returns the largest of the energies, and whose it is; never a class without a sample so far."""
+        return nearest(rows, tensor_of(self.components_), torch.from_numpy(self.class_count_ == 0))
 
     def decision_function(self, X: Any) -> np.ndarray:
         """Returns minus the squared distance to each subspace, (m, k); for two classes the difference (m,).

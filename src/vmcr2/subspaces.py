@@ -175,13 +175,29 @@ def nearest_subspace(features: Float[Tensor, "m d"], bases: Float[Tensor, "k d r
         InputError: a wrong argument (a ValueError).
     """
     read_conditions(feature_conditions(features, feature_dim=bases.shape[1]))
-    at_once = max(1, _ENERGIES // len(bases))
-    return torch.cat([_energies_where_there_is_a_basis(part, bases).argmax(1) for part in features.split(at_once)])
+    return nearest(features, bases)[1]
 
 
-def _energies_where_there_is_a_basis(features: Float[Tensor, "m d"], bases: Float[Tensor, "k d r"]) -> Tensor:
-    """Returns `subspace_energies`, with −1 for a class without a basis."""
-    return subspace_energies(features, bases).masked_fill((bases == 0).all(2).all(1), -1)
+@torch.no_grad()
+def nearest(
+    features: Float[Tensor, "m d"], bases: Float[Tensor, "k d r"], excluded: Bool[Tensor, " k"] | None = None
+) -> tuple[Float[Tensor, " m"], Int[Tensor, " m"]]:
+    """Returns the energy in the nearest subspace, −1 if there is none, and whose it is.
+
+    The table of all samples by all classes is never held at once.
+
+    Args:
+        features: (m, d), finite.
+        bases: V^(j), (k, d, r).
+        excluded: the classes that are never the nearest; None means those without a basis.
+    """
+    if excluded is None:
+        excluded = (bases == 0).all(2).all(1)
+    parts = features.split(max(1, _ENERGIES // len(bases)))
+    best, owners = zip(
+        *(subspace_energies(part, bases).masked_fill_(excluded, -1).max(1) for part in parts), strict=True
+    )
+    return torch.cat(best), torch.cat(owners)
 
 
 def dictionary_subspaces(dictionary: BlockCodes) -> Float[Tensor, "k d s"]:
@@ -207,15 +223,15 @@ def nearest_in_dictionary(
         dictionary: Γ and Ã, of any number of classes, even none.
     """
     scores = features.new_full((len(features),), -1, dtype=torch.float64)
-    nearest = torch.zeros_like(scores, dtype=torch.long)
+    owners = torch.zeros_like(scores, dtype=torch.long)
     at_once = max(1, _SCORES // max(len(features), dictionary.codes.shape[1] * features.shape[1]))
     s = dictionary.codes.shape[1]
     for start in range(0, len(dictionary.codes), at_once):
         part = BlockCodes(
             dictionary.atoms[start * s : (start + at_once) * s], dictionary.codes[start : start + at_once]
         )
-        best, classes = _energies_where_there_is_a_basis(features, dictionary_subspaces(part)).max(1)
+        best, classes = nearest(features, dictionary_subspaces(part))
         better = best > scores
         scores = torch.where(better, best, scores)
-        nearest = torch.where(better, classes + start, nearest)
-    return scores, nearest
+        owners = torch.where(better, classes + start, owners)
+    return scores, owners
