@@ -545,6 +545,27 @@ def test_latch_from_leaves_the_weights_of_fsdp_sharded_for_an_optimizer_that_is_
         assert set(kinds) == {"DTensor"}
 
 
+def dtensors(rank):
+    """Returns what is said of DTensors in the place of features and of membership."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (2,))
+    z, labels = unit_rows(M, D), random_labels(M, K)
+    spread, own = distribute_tensor(z, mesh, [Shard(0)]), distribute_tensor(labels, mesh, [Shard(0)])
+    calls = [lambda call=call: call(spread) for call in (vmcr2.coding_rate, vmcr2.TotalCodingRateLoss())]
+    for loss in (vmcr2.MCR2Loss(K), losses_of("shared"), losses_of("sharded")):
+        calls += [lambda loss=loss: loss(spread, labels), lambda loss=loss: loss(z, own)]
+    return said_by(calls)
+
+
+def test_a_dtensor_is_refused_with_what_to_pass_instead(ranks):
+    for said in ranks(2, dtensors):
+        assert len(said) == 8
+        for each in said:
+            assert "got a DTensor; pass each rank's share, value.to_local()" in each, each
+
+
 def in_groups(rank):
     """Two groups of two ranks at once, each with a batch of its own; and a copy of a loss shares its group."""
     groups = [dist.new_group([0, 2]), dist.new_group([1, 3])]

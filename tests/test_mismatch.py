@@ -253,7 +253,7 @@ def test_the_pull_is_that_of_its_formula(m, d, k, s, kind, structure, pull):
     assert float(0.7 * got) == pytest.approx(expected, rel=1e-9)
 
 
-@pytest.mark.parametrize("pull", [1e-2, 1e-6])
+@pytest.mark.parametrize("pull", [1e-2, 1e-6, 1e-60])
 def test_a_small_pull_is_as_exact_in_float32_as_in_float64(pull):
     z, labels = unit_rows(40, 8), torch.arange(40) % 4
     loss = loss_at(unit_rows(40, 8, seed=1), labels, 4, 2, pull=pull)

@@ -32,6 +32,12 @@ def test_samples_are_not_repeated_in_a_batch_unless_a_class_has_too_few():
         assert len(own[LABELS[own] == 3].unique()) == 3
 
 
+def test_a_class_with_too_few_samples_shows_them_all_before_any_twice():
+    sampler = ClassBalancedBatchSampler([0] * 6 + [1] * 50, 7, batches=50)
+    for batch in sampler:
+        assert sorted(torch.tensor([i for i in batch if i < 6]).bincount().tolist()) == [1, 1, 1, 1, 1, 2]
+
+
 def test_classes_and_samples_take_turns():
     drawn = torch.tensor(
         [i for batch in ClassBalancedBatchSampler(LABELS, 2, classes_per_batch=2, batches=20) for i in batch]

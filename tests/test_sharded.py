@@ -134,6 +134,22 @@ def test_one_process_without_torch_distributed_holds_all_classes():
     assert "sharded=True" in repr(copy.deepcopy(loss))
 
 
+def kept_and_restored(*_):
+    """Returns a sharded loss's `full_state_dict` before and after a step, and the copy it should still equal."""
+    loss = vmcr2.VMCR2Loss(K, D, atoms_per_class=1, structure="block", sharded=True)
+    z, labels = unit_rows(2 * K, D, dtype=torch.float32), torch.arange(2 * K) % K
+    loss.latch(z[labels < 2], labels[labels < 2])
+    state = loss.full_state_dict()
+    then = copy.deepcopy(state)
+    loss(z, labels)
+    return all(torch.equal(state[name], value) for name, value in then.items())
+
+
+def test_a_full_state_is_of_one_moment(ranks):
+    assert kept_and_restored()
+    assert all(ranks(1, kept_and_restored) + ranks(2, kept_and_restored))
+
+
 def held(rank, world):
     """The ranges are torch.chunk's and DTensor's, and buffers have no more than a rank's classes."""
     loss = loss_of(sharded=True)

@@ -87,8 +87,16 @@ def test_predictions_do_not_depend_on_rotation_or_scale():
     expected = nearest_subspace(test, class_subspaces(train, labels, 3, 2))
     turn = random_rotation(8)
     assert torch.equal(nearest_subspace(test @ turn, class_subspaces(train @ turn, labels, 3, 2)), expected)
-    for scale in (1e-30, 1e-150, 1e20, 1e140):
+    for scale in (1e-310, 1e-170, 1e-150, 1e-30, 1e20, 1e140, 1e300):
         assert torch.equal(nearest_subspace(scale * test, class_subspaces(scale * train, labels, 3, 2)), expected)
+
+
+def test_a_dictionary_predicts_alike_at_any_scale():
+    loss = loss_at(unit_rows(60, 8), torch.arange(60) % 3, 3, 2, structure="block")
+    test = unit_rows(30, 8, seed=1)
+    expected = loss.nearest_class(test)
+    for scale in (1e-310, 1e-170, 1e-30, 1e160, 1e300):
+        assert torch.equal(loss.nearest_class(scale * test), expected)
 
 
 def steep(m, d, *, seed=0):

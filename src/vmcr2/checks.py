@@ -162,10 +162,14 @@ def pair_of(batch: Any, second: str = "membership") -> tuple[Tensor, Tensor]:
     got, cure = f"a {type(batch).__name__}", ""
     if isinstance(batch, dict):
         got = f"a dict of {', '.join(map(repr, batch))}"
-        cure = "; turn dicts into pairs: ((batch['pixel_values'], batch['labels']) for batch in loader)"
+        cure = (
+            "; turn dicts into pairs, in the DataLoader's collate_fn or as "
+            "((batch['pixel_values'], batch['labels']) for batch in loader)"
+        )
     elif isinstance(batch, tuple | list):
         got += f" of {len(batch)}"
-        cure = "; take the two out: ((batch[0], batch[1]) for batch in loader)" if len(batch) > 2 else ""
+        if len(batch) > 2:
+            cure = "; take the two out, in the DataLoader's collate_fn or as ((batch[0], batch[1]) for batch in loader)"
     raise InputError(f"batches must give pairs (inputs, {second}), got {got}{cure}")
 
 
@@ -227,6 +231,9 @@ def check_tensor(name: str, value: Any, form: str, *, integers: bool = False) ->
     """
     if not isinstance(value, Tensor):
         raise InputError(f"{name} must be a torch.Tensor {form}, got {type(value).__name__}")
+    if hasattr(value, "full_tensor"):  # recognised by its method: importing DTensor takes a second
+        cure = "pass each rank's share, value.to_local(), or the whole, value.full_tensor()"
+        raise InputError(f"{name} must be a plain torch.Tensor {form}, got a DTensor; {cure}")
     if value.layout != torch.strided or value.is_nested:
         got = "a nested one" if value.is_nested else f"layout {value.layout}"
         raise InputError(f"{name} must be a dense torch.Tensor {form}, got {got}")

@@ -284,7 +284,9 @@ class Shards:
         return total_over_ranks(part, self.group)
 
     def gathered(self, own: Tensor) -> Tensor:
-        """Returns the values of all classes, (k, ...), from each rank's own."""
+        """Returns a copy of the values of all classes, (k, ...), from each rank's own."""
+        if world_size(self.group) == 1:
+            return own.clone()
         shares = [len(self.range_of(rank)) for rank in range(world_size(self.group))]
         return gather_rows(own, shares=shares, group=self.group)[0]
 

@@ -315,9 +315,10 @@ def _shortfall(projections: list[Tensor], membership: Membership, dictionary: Co
     if pull == 1:
         return total
     for own, largest, weights in dictionary.attractions(projections, membership):
-        share = own / one_for_zero(largest) + 1 / dictionary.atoms.shape[1]
+        # In float64, since a small `pull` would underflow in float32.
+        share = own.double() / one_for_zero(largest) + 1 / dictionary.atoms.shape[1]
         short = -torch.expm1(pull * share.log()) / pull - (1 - share)  # 1 − uᵖ would cancel for small p
-        total = total + (weights.double() * largest.double() * short.double()).sum()
+        total = total + (weights.double() * largest.double() * short).sum()
     return total
 
 

@@ -203,9 +203,8 @@ class _Turns:
         self.left = self.left[number:]
         while len(hand) < number:
             fresh = torch.randperm(self.count, generator=self.generator, device="cpu")
-            if self.count >= number:  # those already in the hand come last, so that none is in it twice
-                again = torch.isin(fresh, hand)
-                fresh = torch.cat([fresh[~again], fresh[again]])
+            # Those that the hand has fewest of come first, so that none is in it twice unless it must.
+            fresh = fresh[torch.bincount(hand, minlength=self.count)[fresh].argsort(stable=True)]
             missing = number - len(hand)
             hand, self.left = torch.cat([hand, fresh[:missing]]), fresh[missing:]
         return hand

@@ -187,7 +187,7 @@ class NearestSubspaceClassifier(ClassifierMixin, BaseEstimator):
         return energies.masked_fill_(torch.from_numpy(self.class_count_ == 0), -torch.inf)
 
     def _nearest(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the largest of the energies, and whose it is; never a class without a sample so far."""
+        """Returns the share of energy in the nearest subspace, and whose it is: a class with a sample so far."""
         return nearest(rows, tensor_of(self.components_), torch.from_numpy(self.class_count_ == 0))
 
     def decision_function(self, X: Any) -> np.ndarray:
@@ -214,8 +214,7 @@ class NearestSubspaceClassifier(ClassifierMixin, BaseEstimator):
     def score_samples(self, X: Any) -> np.ndarray:
         """Returns minus the distance to the nearest subspace over ‖z‖, (m,), from −1 to 0: higher is more normal."""
         rows = self._read(X)
-        best, _ = self._nearest(rows)
-        shares = best / rows.square().sum(1).clamp_min(torch.finfo(rows.dtype).tiny)
+        shares, _ = self._nearest(rows)
         return -(1 - shares).clamp(0, 1).sqrt().numpy()
 
     def __sklearn_tags__(self) -> Any:

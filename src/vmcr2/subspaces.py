@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vmcr2.checks import check_count, feature_conditions, read_conditions
 from vmcr2.latching import latched_blocks
+from vmcr2.linalg import one_for_zero
 from vmcr2.membership import as_membership
 from vmcr2.mismatch import BlockCodes
 
@@ -182,7 +183,7 @@ def nearest_subspace(features: Float[Tensor, "m d"], bases: Float[Tensor, "k d r
 def nearest(
     features: Float[Tensor, "m d"], bases: Float[Tensor, "k d r"], excluded: Bool[Tensor, " k"] | None = None
 ) -> tuple[Float[Tensor, " m"], Int[Tensor, " m"]]:
-    """Returns the energy in the nearest subspace, −1 if there is none, and whose it is.
+    """Returns the share in [0, 1] of a sample's energy in its nearest subspace, −1 if there is none, and whose it is.
 
     The table of all samples by all classes is never held at once.
 
@@ -193,11 +194,16 @@ def nearest(
     """
     if excluded is None:
         excluded = (bases == 0).all(2).all(1)
-    parts = features.split(max(1, _ENERGIES // len(bases)))
-    best, owners = zip(
-        *(subspace_energies(part, bases).masked_fill_(excluded, -1).max(1) for part in parts), strict=True
-    )
-    return torch.cat(best), torch.cat(owners)
+    shares, owners = [], []
+    for part in features.split(max(1, _ENERGIES // len(bases))):
+        rows = part.to(bases.dtype)
+        # Squares of extreme entries would overflow or vanish; scaling by a power of two changes no digit.
+        exponents = torch.frexp(rows.abs().amax(1, keepdim=True)).exponent.clamp(-1000, 1000)
+        rows = rows * torch.exp2(-exponents.to(rows.dtype))
+        best, nearest_classes = subspace_energies(rows, bases).masked_fill_(excluded, -1).max(1)
+        shares.append(torch.where(best < 0, best, best / one_for_zero(rows.square().sum(1))))
+        owners.append(nearest_classes)
+    return torch.cat(shares), torch.cat(owners)
 
 
 def dictionary_subspaces(dictionary: BlockCodes) -> Float[Tensor, "k d s"]:
@@ -216,7 +222,7 @@ def dictionary_subspaces(dictionary: BlockCodes) -> Float[Tensor, "k d s"]:
 def nearest_in_dictionary(
     features: Float[Tensor, "m d"], dictionary: BlockCodes
 ) -> tuple[Float[Tensor, " m"], Int[Tensor, " m"]]:
-    """Returns the energy in the nearest of the dictionary's subspaces, −1 if it has none, and which class that is.
+    """Returns the share of energy in the nearest of the dictionary's subspaces, −1 if it has none, and whose it is.
 
     Args:
         features: (m, d), finite.
