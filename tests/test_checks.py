@@ -103,7 +103,8 @@ def test_a_loss_on_meta_has_no_values_to_work_with():
 
 
 def test_numpy_numbers_and_integers_of_any_size_are_numbers():
-    vmcr2.VMCR2Loss(np.int64(3), np.int32(6), atoms_per_class=np.int64(2), mu=np.float32(0.5))
+    loss = vmcr2.VMCR2Loss(np.int64(3), np.int32(6), atoms_per_class=np.int64(2), mu=np.float32(0.5))
+    loss.double().latch_from(lambda z: z, [(Z.repeat(8, 1), LABELS.repeat(8))] * 2)
     loss = vmcr2.VMCR2Loss(3, 6, mu=10**30, energy=10**20, step="paper", step_codes=10**20).double()
     assert loss(Z, LABELS).isfinite()
     assert loss.rates(Z, LABELS).residual > 1e20

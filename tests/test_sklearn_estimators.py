@@ -25,6 +25,22 @@ from vmcr2.sklearn import _of_trained_features
 SMALL = {"hidden": 32, "epochs": 3, "random_state": 0}
 
 
+MISSING_OR_MIXED = {
+    "None": ["a", "b", None] * 10,
+    "NaN": np.array(["a", "b", np.nan] * 10, dtype=object),
+    "no date": np.array(["2026-01-01", "2026-01-02", "NaT"] * 10, dtype="datetime64[D]"),
+    "numbers and text": [3, "3", "a"] * 10,
+}
+
+
+@pytest.mark.parametrize("kind", [vmcr2.NearestSubspaceClassifier, vmcr2.CodingRateTransformer])
+@pytest.mark.parametrize("labels", MISSING_OR_MIXED.values(), ids=MISSING_OR_MIXED)
+def test_labels_that_are_missing_or_of_several_kinds_are_named(kind, labels):
+    for call in (kind().fit, kind().partial_fit):
+        with pytest.raises(vmcr2.InputError, match="y must (be of one kind|not be missing)"):
+            call(unit_rows(30, 4).numpy(), labels)
+
+
 @pytest.fixture(scope="module")
 def digits():
     pixels, labels = load_digits(return_X_y=True)

@@ -42,12 +42,24 @@ def check_number(name: str, value: float, *, positive: bool = True, at_most: flo
     return number
 
 
-def check_count(name: str, value: int, *, at_least: int = 1, at_most: int | None = None, limit: str = "") -> None:
-    """Raises InputError unless the value is an integer in the range; `limit` says what the upper end is."""
+def check_count(name: str, value: int, *, at_least: int = 1, at_most: int | None = None, limit: str = "") -> int:
+    """Returns the value as Python's own integer, since torch does not take NumPy's everywhere.
+
+    Args:
+        name: the argument's name, for messages.
+        value: anything.
+        at_least: the lower end.
+        at_most: the upper end, or None.
+        limit: what the upper end is, in words.
+
+    Raises:
+        InputError: it is not an integer in the range (a ValueError).
+    """
     if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < at_least:
         raise InputError(f"{name} must be an integer >= {at_least}, got {value!r}")
     if at_most is not None and value > at_most:
         raise InputError(f"{name} must be at most {at_most}{f' ({limit})' if limit else ''}, got {value}")
+    return int(value)
 
 
 def check_flag(name: str, value: bool) -> None:

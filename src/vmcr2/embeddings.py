@@ -176,7 +176,7 @@ class Report:
 
     def _draw_rates(self, axes: Any) -> None:
         values = [self.expansion, self.compression, self.reduction, self.maximum]
-        names = ["R\nall features", "R_c\nwithin classes", "ΔR\n= R − R_c", "largest\npossible ΔR"]
+        names = ["R\nall\nfeatures", "R_c\nwithin\nclasses", "ΔR =\nR − R_c", "largest\npossible\nΔR"]
         bars = axes.bar(names, values, color=["#3a7d44", "#d1495b", "#0b6e99", "#cfd8dc"])
         axes.bar_label(bars, fmt="%.1f", padding=2)
         axes.margins(y=0.1)
@@ -189,9 +189,7 @@ class Report:
         axes.axvline(self.effective_rank, color="#7a7a7a", linestyle="--", linewidth=1)
         axes.text(self.effective_rank, 3, f" effective rank {self.effective_rank:.1f}", color="#555555")
         axes.set(xlabel="directions, strongest first", ylabel="energy in them (%)", ylim=(0, 103), xlim=(1, None))
-        axes.set_title(
-            "How many directions are used\nGood: a line that rises slowly; bad: a jump at the left", fontsize=10
-        )
+        axes.set_title("How many directions are used\nGood: a slow rise; bad: a jump at the left", fontsize=10)
 
     def _chosen(self) -> list[int]:
         """Returns the classes to show: all if they are few, otherwise those of the most entangled pairs."""
@@ -226,15 +224,15 @@ class Report:
         axes.barh(range(len(order)), self.class_ranks[order], color="#0b6e99")
         axes.set_yticks(range(len(order)), [_short(self.class_names[j]) for j in order], fontsize=8)
         room = max(1.0, self.feature_dim / len(self.class_names))
-        label = f"{room:.1f} = d/k, an equal share"
-        axes.axvline(room, color="#d1495b", linestyle="--", linewidth=1.5, label=label)
-        axes.legend(loc="lower right", fontsize=8)
-        axes.set(xlabel="effective rank", xlim=(0, max(1.2 * room, 1.1 * self.class_ranks[order].max())))
+        axes.axvline(room, color="#d1495b", linestyle="--", linewidth=1.5)
+        dashed = f"d/k = {room:.1f}, an equal share" if room > 1 else "1, the least"
+        label = f"effective rank (dashed: {dashed})"
+        axes.set(xlabel=label, xlim=(0, max(1.2 * room, 1.1 * self.class_ranks[order].max())))
         axes.set_title("How much variety each class has\nGood: about the dashed line; collapsed: 1", fontsize=10)
 
 
 def _short(name: str) -> str:
-    return _plain(name if len(name) <= 18 else f"{name[:17]}…")
+    return _plain(name if len(name) <= 18 else f"{name[:9]}…{name[-8:]}")  # names may differ only at their end
 
 
 def _plain(text: str) -> str:

@@ -145,8 +145,7 @@ class MCR2Loss(_OverRanks):
 
     def __init__(self, num_classes: int, *, eps_sq: float = 0.5, process_group: Any = None) -> None:
         super().__init__(process_group)
-        check_count("num_classes", num_classes)
-        self.num_classes = num_classes
+        self.num_classes = check_count("num_classes", num_classes)
         self.eps_sq = eps_sq
 
     @untraced
@@ -468,12 +467,12 @@ class VMCR2Loss(_OverRanks):
         process_group: Any = None,
     ) -> None:
         super().__init__(process_group)
-        check_count("num_classes", num_classes)
-        check_count("feature_dim", feature_dim)
+        num_classes = check_count("num_classes", num_classes)
+        feature_dim = check_count("feature_dim", feature_dim)
         check_eps_sq(feature_dim, check_number("eps_sq", eps_sq))
         if atoms_per_class is None:
             atoms_per_class = default_components(feature_dim, num_classes)
-        check_count("atoms_per_class", atoms_per_class, at_most=feature_dim, limit="feature_dim")
+        atoms_per_class = check_count("atoms_per_class", atoms_per_class, at_most=feature_dim, limit="feature_dim")
         self.mu = mu
         self.eps_sq = eps_sq
         self.balance = balance

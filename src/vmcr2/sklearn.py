@@ -758,7 +758,19 @@ def _validated(estimator: Any, X: Any, *y: Any, **options: Any) -> Any:
     for name, array in zip("Xy", (X, *y), strict=False):
         refuse_masked(name, array)
     given = [_plain_tensor(each) if isinstance(each, Tensor) else each for each in (X, *y)]
+    for labels in given[1:]:
+        _refuse_unsortable(labels)
     return validate_data(estimator, *given, dtype=_FLOATS, **options)
+
+
+def _refuse_unsortable(y: Any) -> None:
+    """Raises InputError if labels are missing or of several kinds: NumPy would fail, or take 3 and "3" for the same."""
+    try:
+        array = np.asarray(y)
+    except (TypeError, ValueError):  # scikit-learn will say what is wrong
+        return
+    if array.ndim == 1 and array.dtype.kind in "OUmM":
+        sorted_classes(y, len(array), "y", "X")
 
 
 def _warn_of_small_classes(fitted: NearestSubspaceClassifier, stacklevel: int) -> None:

@@ -19,7 +19,8 @@ from vmcr2.lab.sources import DataSettings
 def test_labels_broken_on_purpose_are_found_and_mended(tmp_path):
     broken = DataSettings(label_noise=0.1)
     run = train.start(replace(RECIPES["digits"], epochs=8, data=broken, device="cpu"), tmp_path / "run")
-    suspects, written, judged = audit(run)
+    suspects, written, judged, alone, aside = audit(run)
+    assert (alone, aside) == (0, None)
     right = sources.load(DataSettings()).train_labels
     wrong = {i for i, label in enumerate(sources.load(broken).train_labels) if label != right[i]}
     assert judged == len(right)
@@ -77,7 +78,27 @@ def test_images_one_pixel_high_are_shown(tmp_path):
     np.savez(tmp_path / "thin.npz", x_train=images, y_train=labels, x_test=images, y_test=labels)
     data = DataSettings(source=str(tmp_path / "thin.npz"))
     recipe = replace(SMALL, epochs=1, data=data, network="mlp", augmentation=Augmentation())
-    suspects, written, judged = audit(train.start(recipe, tmp_path / "run"))
+    suspects, written, judged, *_ = audit(train.start(recipe, tmp_path / "run"))
     assert suspects
     assert judged == 60
     assert written[1].stat().st_size > 5000
+
+
+def test_an_audit_leaves_somebodys_notes(tmp_path):
+    run = train.start(replace(SMALL, epochs=1), tmp_path / "run")
+    assert audit(run).aside is None
+    assert audit(run).aside is None  # the same again
+    for number, name in enumerate(("suspects.previous.csv", "suspects.previous-2.csv")):
+        run.suspects_file.write_text(f"note {number}")
+        assert audit(run).aside == run.path / name
+        assert (run.path / name).read_text() == f"note {number}"
+    assert (run.path / "suspects.previous.csv").read_text() == "note 0"
+
+
+def test_the_only_samples_of_their_classes_do_not_count_as_judged(tmp_path):
+    images = np.random.default_rng(0).integers(0, 255, (33, 8, 8), dtype=np.uint8)
+    labels = np.concatenate([np.arange(30) % 3, [3, 4, 5]])
+    np.savez(tmp_path / "few.npz", x_train=images, y_train=labels, x_test=images, y_test=labels)
+    recipe = replace(SMALL, epochs=1, data=DataSettings(source=str(tmp_path / "few.npz")))
+    found = audit(train.start(recipe, tmp_path / "run"))
+    assert (found.judged, found.alone) == (30, 3)

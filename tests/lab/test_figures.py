@@ -19,6 +19,20 @@ def test_class_names_are_written_in_full():
     assert texts(axes.yaxis) == ["Alphabet of the Magi 01", "Ge ez 20"]
 
 
+def test_long_class_names_take_two_lines():
+    name = figures._readable("a_class_with_a_name_" + "of_many_words_" * 6)
+    assert name.count("\n") == 1
+    assert name.endswith("…")
+    assert figures._readable("$x$") == r"\$x\$"
+
+
+@pytest.mark.parametrize(("structure", "rows", "said"), [("shared", 6, "atom"), ("block", 2, "atom of the class")])
+def test_codes_of_either_structure_are_named(structure, rows, said):
+    axes = Figure().subplots()
+    figures.draw_codes(axes, np.eye(rows, 3), np.array(["ash", "elm", "oak"]), structure)
+    assert axes.get_ylabel() == said
+
+
 def test_the_confusion_matrix_holds_every_test_sample():
     counts = np.array([[5, 1, 0], [0, 4, 0], [0, 2, 3]])
     axes = Figure().subplots()

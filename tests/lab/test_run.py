@@ -223,6 +223,18 @@ def test_files_that_hold_something_else_are_said_to_be_damaged(tmp_path):
         run.metrics()
 
 
+def test_a_run_with_damaged_metrics_is_not_extended_and_stays_as_it_is(tmp_path):
+    run = train.start(replace(SMALL, epochs=2), tmp_path / "run")
+    whole = run.metrics_file.read_bytes()
+    run.metrics_file.write_bytes(whole + b"{bad\n")
+    before = {path.name: path.read_bytes() for path in run.path.iterdir() if path.is_file()}
+    with pytest.raises(InputError, match=r"metrics\.jsonl is damaged in line 3 .*delete that line"):
+        train.resume(run, replace(SMALL, epochs=3))
+    assert before == {path.name: path.read_bytes() for path in run.path.iterdir() if path.is_file()}
+    run.metrics_file.write_bytes(whole)
+    assert train.resume(run, replace(SMALL, epochs=3)).summary()["epochs"] == 3
+
+
 def test_lost_metrics_are_said(tmp_path):
     run = train.start(replace(SMALL, epochs=2), tmp_path / "run")
     run.metrics_file.unlink()
@@ -395,6 +407,15 @@ def test_a_full_disk_ends_a_run_that_can_be_resumed(tmp_path, monkeypatch, capsy
     assert main(shlex.split(said.strip().rpartition("continue: ")[2])[1:]) == 0
     unbroken = train.start(recipe, tmp_path / "unbroken")
     assert without_times([RunFolder(tmp_path / "run").summary()]) == without_times([unbroken.summary()])
+
+
+def test_halves_that_killed_processes_left_are_swept_by_the_next_to_write_the_file(tmp_path):
+    abandoned, current = tmp_path / ".file[1].77.part", tmp_path / ".file[1].78.part"
+    for part in (abandoned, current):
+        part.touch()
+    os.utime(abandoned, (time.time() - 3600,) * 2)
+    files.write_atomically(tmp_path / "file[1]", b"new")
+    assert {each.name for each in tmp_path.iterdir()} == {"file[1]", current.name}
 
 
 def test_a_file_that_cannot_be_written_leaves_the_old_one_and_no_half(tmp_path):

@@ -245,6 +245,12 @@ def test_wrong_folders(tmp_path):
     with pytest.raises(InputError, match=r"(?s)cut\.png is not .*large\.png is not .*empty\.png is not ") as few:
         sources.load(DataSettings(source=str(root)))
     assert "more" not in str(few.value)
+    whole = (root / "test" / "ash" / "0.png").read_bytes()
+    (root / "test" / "ash" / "half.png").write_bytes(whole[:48])  # whose header is intact
+    for read in (sources.outline, lambda root: sources.load(DataSettings(source=str(root)))):
+        with pytest.raises(InputError, match=r"(?s)cut\.png is not .*empty\.png is not .*half\.png is not "):
+            read(root)
+    (root / "test" / "ash" / "half.png").unlink()
     for i in range(4):
         (root / "train" / "ash" / f"empty{i}.png").touch()
     with pytest.raises(InputError, match=r"; and 2 more$"):
@@ -382,7 +388,7 @@ def test_what_is_not_read_in_a_folder_is_said(tmp_path):
     (root / ".cache").mkdir()
     assert sources.outline(root).ignored == ""
     (root / "val" / "oak").mkdir(parents=True)
-    (root / "train" / "oak" / "more").mkdir()
+    (root / "train" / "oak" / "more.png").mkdir()
     for name in ("a.gif", "b.jfif", "c.gif", "Thumbs.db"):
         (root / "train" / "oak" / name).touch()
     shutil.copy(root / "train" / "oak" / "0.png", root / "train" / "loose.png")

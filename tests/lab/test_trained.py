@@ -160,6 +160,7 @@ def test_an_export_is_the_same_model(run, tmp_path):
     loaded = vmcr2.load(run)
     trained.export(loaded, tmp_path / "out")
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"config.json", "model.safetensors", "README.md"}
+    assert len({path.stat().st_mode for path in (tmp_path / "out").iterdir()}) == 1  # as readable as each other
     card = (tmp_path / "out" / "README.md").read_text()
     for words in ("library_name: vmcr2", "Classes: 100, 101", "| test accuracy |", "Network: cnn"):
         assert words in card

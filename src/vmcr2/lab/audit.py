@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 import vmcr2
 from vmcr2.lab import figures
-from vmcr2.lab.files import check_writable, write_csv
+from vmcr2.lab.files import as_csv, check_writable, write_atomically
 from vmcr2.lab.run import RunFolder
 from vmcr2.lab.trained import Checkpoint
 
@@ -31,18 +33,29 @@ class Suspect:
 
 
 class Audit(NamedTuple):
-    """The suspects, most suspect first, the files written, and how many samples were judged."""
+    """What was found in a training set.
+
+    Attributes:
+        suspects: the most suspect first.
+        written: the files written.
+        judged: how many samples were judged.
+        alone: how many were not, each being the only one of its class.
+        aside: where an earlier, different suspects.csv is now; None if there was none.
+    """
 
     suspects: list[Suspect]
     written: list[Path]
     judged: int
+    alone: int
+    aside: Path | None
 
 
 def audit(run: RunFolder, data_root: str | Path | None = None) -> Audit:
     """Finds the training samples that another label would suit better, according to `vmcr2.label_quality`.
 
-    Writes all of them to suspects.csv in the run folder, most suspect first, and, for images, figures/suspects.png.
-    Samples that are held out for validation or test are not judged.
+    Writes all of them to suspects.csv in the run folder, most suspect first, and, for images, figures/suspects.png. An
+    earlier suspects.csv that differs, such as by somebody's notes, gets another name. Samples that are held out for
+    validation or test are not judged, nor is the only sample of a class.
 
     Args:
         run: with a checkpoint.
@@ -62,8 +75,12 @@ def audit(run: RunFolder, data_root: str | Path | None = None) -> Audit:
     ]
     written = [run.suspects_file]
     lines = [(one.sample, one.given, one.suggested, f"{one.score:.4f}") for one in suspects]
-    write_csv(written[0], [("sample", "given", "suggested", "score"), *lines])
+    content, aside = as_csv([("sample", "given", "suggested", "score"), *lines]), None
+    if not run.suspects_file.exists() or run.suspects_file.read_bytes() != content:
+        aside = run.put_suspects_aside()
+        write_atomically(run.suspects_file, content)
     run.suspects_figure.unlink(missing_ok=True)  # of an earlier audit
     if suspects and dataset.train_inputs.ndim == 4:
         written.append(figures.draw_suspects(dataset, judged, run.suspects_figure, checkpoint.recipe.name))
-    return Audit(suspects, written, len(judged.scores))
+    alone = int((np.bincount(judged.labels) == 1).sum())
+    return Audit(suspects, written, len(judged.scores) - alone, alone, aside)

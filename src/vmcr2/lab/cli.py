@@ -321,15 +321,21 @@ def audit(run: _Run, data_root: Path | None = None, top: int = 20) -> None:
     from vmcr2.lab.terminal import table
 
     check_count("top", top)
-    suspects, written, judged = audit.audit(RunFolder.open(run), data_root)
-    if suspects:
-        rows = [(one.sample, one.given, one.suggested, f"{one.score:.3f}") for one in suspects[:top]]
-        title = f"{len(rows)} of {len(suspects)} suspects among {judged} training samples, most suspect first"
-        _console().print(table(title, ("sample", "given label", "suggested", "score"), rows))
+    found = audit.audit(RunFolder.open(run), data_root)
+    if found.suspects:
+        rows = [(one.sample, one.given, one.suggested, f"{one.score:.3f}") for one in found.suspects[:top]]
+        of = f"{len(found.suspects)} suspects among {found.judged} training samples"
+        _console().print(
+            table(f"{len(rows)} of {of}, most suspect first", ("sample", "given label", "suggested", "score"), rows)
+        )
     else:
-        _say(f"no suspects: each of the {judged} training samples fits its label best")
-    for path in written:
+        _say(f"no suspects: each of the {found.judged} training samples that were judged fits its label best")
+    if found.alone:
+        _say(f"not judged, being the only training sample of a class: {found.alone}")
+    for path in found.written:
         _say(str(path))
+    if found.aside is not None:
+        _say(f"{found.aside}: the earlier list, which differs")
 
 
 def export(

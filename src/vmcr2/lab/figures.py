@@ -15,6 +15,7 @@ from matplotlib.axis import Axis, XAxis
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from vmcr2.dictionary import Structure
 from vmcr2.embeddings import LabelQuality
 from vmcr2.lab.files import replacing
 from vmcr2.lab.recipes import OBJECTIVES, ObjectiveName
@@ -28,6 +29,11 @@ _SIMILARITY_NOTE = (
     "Good: light except for the diagonal blocks, the classes. Dark elsewhere: classes share directions. A block "
     "that is dark all over: its class has lost its variety."
 )
+_CODES_NOTES: dict[Structure, str] = {
+    "shared": "Good: each class has atoms of its own. An atom dark in many classes is a direction that they share.",
+    "block": "A column shows a class's own atoms. Several dark: the class keeps its variety. One: it is pressed to one "
+    "direction.",
+}
 _COLOURS = {"vmcr2": "#0b6e99", "mcr2": "#d1495b", "ce": "#7a7a7a"}
 _STYLE: dict[str, Any] = {
     "figure.dpi": 150,
@@ -96,7 +102,7 @@ def draw_similarity(axes: Axes, features: np.ndarray, labels: np.ndarray, names:
     shown = [_readable(names[j]) for j in labels[np.concatenate([[0], (edges + 0.5).astype(int)])]]
     middles = (bounds[1:] + bounds[:-1]) / 2
     axes.set_xticks(middles, shown if max(map(len, shown)) <= 2 else [""] * len(shown))
-    axes.set_yticks(middles, shown)
+    axes.set_yticks(middles, shown, fontsize=6.5 if any("\n" in name for name in shown) else None)
     axes.tick_params(length=0)
     for edge in edges:
         axes.axhline(edge, color="white", linewidth=0.5)
@@ -107,10 +113,10 @@ def draw_similarity(axes: Axes, features: np.ndarray, labels: np.ndarray, names:
 
 
 def _readable(name: str, width: int = 32) -> str:
-    """Returns a class name for a figure: words separated, on as many lines as needed."""
+    """Returns a class name for a figure: words separated, on at most two lines."""
     whole = str(name).encode("utf-8", "replace").decode()  # the name of a folder may not be valid text
-    words = whole.replace("/character", " ").replace("_", " ").replace("$", r"\$")
-    return textwrap.fill(words, width)
+    words = whole.replace("/character", " ").replace("_", " ")
+    return "\n".join(textwrap.wrap(words, width, max_lines=2, placeholder=" …")).replace("$", r"\$")
 
 
 def draw_spectra(axes: Axes, spectra: np.ndarray, components: int) -> Axes:
@@ -130,11 +136,19 @@ def draw_spectra(axes: Axes, spectra: np.ndarray, components: int) -> Axes:
     return axes
 
 
-def draw_codes(axes: Axes, codes: np.ndarray, names: np.ndarray) -> Axes:
-    """Draws the codes Ã, atoms down and classes across; names are shown if there are few."""
+def draw_codes(axes: Axes, codes: np.ndarray, names: np.ndarray, structure: Structure) -> Axes:
+    """Draws the codes Ã, atoms down and classes across; names are shown if there are few.
+
+    Args:
+        axes: to draw into.
+        codes: (q, k) of shared structure, or (s, k) of block structure, where a column holds a class's own atoms.
+        names: of the k classes.
+        structure: of the dictionary.
+    """
     shown = np.sqrt(codes)
     image = axes.imshow(shown, aspect="auto", cmap="magma_r", interpolation="nearest", vmin=0)
-    axes.set(xlabel=f"class (all {codes.shape[1]}, in the order of their labels)", ylabel="atom")
+    axes.set(xlabel=f"class (all {codes.shape[1]}, in the order of their labels)")
+    axes.set_ylabel("atom" if structure == "shared" else "atom of the class")
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(MaxNLocator(integer=True))
     if len(names) <= _NAMED_CLASSES:
@@ -231,10 +245,9 @@ def draw_run(run: RunFolder) -> list[Path]:
             drawn.append(_save(figure, run.figures / "confusion.png", note))
         if "codes" in arrays:
             figure, axes = _figure(5.4, 4.6)
-            draw_codes(axes, arrays["codes"], names)
+            draw_codes(axes, arrays["codes"], names, recipe.vmcr2.structure)
             _title(figure, f"Codes of the dictionary\n{name}")
-            note = "Good: each class has atoms of its own. An atom dark in many classes is a direction that they share."
-            drawn.append(_save(figure, run.figures / "codes.png", note))
+            drawn.append(_save(figure, run.figures / "codes.png", _CODES_NOTES[recipe.vmcr2.structure]))
     return drawn
 
 

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import csv
+import glob
 import io
 import json
 import os
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
 from vmcr2.errors import InputError
+
+_ABANDONED_SECONDS = 600.0  # a file of which nothing has been written for as long was left by a killed process
 
 
 @contextmanager
@@ -20,13 +24,20 @@ def replacing(path: Path, part: str | None = None) -> Iterator[IO[bytes]]:
 
     Args:
         path: of the file.
-        part: the name of the half-written file beside it, which a kill leaves behind; by default it has the process id.
+        part: the name of the half-written file beside it, which a kill leaves behind; by default it has the process id,
+            and those that killed processes have left are deleted.
 
     Raises:
         InputError: the folder may not be written to (a ValueError).
         OSError: the system refuses to write, as when the disk is full; it names the path.
     """
-    written = path.with_name(f".{path.name}.{os.getpid()}.part" if part is None else part)
+    if part is None:
+        part = f".{path.name}.{os.getpid()}.part"
+        for left in path.parent.glob(f".{glob.escape(path.name)}.*.part"):  # by processes that were killed
+            with suppress(OSError):
+                if time.time() - left.stat().st_mtime > _ABANDONED_SECONDS:
+                    left.unlink()
+    written = path.with_name(part)
     try:
         try:
             opened = written.open("wb")
@@ -77,11 +88,16 @@ def write_json(path: Path, value: Any) -> None:
     write_atomically(path, (json.dumps(value, indent=2) + "\n").encode())
 
 
-def write_csv(path: Path, rows: Iterable[Sequence[Any]]) -> None:
-    """Writes rows as a .csv file, atomically."""
+def as_csv(rows: Iterable[Sequence[Any]]) -> bytes:
+    """Returns the content of a .csv file."""
     text = io.StringIO(newline="")
     csv.writer(text).writerows(rows)
-    write_atomically(path, text.getvalue().encode(errors="surrogateescape"))
+    return text.getvalue().encode(errors="surrogateescape")
+
+
+def write_csv(path: Path, rows: Iterable[Sequence[Any]]) -> None:
+    """Writes rows as a .csv file, atomically."""
+    write_atomically(path, as_csv(rows))
 
 
 def check_file(name: str, path: Path) -> None:

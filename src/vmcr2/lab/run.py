@@ -6,13 +6,14 @@ checkpoint.pt    the latest state, tensors and primitives only; checkpoint.previ
 features.npz     features for the figures
 summary.json     the final numbers; exists once the run is complete
 evaluation.json  what `vmcr2 evaluate` measured
-suspects.csv     what `vmcr2 audit` found; suspects.previous.csv before the run went on
+suspects.csv     what `vmcr2 audit` found; suspects.previous.csv, suspects.previous-2.csv, … earlier
 figures/*.png
 .lock.part       locked while a process writes
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -146,8 +147,16 @@ class RunFolder:
         """Deletes what was measured on a run that now goes on; suspects.csv, which people edit, gets another name."""
         for file in (self.features_file, self.evaluation_file, self.suspects_figure):
             file.unlink(missing_ok=True)
-        if self.suspects_file.exists():
-            self.suspects_file.replace(self.path / "suspects.previous.csv")
+        self.put_suspects_aside()
+
+    def put_suspects_aside(self) -> Path | None:
+        """Gives suspects.csv, which people edit, a name that is free, and returns it; None if there is no such file."""
+        if not self.suspects_file.exists():
+            return None
+        names = (f"suspects.previous{'' if number == 1 else f'-{number}'}.csv" for number in itertools.count(1))
+        aside = next(path for path in map(self.path.joinpath, names) if not path.exists())
+        self.suspects_file.replace(aside)
+        return aside
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -226,17 +235,26 @@ class RunFolder:
             raise InputError(f"{self.checkpoint_file} does not fit {what}: {error}") from error
 
     def metrics(self) -> list[dict[str, Any]]:
-        """Returns the lines of metrics.jsonl; a last line that was cut off by a kill is left out."""
+        """Returns the lines of metrics.jsonl; a last line that was cut off by a kill is left out.
+
+        Raises:
+            InputError: another line is damaged (a ValueError).
+        """
         if not self.metrics_file.exists():
             return []
-        try:
-            lines = self.metrics_file.read_text(encoding="utf-8").split("\n")
-            metrics = [json.loads(line) for line in lines[:-1]]
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{self.metrics_file} is damaged: {error}") from error
-        for line in metrics:
+        lines = self.metrics_file.read_bytes().split(b"\n")
+        metrics = []
+        for number, text in enumerate(lines[:-1], 1):
+            cure = "delete that line; curves will lack its epoch"
+            try:
+                line = json.loads(text.decode("utf-8"))
+            except (ValueError, RecursionError) as error:
+                raise InputError(f"{self.metrics_file} is damaged in line {number} ({error}); {cure}") from error
             if not isinstance(line, dict) or not isinstance(line.get("epoch"), int):
-                raise InputError(f"{self.metrics_file} is damaged: a line must be an object with its epoch, got {line}")
+                raise InputError(
+                    f"{self.metrics_file} is damaged in line {number} (it must be an object with its epoch); {cure}"
+                )
+            metrics.append(line)
         return metrics
 
     def truncate_metrics(self, epochs: int) -> None:

@@ -13,6 +13,7 @@ docs/data.md describes files and folders.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import warnings
 import zipfile
@@ -579,12 +580,14 @@ def _listed(root: Path, *, needs_test: bool) -> tuple[list[str], dict[str, list[
 def _folder(root: Path, image_size: int | None, *, needs_test: bool) -> Dataset:
     names, parts = _listed(root, needs_test=needs_test)
     size = None if image_size is None else (image_size, image_size)
+    every = [file for files in parts.values() for file, _ in files]
+    decoded = iter(list(_decoded(every, size, root.name)))  # of both parts, so that an error names all bad files
     arrays: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     for part, files in parts.items():
         if not files and not needs_test:
             arrays[part] = arrays["train"][0][:0], arrays["train"][1][:0]
             continue
-        images = list(_decoded([file for file, _ in files], size, f"{root.name}/{part}"))
+        images = list(itertools.islice(decoded, len(files)))
         sizes = {image.shape for image in images}
         if len(sizes) != 1:
             found_sizes = f"sizes {sorted(sizes)[:3]}; set data.image_size" if sizes else "no image"
@@ -616,7 +619,7 @@ class Outline:
 
 
 def outline(path: Path) -> Outline:
-    """Returns the outline of a .npz file or a folder of images by class, whose images are not decoded.
+    """Returns the outline of a .npz file or a folder of images by class, which are not decoded unless one is damaged.
 
     Raises:
         InputError: it is not in the right form (a ValueError).
@@ -630,7 +633,8 @@ def outline(path: Path) -> Outline:
     names, parts = _listed(path, needs_test=False)
     shapes: dict[tuple[int, int, int], Path] = {}
     unreadable = []
-    for file, _ in [*parts["train"], *parts["test"]]:
+    files = [file for file, _ in [*parts["train"], *parts["test"]]]
+    for file in files:
         try:
             with Image.open(file) as image:
                 width, height = image.size
@@ -640,6 +644,9 @@ def outline(path: Path) -> Outline:
                 shapes.setdefault((3, height, width), file)
         except Exception as error:  # Pillow's decoders may raise anything
             unreadable.append(f"{file} is not a readable image (truncated or damaged?): {error}")
+    if unreadable:
+        for _ in _decoded(files, None, path.name):  # its error names the files with damage behind the header, too
+            pass
     refuse_unreadable(unreadable)
     smallest = shapes[min(shapes, key=lambda shape: min(shape[1:]))].relative_to(path).as_posix()
     return Outline(
@@ -661,8 +668,9 @@ def _ignored(root: Path) -> str:
     beside = [f"{path.name}/" for path in visible(root) if path.is_dir() and path not in parts]
     outside = [path for folder in (root, *parts) for path in image_files(folder)]
     classes = [path for part in parts for path in visible(part) if path.is_dir()]
-    inner = [path for own in classes for path in visible(own) if path.suffix.lower() not in _IMAGE_ENDINGS]
-    folders, files = sum(path.is_dir() for path in inner), [path for path in inner if not path.is_dir()]
+    inner = [path for own in classes for path in visible(own)]
+    folders = sum(path.is_dir() for path in inner)
+    files = [path for path in inner if path.suffix.lower() not in _IMAGE_ENDINGS and not path.is_dir()]
     others = [few(beside)] if beside else []
     if outside:
         others.append(f"{len(outside)} image{'s' * (len(outside) > 1)} outside of class folders")
@@ -683,8 +691,12 @@ def refuse_unreadable(messages: Sequence[str]) -> None:
 
 
 def image_files(folder: Path) -> list[Path]:
-    """Returns the image files in a folder, sorted; hidden ones are skipped."""
-    return sorted(file for file in folder.iterdir() if file.suffix.lower() in _IMAGE_ENDINGS and file.name[0] != ".")
+    """Returns the image files in a folder, sorted; hidden ones and folders are skipped."""
+    return sorted(
+        file
+        for file in folder.iterdir()
+        if file.suffix.lower() in _IMAGE_ENDINGS and file.name[0] != "." and not file.is_dir()
+    )
 
 
 def decode(source: Any, size: tuple[int, int] | None = None, mode: str = "RGB") -> Any:
@@ -698,7 +710,8 @@ def decode(source: Any, size: tuple[int, int] | None = None, mode: str = "RGB") 
     from PIL import Image, ImageOps
 
     if isinstance(source, str | Path) and not Path(source).is_file():
-        raise InputError(f"{source} is not a readable image: there is no such file")
+        what = "it is a folder" if Path(source).is_dir() else "there is no such file"
+        raise InputError(f"{source} is not a readable image: {what}")
     try:
         with nullcontext(source) if isinstance(source, Image.Image) else Image.open(source) as image:
             if size is not None and not isinstance(source, Image.Image):

@@ -255,6 +255,7 @@ def resume(
         state = folder.load_checkpoint()
         if state is not None:
             _check_state(folder, state, prepared)
+        folder.metrics()  # refused if damaged, before anything is changed
         return state
 
     def reopen() -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
@@ -450,6 +451,7 @@ def export(trained: TrainedModel, folder: str | Path) -> None:
             raise OSError(f"{folder} cannot be written: {error}") from error
         write_atomically(folder / "README.md", trained.card().encode(errors="surrogateescape"))
         write_json(folder / "config.json", trained.config)
+        shutil.copymode(folder / "config.json", part)  # safetensors lets nobody else read it
         part.replace(folder / "model.safetensors")
     except BaseException:
         with suppress(OSError):
