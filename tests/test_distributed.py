@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import re
 import time
 
 import pytest
@@ -556,14 +557,21 @@ def dtensors(rank):
     calls = [lambda call=call: call(spread) for call in (vmcr2.coding_rate, vmcr2.TotalCodingRateLoss())]
     for loss in (vmcr2.MCR2Loss(K), losses_of("shared"), losses_of("sharded")):
         calls += [lambda loss=loss: loss(spread, labels), lambda loss=loss: loss(z, own)]
+    calls += [lambda: vmcr2.label_quality(spread, labels), lambda: vmcr2.report(z, own)]
+    calls += [
+        lambda: vmcr2.ClassBalancedBatchSampler(own, 2),
+        lambda: vmcr2.NearestSubspaceClassifier().fit(spread, y=0),
+    ]
     return said_by(calls)
 
 
 def test_a_dtensor_is_refused_with_what_to_pass_instead(ranks):
     for said in ranks(2, dtensors):
-        assert len(said) == 8
+        assert len(said) == 12
         for each in said:
-            assert "got a DTensor; pass each rank's share, value.to_local()" in each, each
+            assert re.search(r"got a DTensor; pass the whole, (features|membership|labels|X)\.full_tensor\(\)", each), (
+                each
+            )
 
 
 def in_groups(rank):

@@ -37,8 +37,11 @@ MISSING_OR_MIXED = {
 @pytest.mark.parametrize("labels", MISSING_OR_MIXED.values(), ids=MISSING_OR_MIXED)
 def test_labels_that_are_missing_or_of_several_kinds_are_named(kind, labels):
     for call in (kind().fit, kind().partial_fit):
-        with pytest.raises(vmcr2.InputError, match="y must (be of one kind|not be missing)"):
-            call(unit_rows(30, 4).numpy(), labels)
+        for given in (labels, np.array(labels, dtype=object)[:, None]):
+            with pytest.raises(vmcr2.InputError, match="y must (be of one kind|not be missing)"):
+                call(unit_rows(30, 4).numpy(), given)
+    with pytest.raises(vmcr2.InputError, match="classes must (be of one kind|not be missing)"):
+        kind().partial_fit(unit_rows(30, 4).numpy(), ["a", "b", "c"] * 10, classes=labels)
 
 
 @pytest.fixture(scope="module")
@@ -441,7 +444,7 @@ def test_wrong_labels_and_classes_are_named():
         vmcr2.NearestSubspaceClassifier().partial_fit(z, labels)
     with pytest.raises(vmcr2.InputError, match="classes_"):
         vmcr2.CodingRateClassifier(**SMALL).fit(z, labels).label_quality(z, labels + 1)
-    with pytest.raises(vmcr2.InputError, match="y must be of one kind"):
+    with pytest.raises(vmcr2.InputError, match="y must not be missing"):
         vmcr2.CodingRateClassifier(**SMALL).fit(z, labels).label_quality(z, ["a", None] * 10)
 
 

@@ -2,12 +2,14 @@
 
 import pytest
 import torch
-from conftest import loss_at, normal, random_labels, random_rotation, rows_of, unit_rows
+from conftest import LargestTensor, loss_at, normal, random_labels, random_rotation, rows_of, unit_rows
 
 from vmcr2.subspaces import (
     class_subspaces,
     default_components,
     held_out_energies,
+    nearest,
+    nearest_in_dictionary,
     nearest_subspace,
     places_in_class,
     subspace_energies,
@@ -91,6 +93,28 @@ def test_predictions_do_not_depend_on_rotation_or_scale():
         assert torch.equal(nearest_subspace(scale * test, class_subspaces(scale * train, labels, 3, 2)), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_small_features_have_a_nearest_subspace_in_bases_of_any_dtype(dtype):
+    train, labels, test = unit_rows(60, 8), random_labels(60, 3), unit_rows(30, 8, seed=1)
+    bases = class_subspaces(train, labels, 3, 2).to(dtype)
+    expected, _ = nearest(test, bases)
+    assert expected.min() > 0
+    for scale in (1e-300, 1e-30, 1e300):
+        torch.testing.assert_close(nearest(scale * test, bases)[0], expected, rtol=1e-12, atol=0)
+
+
+def test_wide_features_are_read_a_few_at_a_time(monkeypatch):
+    train, test = unit_rows(60, 64), unit_rows(500, 64, seed=1)
+    bases = class_subspaces(train, torch.arange(60) % 3, 3, 2)
+    dictionary = loss_at(train, torch.arange(60) % 3, 3, 2, structure="block").dictionary.whole()
+    monkeypatch.setattr("vmcr2.subspaces._CACHED", 640)
+    for features in (test, 1e-200 * test):
+        with LargestTensor() as largest:
+            nearest(features, bases)
+            nearest_in_dictionary(features, dictionary)
+        assert largest.numel <= 640
+
+
 def test_a_dictionary_predicts_alike_at_any_scale():
     loss = loss_at(unit_rows(60, 8), torch.arange(60) % 3, 3, 2, structure="block")
     test = unit_rows(30, 8, seed=1)
@@ -126,6 +150,6 @@ def test_many_classes_are_searched_for_the_nearest_a_few_at_a_time(monkeypatch):
     loss = loss_at(z, labels, 12, 2, structure="block")
     loss.dictionary.codes[:, 0] = 0  # a class without a subspace, and the first
     whole = loss.nearest_class(unit_rows(30, 6, seed=1))
-    monkeypatch.setattr("vmcr2.subspaces._SCORES", 70)  # two classes
+    monkeypatch.setattr("vmcr2.subspaces._BASES", 24)  # two classes
     assert torch.equal(loss.nearest_class(unit_rows(30, 6, seed=1)), whole)
     assert (whole > 1).any()

@@ -104,6 +104,15 @@ def refuse_masked(name: str, value: Any) -> None:
         raise InputError(f"{name} must have no masked entries, got {missing}; leave those samples out, or fill them in")
 
 
+def refuse_distributed(name: str, value: Any) -> None:
+    """Raises InputError for a DTensor, which does not mix with other tensors."""
+    if hasattr(value, "full_tensor"):  # recognised by its method: importing DTensor takes a second
+        raise InputError(
+            f"{name} must be a plain tensor, got a DTensor; pass the whole, {name}.full_tensor(), or, where a loss "
+            f"gathers rows over ranks itself, this rank's, {name}.to_local()"
+        )
+
+
 def tensor_of(array: np.ndarray, name: str = "X") -> Tensor:
     """Returns an array as a tensor, for reading only: it shares the array's memory unless a stride is negative.
 
@@ -243,9 +252,7 @@ def check_tensor(name: str, value: Any, form: str, *, integers: bool = False) ->
     """
     if not isinstance(value, Tensor):
         raise InputError(f"{name} must be a torch.Tensor {form}, got {type(value).__name__}")
-    if hasattr(value, "full_tensor"):  # recognised by its method: importing DTensor takes a second
-        cure = "pass each rank's share, value.to_local(), or the whole, value.full_tensor()"
-        raise InputError(f"{name} must be a plain torch.Tensor {form}, got a DTensor; {cure}")
+    refuse_distributed(name, value)
     if value.layout != torch.strided or value.is_nested:
         got = "a nested one" if value.is_nested else f"layout {value.layout}"
         raise InputError(f"{name} must be a dense torch.Tensor {form}, got {got}")

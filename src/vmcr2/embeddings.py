@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional
 
-from vmcr2.checks import UNIT_NORM_TOLERANCE, check_number, refuse_masked
+from vmcr2.checks import UNIT_NORM_TOLERANCE, check_number, refuse_distributed, refuse_masked
 from vmcr2.errors import InputError, NumericalError
 from vmcr2.linalg import require_finite
 from vmcr2.membership import Membership, as_membership
@@ -25,6 +25,7 @@ from vmcr2.subspaces import check_components, default_components, held_out_energ
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+_MISSING = ("NoneType", "NAType", "NaTType")  # the types of what stands for a missing label, pandas's included
 _NAMED_PAIRS = 10
 _SHOWN_CLASSES = 20
 _MOMENT_ELEMENTS = 2**27  # entries of all classes' moments held at once
@@ -483,7 +484,7 @@ def label_quality(
         median, small = int(sizes.quantile(0.5)), int(sizes.quantile(_SMALL_CLASS, interpolation="lower"))
         enough = min(median // _SAMPLES_A_DIRECTION, small // _FEWEST_A_DIRECTION)
         n_components = max(1, min(default_components(d, k), enough))
-    check_components(n_components, d, stacklevel=2)
+    n_components = check_components(n_components, d, stacklevel=2)
     kept = torch.ones_like(places, dtype=torch.bool)
     own, best, other = _judged(unit, places, k, n_components, kept)
     for _ in range(_ROUNDS - 1):
@@ -519,6 +520,7 @@ def _judged(
 
 def _checked(features: Any, labels: Any) -> tuple[Tensor, Tensor, np.ndarray]:
     """Returns features as float64, labels as indices into their sorted values, and these values."""
+    refuse_distributed("features", features)
     if not isinstance(features, Tensor):
         if hasattr(features, "toarray"):
             raise InputError(f"features must be dense, got {type(features).__name__}; .toarray() makes it so")
@@ -561,6 +563,7 @@ def sorted_classes(
             ValueError).
     """
     refuse_masked(name, labels)
+    refuse_distributed(name, labels)
     try:
         array = labels.detach().cpu().numpy() if isinstance(labels, Tensor) else np.asarray(labels)
     except (TypeError, ValueError, RuntimeError) as error:  # bfloat16, sparse, without values; lists of unequal length
@@ -574,7 +577,9 @@ def sorted_classes(
     if array.dtype.kind in "fmM":
         missing = int((np.isnan(array) if array.dtype.kind == "f" else np.isnat(array)).sum())
     else:
-        missing = sum(isinstance(label, float) and math.isnan(label) for label in listed)
+        missing = sum(
+            type(label).__name__ in _MISSING or (isinstance(label, float) and math.isnan(label)) for label in listed
+        )
     if missing:
         raise InputError(f"{name} must not be missing, but {missing} of {m} are")
     whole = array.dtype.kind != "f" or (np.isfinite(array).all() and (array == np.round(array)).all())

@@ -802,8 +802,8 @@ class VMCR2Loss(_OverRanks):
         should be shuffled, un-augmented, and of about the training batch size. All modes are restored. Under
         torch.distributed each rank passes its own share, of any number of batches, even none (the same number on every
         rank if the model gathers its weights as it runs, as with FSDP). From a DataLoader with a
-        `ClassBalancedBatchSampler` a whole epoch is read, and the sampler's position is restored; not from a generator
-        around one, which hides the sampler.
+        `ClassBalancedBatchSampler` a whole epoch is read, and the sampler's position is restored; a generator around
+        the DataLoader hides the sampler, and its position is then not restored.
 
         Args:
             model: a Module, or any function that calls Modules, mapping inputs to features (m, d) with rows of norm 1.

@@ -12,7 +12,7 @@ from jaxtyping import Int
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from vmcr2.checks import check_count, refuse_masked
+from vmcr2.checks import check_count, refuse_distributed, refuse_masked
 from vmcr2.distributed import check_group, process_rank, world_size
 from vmcr2.errors import InputError
 
@@ -54,22 +54,23 @@ class ClassBalancedBatchSampler(Sampler[list[int]]):
         classes = _int64(labels)
         if int(classes.min()) < 0:
             raise InputError(f"labels must be >= 0, got {int(classes.min())}")
-        check_count("samples_per_class", samples_per_class)
+        samples_per_class = check_count("samples_per_class", samples_per_class)
         present, sizes = classes.unique(return_counts=True)
         if classes_per_batch is None:
             classes_per_batch = len(present)
-        check_count("classes_per_batch", classes_per_batch, at_most=len(present), limit="classes that have a sample")
+        limit = "classes that have a sample"
+        classes_per_batch = check_count("classes_per_batch", classes_per_batch, at_most=len(present), limit=limit)
         size = classes_per_batch * samples_per_class
         if batches is None:
             batches = max(1, len(classes) // size)
-        check_count("batches", batches)
-        check_count("seed", seed, at_least=0, at_most=_LARGEST)
+        batches = check_count("batches", batches)
+        seed = check_count("seed", seed, at_least=0, at_most=_LARGEST)
         check_group(process_group)
         self.members = torch.argsort(classes, stable=True).split(sizes.tolist())
         self.samples_per_class = samples_per_class
         self.classes_per_batch = classes_per_batch
         self.batches = batches
-        self.seed = int(seed)  # torch accepts no NumPy integers
+        self.seed = seed
         # Without a group, ranks may meet after the sampler is made; a group itself could be neither copied nor pickled.
         share = self._share(process_group)
         self.share = None if process_group is None else share
@@ -179,6 +180,7 @@ def position_kept(sampler: Any) -> Iterator[None]:
 
 def _int64(labels: Any) -> Int[Tensor, " m"]:
     """Returns labels as int64 on the CPU: torch would take uint8 for a mask, and lacks wider unsigned dtypes."""
+    refuse_distributed("labels", labels)
     if isinstance(labels, Tensor):
         integers = not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
     else:

@@ -27,7 +27,7 @@ except ModuleNotFoundError as error:
     ) from error
 from torch import Tensor, nn
 
-from vmcr2.checks import check_choice, check_count, check_number, refuse_masked, tensor_of
+from vmcr2.checks import check_choice, check_count, check_number, refuse_distributed, refuse_masked, tensor_of
 from vmcr2.dictionary import default_structure
 from vmcr2.embeddings import LabelQuality, label_quality, sorted_classes
 from vmcr2.errors import InputError, NumericalError
@@ -174,7 +174,7 @@ class NearestSubspaceClassifier(ClassifierMixin, BaseEstimator):
         self.n_components_ = (
             default_components(d, len(self.classes_)) if self.n_components is None else self.n_components
         )
-        check_components(self.n_components_, d, stacklevel=3)
+        self.n_components_ = check_components(self.n_components_, d, stacklevel=3)
 
     def _read(self, X: Any) -> Tensor:
         """Returns checked samples, in float64."""
@@ -757,20 +757,27 @@ def _validated(estimator: Any, X: Any, *y: Any, **options: Any) -> Any:
     """
     for name, array in zip("Xy", (X, *y), strict=False):
         refuse_masked(name, array)
-    given = [_plain_tensor(each) if isinstance(each, Tensor) else each for each in (X, *y)]
+    given = [
+        _plain_tensor(name, each) if isinstance(each, Tensor) else each
+        for name, each in zip("Xy", (X, *y), strict=False)
+    ]
     for labels in given[1:]:
-        _refuse_unsortable(labels)
+        _refuse_unsortable("y", labels)
     return validate_data(estimator, *given, dtype=_FLOATS, **options)
 
 
-def _refuse_unsortable(y: Any) -> None:
+def _refuse_unsortable(name: str, labels: Any) -> None:
     """Raises InputError if labels are missing or of several kinds: NumPy would fail, or take 3 and "3" for the same."""
     try:
-        array = np.asarray(y)
+        array = np.asarray(labels)
     except (TypeError, ValueError):  # scikit-learn will say what is wrong
         return
-    if array.ndim == 1 and array.dtype.kind in "OUmM":
-        sorted_classes(y, len(array), "y", "X")
+    if array.dtype.kind not in "OUmM":
+        return
+    if array.ndim == 1:
+        sorted_classes(labels, len(array), name, "X")
+    elif array.ndim == 2 and array.shape[1] == 1:  # scikit-learn takes a column, too
+        sorted_classes(array[:, 0], len(array), name, "X")
 
 
 def _warn_of_small_classes(fitted: NearestSubspaceClassifier, stacklevel: int) -> None:
@@ -779,7 +786,8 @@ def _warn_of_small_classes(fitted: NearestSubspaceClassifier, stacklevel: int) -
     warn_of_small_classes(sizes, fitted.n_components_, cure, stacklevel + 1)
 
 
-def _plain_tensor(tensor: Tensor) -> Tensor:
+def _plain_tensor(name: str, tensor: Tensor) -> Tensor:
+    refuse_distributed(name, tensor)
     tensor = tensor.detach().cpu()
     return tensor.float() if tensor.dtype == torch.bfloat16 else tensor
 
@@ -790,7 +798,9 @@ def _enter_classes(estimator: Any, y: Any, classes: Any, first: bool) -> np.ndar
     if first and classes is None:
         raise InputError("classes must be given in the first call of partial_fit")
     if classes is not None:
-        classes = np.asarray(list(classes) if isinstance(classes, set | frozenset) else classes)
+        classes = list(classes) if isinstance(classes, set | frozenset) else classes
+        _refuse_unsortable("classes", classes)
+        classes = np.asarray(classes)
         if classes.ndim != 1:
             raise InputError(f"classes must be a list or an array (k,) of labels, got shape {classes.shape}")
     given = None if classes is None else np.unique(classes)

@@ -15,10 +15,11 @@ from vmcr2.linalg import one_for_zero
 from vmcr2.membership import as_membership
 from vmcr2.mismatch import BlockCodes
 
-_SCORES = 2**21  # scores, by sample and class, held at once
+_BASES = 2**21  # entries of subspaces of the dictionary held at once
 _ENERGIES = 2**23  # energies, by sample and subspace, held at once
 _FOLDS = 5
 _CACHED = 2**20  # projections found at once: few enough to be squared and summed while they are in the cache
+_SMALLEST_NORM = 1e-140  # of features whose squares are exact in float64; 1 over it is the largest
 
 
 def default_components(feature_dim: int, num_classes: int) -> int:
@@ -26,8 +27,8 @@ def default_components(feature_dim: int, num_classes: int) -> int:
     return max(1, feature_dim // num_classes)
 
 
-def check_components(n_components: int, d: int, stacklevel: int) -> None:
-    """Warns if subspaces of this many components cannot tell classes apart by eq. (8).
+def check_components(n_components: int, d: int, stacklevel: int) -> int:
+    """Returns the number of components; warns if subspaces of as many cannot tell classes apart by eq. (8).
 
     Args:
         n_components: r.
@@ -37,13 +38,14 @@ def check_components(n_components: int, d: int, stacklevel: int) -> None:
     Raises:
         InputError: r is not from 1 to d (a ValueError).
     """
-    check_count("n_components", n_components, at_most=d, limit="the number of features")
+    n_components = check_count("n_components", n_components, at_most=d, limit="the number of features")
     if n_components == d > 1:
         warnings.warn(
             f"n_components = {d} is the number of features: the subspace of a class of {d} samples or more is the "
             "whole space, so that classes tie",
             stacklevel=stacklevel + 1,
         )
+    return n_components
 
 
 def warn_of_small_classes(sizes: Int[Tensor, " k"], n_components: int, cure: str, stacklevel: int) -> None:
@@ -92,7 +94,7 @@ def class_subspaces(
     d = features.shape[1]
     if n_components is None:
         n_components = default_components(d, num_classes)
-    check_count("n_components", n_components, at_most=d, limit="the number of features")
+    n_components = check_count("n_components", n_components, at_most=d, limit="the number of features")
     # In float64, and scaled so that squares neither overflow nor vanish: a direction may be small and still count.
     widened = features.double()
     bases, energies = latched_blocks(
@@ -183,9 +185,9 @@ def nearest_subspace(features: Float[Tensor, "m d"], bases: Float[Tensor, "k d r
 def nearest(
     features: Float[Tensor, "m d"], bases: Float[Tensor, "k d r"], excluded: Bool[Tensor, " k"] | None = None
 ) -> tuple[Float[Tensor, " m"], Int[Tensor, " m"]]:
-    """Returns the share in [0, 1] of a sample's energy in its nearest subspace, −1 if there is none, and whose it is.
+    """Returns the share in [0, 1] of a sample's energy in its nearest subspace, and the class of that subspace.
 
-    The table of all samples by all classes is never held at once.
+    They are −1 and 0 if there is no subspace. Samples are read a few at a time.
 
     Args:
         features: (m, d), finite.
@@ -194,14 +196,18 @@ def nearest(
     """
     if excluded is None:
         excluded = (bases == 0).all(2).all(1)
+    bases = bases.double()
     shares, owners = [], []
-    for part in features.split(max(1, _ENERGIES // len(bases))):
-        rows = part.to(bases.dtype)
-        # Squares of extreme entries would overflow or vanish; scaling by a power of two changes no digit.
-        exponents = torch.frexp(rows.abs().amax(1, keepdim=True)).exponent.clamp(-1000, 1000)
-        rows = rows * torch.exp2(-exponents.to(rows.dtype))
+    for part in features.split(max(1, _CACHED // max(bases.shape[:2]))):
+        rows = part.double()
+        norms = torch.linalg.vector_norm(rows, dim=1)
+        if not bool(((norms > _SMALLEST_NORM) & (norms < 1 / _SMALLEST_NORM)).all()):
+            # Squares would overflow or vanish; scaling by a power of two changes no digit.
+            exponents = torch.frexp(torch.linalg.vector_norm(rows, torch.inf, dim=1)).exponent.clamp(-1000, 1000)
+            rows = rows * torch.exp2(-exponents.double())[:, None]
+            norms = torch.linalg.vector_norm(rows, dim=1)
         best, nearest_classes = subspace_energies(rows, bases).masked_fill_(excluded, -1).max(1)
-        shares.append(torch.where(best < 0, best, best / one_for_zero(rows.square().sum(1))))
+        shares.append(torch.where(best < 0, best, best / one_for_zero(norms.square())))
         owners.append(nearest_classes)
     return torch.cat(shares), torch.cat(owners)
 
@@ -230,8 +236,8 @@ def nearest_in_dictionary(
     """
     scores = features.new_full((len(features),), -1, dtype=torch.float64)
     owners = torch.zeros_like(scores, dtype=torch.long)
-    at_once = max(1, _SCORES // max(len(features), dictionary.codes.shape[1] * features.shape[1]))
     s = dictionary.codes.shape[1]
+    at_once = max(1, _BASES // (s * features.shape[1]))
     for start in range(0, len(dictionary.codes), at_once):
         part = BlockCodes(
             dictionary.atoms[start * s : (start + at_once) * s], dictionary.codes[start : start + at_once]

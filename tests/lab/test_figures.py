@@ -22,7 +22,14 @@ def test_class_names_are_written_in_full():
 def test_long_class_names_take_two_lines():
     name = figures._readable("a_class_with_a_name_" + "of_many_words_" * 6)
     assert name.count("\n") == 1
-    assert name.endswith("…")
+    first, second = (
+        figures._readable(f"Animalia_Annelida_Clitellata_Haplotaxida_Lumbricidae_Lumbricus_{kind}")
+        for kind in ("rubellus", "terrestris")
+    )
+    assert first.startswith("Animalia Annelida")
+    assert first.endswith("Lumbricus rubellus")
+    assert second.endswith("Lumbricus terrestris")
+    assert max(map(len, f"{first}\n{second}".split("\n"))) <= 32
     assert figures._readable("$x$") == r"\$x\$"
 
 

@@ -410,12 +410,13 @@ def test_a_full_disk_ends_a_run_that_can_be_resumed(tmp_path, monkeypatch, capsy
 
 
 def test_halves_that_killed_processes_left_are_swept_by_the_next_to_write_the_file(tmp_path):
-    abandoned, current = tmp_path / ".file[1].77.part", tmp_path / ".file[1].78.part"
-    for part in (abandoned, current):
+    abandoned, current, another = (tmp_path / f".file[1].{part}.part" for part in ("77", "78", "csv.77"))
+    for part in (abandoned, current, another):
         part.touch()
-    os.utime(abandoned, (time.time() - 3600,) * 2)
+    for part in (abandoned, another):
+        os.utime(part, (time.time() - 7 * 24 * 3600,) * 2)
     files.write_atomically(tmp_path / "file[1]", b"new")
-    assert {each.name for each in tmp_path.iterdir()} == {"file[1]", current.name}
+    assert {each.name for each in tmp_path.iterdir()} == {"file[1]", current.name, another.name}
 
 
 def test_a_file_that_cannot_be_written_leaves_the_old_one_and_no_half(tmp_path):

@@ -10,7 +10,7 @@ import numpy as np
 
 import vmcr2
 from vmcr2.lab import figures
-from vmcr2.lab.files import as_csv, check_writable, write_atomically
+from vmcr2.lab.files import as_csv, check_writable, replacing
 from vmcr2.lab.run import RunFolder
 from vmcr2.lab.trained import Checkpoint
 
@@ -39,7 +39,7 @@ class Audit(NamedTuple):
         suspects: the most suspect first.
         written: the files written.
         judged: how many samples were judged.
-        alone: how many were not, each being the only one of its class.
+        alone: how many could not be, being their class's only sample.
         aside: where an earlier, different suspects.csv is now; None if there was none.
     """
 
@@ -77,8 +77,10 @@ def audit(run: RunFolder, data_root: str | Path | None = None) -> Audit:
     lines = [(one.sample, one.given, one.suggested, f"{one.score:.4f}") for one in suspects]
     content, aside = as_csv([("sample", "given", "suggested", "score"), *lines]), None
     if not run.suspects_file.exists() or run.suspects_file.read_bytes() != content:
-        aside = run.put_suspects_aside()
-        write_atomically(run.suspects_file, content)
+        with replacing(run.suspects_file) as file:
+            file.write(content)
+            file.flush()  # so that a full disk is noticed before the earlier list is moved
+            aside = run.put_suspects_aside()
     run.suspects_figure.unlink(missing_ok=True)  # of an earlier audit
     if suspects and dataset.train_inputs.ndim == 4:
         written.append(figures.draw_suspects(dataset, judged, run.suspects_figure, checkpoint.recipe.name))

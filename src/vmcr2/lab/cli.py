@@ -329,13 +329,13 @@ def audit(run: _Run, data_root: Path | None = None, top: int = 20) -> None:
             table(f"{len(rows)} of {of}, most suspect first", ("sample", "given label", "suggested", "score"), rows)
         )
     else:
-        _say(f"no suspects: each of the {found.judged} training samples that were judged fits its label best")
+        _say(f"no suspects among {found.judged} training samples: every label fits its sample best")
     if found.alone:
-        _say(f"not judged, being the only training sample of a class: {found.alone}")
+        _say(f"not judged, each the only training sample of its class: {found.alone}")
     for path in found.written:
         _say(str(path))
     if found.aside is not None:
-        _say(f"{found.aside}: the earlier list, which differs")
+        _say(f"{found.aside}: the suspects.csv that was there before, which differs")
 
 
 def export(

@@ -31,8 +31,8 @@ _SIMILARITY_NOTE = (
 )
 _CODES_NOTES: dict[Structure, str] = {
     "shared": "Good: each class has atoms of its own. An atom dark in many classes is a direction that they share.",
-    "block": "A column shows a class's own atoms. Several dark: the class keeps its variety. One: it is pressed to one "
-    "direction.",
+    "block": "A column shows a class's own atoms. Several dark: the class keeps its variety. One of several: it is "
+    "pressed into one direction.",
 }
 _COLOURS = {"vmcr2": "#0b6e99", "mcr2": "#d1495b", "ce": "#7a7a7a"}
 _STYLE: dict[str, Any] = {
@@ -116,7 +116,10 @@ def _readable(name: str, width: int = 32) -> str:
     """Returns a class name for a figure: words separated, on at most two lines."""
     whole = str(name).encode("utf-8", "replace").decode()  # the name of a folder may not be valid text
     words = whole.replace("/character", " ").replace("_", " ")
-    return "\n".join(textwrap.wrap(words, width, max_lines=2, placeholder=" …")).replace("$", r"\$")
+    lines = textwrap.wrap(words, width)
+    if len(lines) > 2:  # names may differ only at their end
+        lines = [lines[0], f"…{words[1 - width :]}"]
+    return "\n".join(lines).replace("$", r"\$")
 
 
 def draw_spectra(axes: Axes, spectra: np.ndarray, components: int) -> Axes:

@@ -15,7 +15,7 @@ from typing import IO, Any
 
 from vmcr2.errors import InputError
 
-_ABANDONED_SECONDS = 600.0  # a file of which nothing has been written for as long was left by a killed process
+_ABANDONED_SECONDS = 86400.0  # a half-written file that nobody has touched for this long is swept
 
 
 @contextmanager
@@ -35,7 +35,8 @@ def replacing(path: Path, part: str | None = None) -> Iterator[IO[bytes]]:
         part = f".{path.name}.{os.getpid()}.part"
         for left in path.parent.glob(f".{glob.escape(path.name)}.*.part"):  # by processes that were killed
             with suppress(OSError):
-                if time.time() - left.stat().st_mtime > _ABANDONED_SECONDS:
+                old = time.time() - left.stat().st_mtime > _ABANDONED_SECONDS
+                if old and left.name[len(path.name) + 2 : -len(".part")].isdecimal():
                     left.unlink()
     written = path.with_name(part)
     try:

@@ -244,10 +244,10 @@ class RunFolder:
             return []
         lines = self.metrics_file.read_bytes().split(b"\n")
         metrics = []
+        cure = "delete that line; curves will lack any epoch it held"
         for number, text in enumerate(lines[:-1], 1):
-            cure = "delete that line; curves will lack its epoch"
             try:
-                line = json.loads(text.decode("utf-8"))
+                line = json.loads(text.decode("utf-8-sig"))
             except (ValueError, RecursionError) as error:
                 raise InputError(f"{self.metrics_file} is damaged in line {number} ({error}); {cure}") from error
             if not isinstance(line, dict) or not isinstance(line.get("epoch"), int):

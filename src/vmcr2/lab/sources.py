@@ -619,7 +619,7 @@ class Outline:
 
 
 def outline(path: Path) -> Outline:
-    """Returns the outline of a .npz file or a folder of images by class, which are not decoded unless one is damaged.
+    """Returns the outline of a .npz file or a folder of images by class; images are decoded only if one is damaged.
 
     Raises:
         InputError: it is not in the right form (a ValueError).
@@ -644,7 +644,7 @@ def outline(path: Path) -> Outline:
                 shapes.setdefault((3, height, width), file)
         except Exception as error:  # Pillow's decoders may raise anything
             unreadable.append(f"{file} is not a readable image (truncated or damaged?): {error}")
-    if unreadable:
+    if unreadable and len(files) < _MANY_FILES:
         for _ in _decoded(files, None, path.name):  # its error names the files with damage behind the header, too
             pass
     refuse_unreadable(unreadable)

@@ -451,7 +451,8 @@ def export(trained: TrainedModel, folder: str | Path) -> None:
             raise OSError(f"{folder} cannot be written: {error}") from error
         write_atomically(folder / "README.md", trained.card().encode(errors="surrogateescape"))
         write_json(folder / "config.json", trained.config)
-        shutil.copymode(folder / "config.json", part)  # safetensors lets nobody else read it
+        with suppress(OSError):  # not every file system has modes to set
+            shutil.copymode(folder / "config.json", part)  # safetensors lets only the owner read it
         part.replace(folder / "model.safetensors")
     except BaseException:
         with suppress(OSError):
