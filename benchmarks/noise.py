@@ -458,7 +458,8 @@ def table() -> None:
         "labels and seed 0, on a validation split with wrong labels. Other columns use the rate chosen there, so on "
         "clean labels cross-entropy is more accurate at its own rate (omniglot100/comparison.md). The rivals' other "
         "settings are those of their papers; SCE and ELR take the ones for CIFAR-100 where there are 50 classes or "
-        "more, and otherwise the ones for CIFAR-10. `similar`: 30 % got the label of the most similar class.\n"
+        "more, and otherwise the ones for CIFAR-10. Early stopping learns from six sevenths of the samples, whose rest "
+        "says when to stop. `similar`: 30 % got the label of the most similar class.\n"
     )
     curves: dict[str, dict[str, list[tuple[float, float, float]]]] = {}
     for data, base in BASES.items():
@@ -491,7 +492,7 @@ def table() -> None:
                         curves.setdefault(data, {}).setdefault(method, []).append(
                             (share, statistics.mean(values), spread_value)
                         )
-                if seeds:
+                if seeds or not finals:
                     named = title if rate == lr else f"{title}, at another rate"
                     rows.append([named, f"{rate:g}", _PREDICTOR[predictor], str(seeds), *cells])
             scored = [
