@@ -492,7 +492,7 @@ def table() -> None:
                         curves.setdefault(data, {}).setdefault(method, []).append(
                             (share, statistics.mean(values), spread_value)
                         )
-                if seeds or not finals:
+                if seeds:
                     named = title if rate == lr else f"{title}, at another rate"
                     rows.append([named, f"{rate:g}", _PREDICTOR[predictor], str(seeds), *cells])
             scored = [
