@@ -194,8 +194,8 @@ def table() -> None:
         "components and of one. The first table of a data set is on a validation split, a fifth of the training set, "
         "with seed 0. The second is on the test set, with three seeds (on cifar100-20 one). It has, for each length, "
         "the most accurate setting and the most accurate with at least 0.8 (before rounding) of the largest ΔR (or, if "
-        "none has so much, that with the most), both by the first table. variety.jsonl has a few runs on the test set that neither table "
-        "shows.\n"
+        "none has so much, that with the most), both by the first table. variety.jsonl has a few runs on the test set "
+        "that neither table shows.\n"
     )
     for data in DATA:
         rows, largest = [], 0.0
