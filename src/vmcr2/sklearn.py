@@ -755,12 +755,11 @@ def _validated(estimator: Any, X: Any, *y: Any, **options: Any) -> Any:
 
     Tensors may have a gradient, be on a GPU or hold bfloat16, of which NumPy knows nothing.
     """
+    given = []
     for name, array in zip("Xy", (X, *y), strict=False):
         refuse_masked(name, array)
-    given = [
-        _plain_tensor(name, each) if isinstance(each, Tensor) else each
-        for name, each in zip("Xy", (X, *y), strict=False)
-    ]
+        refuse_distributed(name, array)
+        given.append(_plain_tensor(array) if isinstance(array, Tensor) else array)
     for labels in given[1:]:
         _refuse_unsortable("y", labels)
     return validate_data(estimator, *given, dtype=_FLOATS, **options)
@@ -786,8 +785,7 @@ def _warn_of_small_classes(fitted: NearestSubspaceClassifier, stacklevel: int) -
     warn_of_small_classes(sizes, fitted.n_components_, cure, stacklevel + 1)
 
 
-def _plain_tensor(name: str, tensor: Tensor) -> Tensor:
-    refuse_distributed(name, tensor)
+def _plain_tensor(tensor: Tensor) -> Tensor:
     tensor = tensor.detach().cpu()
     return tensor.float() if tensor.dtype == torch.bfloat16 else tensor
 

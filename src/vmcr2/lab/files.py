@@ -32,13 +32,8 @@ def replacing(path: Path, part: str | None = None) -> Iterator[IO[bytes]]:
         OSError: the system refuses to write, as when the disk is full; it names the path.
     """
     if part is None:
-        part = f".{path.name}.{os.getpid()}.part"
-        for left in path.parent.glob(f".{glob.escape(path.name)}.*.part"):  # by processes that were killed
-            with suppress(OSError):
-                old = time.time() - left.stat().st_mtime > _ABANDONED_SECONDS
-                if old and left.name[len(path.name) + 2 : -len(".part")].isdecimal():
-                    left.unlink()
-    written = path.with_name(part)
+        _sweep(path)
+    written = path.with_name(f".{path.name}.{os.getpid()}.part" if part is None else part)
     try:
         try:
             opened = written.open("wb")
@@ -56,6 +51,15 @@ def replacing(path: Path, part: str | None = None) -> Iterator[IO[bytes]]:
         if refusal is None or refusal.errno is None or refusal.filename not in (None, *map(str, (written, path))):
             raise
         raise OSError(refusal.errno, f"cannot be written: {refusal.strerror}", str(path)) from error
+
+
+def _sweep(path: Path) -> None:
+    """Deletes the half-written files that killed processes have left beside a file long ago."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+        with suppress(OSError):
+            old = time.time() - left.stat().st_mtime > _ABANDONED_SECONDS
+            if old and left.name[len(path.name) + 2 : -len(".part")].isdecimal():  # a process id, not another file's
+                left.unlink()
 
 
 def _refusal(error: BaseException) -> OSError | None:
